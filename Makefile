@@ -1,0 +1,59 @@
+# `make setup` is run by the targets that need it and does nothing when nothing has changed.
+
+PYTHON ?= python3
+VENV ?= .venv
+# Extra arguments for pip, for example an index that holds CPU-only wheels of torch.
+PIP_ARGS ?=
+# Extra arguments for the command of a target: make test ARGS="-k swap", make bench ARGS=--help.
+ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.setup
+# The machine with a GPU may have torch in a Python of its own and no .venv.
+GPU_PYTHON ?= $(if $(wildcard $(STAMP)),$(BIN)/python,$(PYTHON))
+
+.PHONY: help setup demo test lint format bench gpu-check docs clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+setup: $(STAMP) ## create .venv with the pinned versions
+
+# Without build isolation, so that the build backend is a pinned one as well.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt hatchling
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+demo: setup ## two ranks exchange their statistics and print them
+	$(BIN)/python main.py --gpu 0,1 --shuffle --epochs 10
+
+test: setup ## run every test, and the examples in the docstrings
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: setup ## check style and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: setup ## mend what can be mended without thought
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: setup ## measure the layer against its peers
+	$(BIN)/python benchmarks/bench_layer.py $(ARGS)
+
+# No setup: it runs with whichever Python has torch, pytest and pytest-timeout (GPU_PYTHON=...).
+gpu-check: ## run the tests marked gpu
+	@$(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
+		{ echo "gpu-check: $(GPU_PYTHON) sees no CUDA device: NOTHING WAS CHECKED"; exit 1; }
+	$(GPU_PYTHON) -m pytest -m gpu $(ARGS)
+
+docs: setup ## draw the pictures of docs/ again
+	@set -e; for script in $(sort $(wildcard docs/draw_*.py)); do \
+		echo "$$script"; $(BIN)/python "$$script"; done
+
+clean: ## remove what tools have left; .venv stays
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache
+	find . -name .venv -prune -o -name __pycache__ -type d -exec rm -rf {} +

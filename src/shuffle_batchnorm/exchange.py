@@ -1,0 +1,266 @@
+"""Every call of ``torch.distributed``: rows between ranks, and what keeps ranks from hanging.
+
+Rows are small: ``[groups, B, K]`` on each rank, with ``K = 2 * C + 1`` forward and ``2 * C``
+backward. Each function here sends one message to each peer concerned; all ranks of the group call
+it in the same order.
+"""
+
+from collections.abc import Callable
+from datetime import timedelta
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .mixing import Plan, Rotation, rotation
+
+CALL = "shuffle_batch_norm"
+ProcessGroupLike = Any  # None, a ProcessGroup or a 1-D DeviceMesh
+
+# How long a rank on the CPU waits for its peers before it looks whether one of them has failed.
+_PATIENCE = timedelta(seconds=2)
+ANSWER_BYTES = 1024
+
+
+class World(NamedTuple):
+    """The ranks that share statistics, seen from one of them; `group` is None for one rank."""
+
+    rank: int = 0
+    size: int = 1
+    group: "dist.ProcessGroup | None" = None
+
+    @property
+    def name(self) -> str:
+        """The group's name, the same on all its ranks; empty for one rank."""
+        return "" if self.group is None else self.group.group_name
+
+
+def check_process_group(call: str, process_group: ProcessGroupLike) -> None:
+    """Raise a TypeError or ValueError unless `process_group` is a handle of a known kind."""
+    if process_group is None or not dist.is_available():
+        return
+    if hasattr(process_group, "get_group"):
+        if process_group.ndim != 1:
+            raise ValueError(
+                f"{call}: process_group must be a 1-D DeviceMesh, got {process_group.ndim}-D; "
+                'pass one dimension of it, e.g. mesh["data"]'
+            )
+    elif not isinstance(process_group, dist.ProcessGroup) and not _is_non_member(process_group):
+        raise TypeError(
+            f"{call}: process_group must be None, a ProcessGroup or a 1-D DeviceMesh, "
+            f"got {type(process_group).__name__}"
+        )
+
+
+def resolve(process_group: ProcessGroupLike) -> World:
+    """Return this rank's view of a group; one rank if ``torch.distributed`` is not initialised."""
+    if not dist.is_available() or not dist.is_initialized():
+        return World()
+    if process_group is None:
+        process_group = dist.group.WORLD
+    elif hasattr(process_group, "get_group"):
+        process_group = process_group.get_group()
+    rank = -1 if _is_non_member(process_group) else dist.get_rank(process_group)
+    if rank < 0:
+        raise RuntimeError(
+            f"{CALL}: rank {dist.get_rank()} is not a member of the process_group given; "
+            "call the layer on its members only"
+        )
+    return World(rank, dist.get_world_size(process_group), process_group)
+
+
+def _is_non_member(process_group: ProcessGroupLike) -> bool:
+    return isinstance(process_group, type(dist.GroupMember.NON_GROUP_MEMBER)) and not isinstance(
+        process_group, dist.ProcessGroup
+    )
+
+
+def rotate(rows: Tensor, plan: Plan, world: World, *, inverse: bool = False) -> Tensor:
+    """Move row ``(i, c)`` of every rank to group ``(i + shifts[c]) mod G``, or back.
+
+    Communication: one ``all_to_all_single`` with constant splits. `swap` (B = 1) sends
+    ``groups`` rows to at most two peers, `regroup` ``groups * B`` rows to at most B ranks.
+
+    Args:
+        rows: ``[groups, B, K]``, this rank's rows.
+        plan: how the ranks mix.
+        world: the ranks.
+        inverse: move every row back instead.
+
+    Returns:
+        Tensor ``[groups, B, K]``: at ``[s, c]`` the row that came to this rank's group ``s``.
+    """
+    if not any(plan.shifts):
+        return rows
+    route = rotation(plan.world_size, plan.rank, plan.groups, plan.shifts)
+    if inverse:
+        route = route.inverse()
+    outgoing = _take(rows.reshape(-1, rows.shape[-1]), route.send_order)
+    if world.size == 1:
+        incoming = outgoing
+    else:
+        incoming = torch.empty_like(outgoing)
+        _all_to_all(incoming, outgoing, route, world)
+    return _take(incoming, route.place_order).reshape(rows.shape)
+
+
+def gather(row: Tensor, world: World) -> Tensor:
+    """Return every rank's row, ``[K]`` to ``[W, K]``.
+
+    Communication: one ``all_gather``, ``W * K`` numbers per rank.
+    """
+    return _all_gather(row, world)
+
+
+def all_sum(row: Tensor, world: World) -> Tensor:
+    """Return the sum of every rank's row ``[K]``.
+
+    Communication: one ``all_reduce`` of K numbers per rank.
+    """
+    total = row.clone()
+
+    def start(async_op: bool) -> Any:
+        return dist.all_reduce(total, group=world.group, async_op=async_op)
+
+    _finish(start, row, world)
+    return total
+
+
+def gather_answers(answer: bytes, device: torch.device, world: World) -> list[bytes]:
+    """Return every rank's answer to a handshake, in rank order.
+
+    Communication: one all_gather of `ANSWER_BYTES` per rank, whatever the ranks disagree on.
+    """
+    ordinal = _next_ordinal(world)
+    text = torch.frombuffer(bytearray(answer.ljust(ANSWER_BYTES)), dtype=torch.uint8).to(device)
+    answers = _all_gather(text, world, lambda: _raise_if_a_peer_is_local(world, ordinal))
+    return [bytes(row) for row in answers.tolist()]
+
+
+def _all_gather(
+    row: Tensor, world: World, while_waiting: Callable[[], None] | None = None
+) -> Tensor:
+    rows = row.new_empty(world.size, row.shape[0])
+
+    def start(async_op: bool) -> Any:
+        return dist.all_gather(list(rows), row, group=world.group, async_op=async_op)
+
+    _finish(start, row, world, while_waiting)
+    return rows
+
+
+def _all_to_all(incoming: Tensor, outgoing: Tensor, route: Rotation, world: World) -> None:
+    def start(async_op: bool) -> Any:
+        return dist.all_to_all_single(
+            incoming,
+            outgoing,
+            list(route.receive_splits),
+            list(route.send_splits),
+            group=world.group,
+            async_op=async_op,
+        )
+
+    _finish(start, outgoing, world)
+
+
+def _finish(
+    start: Callable[[bool], Any],
+    payload: Tensor,
+    world: World,
+    while_waiting: Callable[[], None] | None = None,
+) -> None:
+    """Run one collective to its end; on the CPU, end it with a peer's error if a peer failed."""
+    if torch.compiler.is_compiling() or payload.device.type != "cpu":
+        # A GPU's collectives end in stream order and never block this thread.
+        start(False)
+        return
+    _begin(world)
+    work = start(True)
+    while True:
+        try:
+            work.wait(_PATIENCE)
+        except RuntimeError as error:
+            if work.is_completed():
+                raise RuntimeError(
+                    f"{CALL}: rank {world.rank} of {world.size} lost its peers while it exchanged "
+                    f"statistics ({error})"
+                ) from error
+            _raise_if_a_peer_failed(world)
+            if while_waiting is not None:
+                while_waiting()
+        else:
+            return
+
+
+# A rank that raises between two exchanges leaves peers waiting that it has no message for. It
+# leaves a notice in the group's store, where ranks that have waited for long look for one. A layer
+# in mode `local` leaves a note too, for peers whose layer is in another mode by mistake.
+
+_has_notice: set[str] = set()
+_handshakes: dict[str, int] = {}
+
+
+def report_failure(world: World, message: str) -> None:
+    """Tell the ranks that will wait for this one in vain why it stopped."""
+    if world.size > 1:
+        _has_notice.add(world.name)
+        _store().set(_key(world, "stopped"), f"rank {world.rank} stopped: {message}")
+
+
+def note_local(world: World) -> None:
+    """Note that this rank's next layer to start does not communicate."""
+    _store().set(_key(world, "local", _next_ordinal(world), world.rank), "")
+
+
+def _next_ordinal(world: World) -> int:
+    _handshakes[world.name] = _handshakes.get(world.name, -1) + 1
+    return _handshakes[world.name]
+
+
+def _begin(world: World) -> None:
+    """Withdraw this rank's notice: its caller caught the error and goes on."""
+    if world.name in _has_notice:
+        _has_notice.discard(world.name)
+        _store().delete_key(_key(world, "stopped"))
+
+
+def _raise_if_a_peer_failed(world: World) -> None:
+    key = _key(world, "stopped")
+    if _store().check([key]):
+        raise RuntimeError(f"{CALL}: {_store().get(key).decode()}")
+
+
+def _raise_if_a_peer_is_local(world: World, ordinal: int) -> None:
+    for rank in range(world.size):
+        if _store().check([_key(world, "local", ordinal, rank)]):
+            raise ValueError(
+                f"{CALL}: ranks disagree on mode: 'local' on rank {rank}, another mode on rank "
+                f"{world.rank}"
+            )
+
+
+def _store() -> Any:
+    return dist.distributed_c10d._get_default_store()
+
+
+def _key(world: World, *parts: str | int) -> str:
+    return "/".join(("shuffle_batchnorm", world.name, *map(str, parts)))
+
+
+@lru_cache(maxsize=1024)
+def _cached_index(order: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(order, device=device)
+
+
+def _take(rows: Tensor, order: tuple[int, ...]) -> Tensor:
+    """Return ``rows[order]``; the index stays on the device, so that a step copies nothing."""
+    if order == tuple(range(len(order))):
+        return rows
+    # A tensor made while tracing belongs to that trace.
+    if type(rows) is not Tensor or torch.compiler.is_compiling():
+        index = torch.tensor(order, device=rows.device)
+    else:
+        index = _cached_index(order, rows.device)
+    return rows.index_select(0, index)

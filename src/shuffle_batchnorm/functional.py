@@ -1,0 +1,347 @@
+"""shuffle_batch_norm: moments of blocks, mix, per-block affine; and its backward."""
+
+import warnings
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import exchange, kernels
+from .agreement import Agreed, Terms, Wire, agree, check_input
+from .exchange import CALL, ProcessGroupLike, World
+from .kernels.rows import accumulation_dtype
+from .mixing import Options, Plan, check_options, make_plan
+from .statistics import (
+    Statistics,
+    check_counts,
+    mix,
+    mix_gradients,
+    pack,
+    rejection,
+    unpack,
+    wide,
+)
+
+
+def shuffle_batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float | Tensor = 0.1,
+    eps: float = 1e-5,
+    *,
+    mode: str = "swap",
+    groups: int = 1,
+    offset: int = 1,
+    blocks: int = 8,
+    process_group: ProcessGroupLike = None,
+) -> Tensor:
+    r"""Normalise each sample with the statistics of the group that its mode says.
+
+    .. math:: y = \frac{x - \mu_S}{\sqrt{\sigma_S^2 + \epsilon}} \cdot w + b
+
+    where S is the normaliser of the sample. Each rank cuts its batch into `groups` equal virtual
+    groups, ``G = W * groups`` in all, numbered ``i = rank * groups + j``. S is: in ``"local"`` the
+    sample's own group i; in ``"sync"`` all groups pooled; in ``"swap"`` group
+    ``(i + offset) mod G``; in ``"regroup"`` the new group ``(i + offset * c) mod G``, where c is
+    the sample's block among the ``B = min(G, blocks)`` contiguous blocks of its group, and a new
+    group pools the B blocks that join it.
+
+    In eval mode (``training=False``) this is ``torch.nn.functional.batch_norm``.
+
+    Communication:
+        Per rank, forward ``[count, mean, std]`` rows of 2C + 1 numbers, backward rows of 2C
+        numbers, in float32 (float64 for float64 input). ``local``: none. ``swap``: `groups` rows
+        to at most two fixed peers. ``regroup``: ``groups * B`` rows to at most B fixed ranks,
+        and as many back. ``sync``: one row to all (all_gather) forward, one all_reduce backward.
+        The first training call also compares all ranks' options (1 KiB per rank).
+
+    Args:
+        input: ``[N, C, *]``, floating point; N, and each space axis, may differ between ranks.
+        running_mean: ``[C]`` or None, updated in place when training.
+        running_var: ``[C]`` or None, unbiased, updated in place when training.
+        weight: ``[C]`` or None.
+        bias: ``[C]`` or None.
+        training: normalise with batch statistics; otherwise with the running ones.
+        momentum: share of the new statistics in the running ones.
+        eps: added to the variance.
+        mode: ``"local"``, ``"sync"``, ``"swap"`` or ``"regroup"``.
+        groups: virtual groups per rank, a divisor of N.
+        offset: how many groups away the normaliser is; 0 turns shuffling off.
+        blocks: largest number of blocks per group in ``"regroup"``.
+        process_group: None for all ranks, a ProcessGroup or a 1-D DeviceMesh.
+
+    Returns:
+        Tensor ``[N, C, *]`` in the input's dtype and memory format. Its gradient is that of the
+        sum of all ranks' losses, through the statistics of all ranks.
+
+    Raises:
+        ValueError: N not divisible by `groups`, a normaliser with 1 value per channel, wrong rank
+            or channels, an unknown option, or ranks that disagree; on every rank at the first
+            call. Later, the peers of a rank that rejects its input get a RuntimeError.
+        TypeError: an input that is not floating point, an option of another type.
+
+    Warns:
+        UserWarning: `offset` is a multiple of ``G > 1``, so nothing is shuffled.
+
+    Source:
+        Shuffling BN: He et al. 2019, arXiv 1911.05722, section 3.3 and appendix A.9.
+
+    Example:
+        >>> x = torch.arange(4.0).view(4, 1)
+        >>> shuffle_batch_norm(x, None, None, training=True, groups=2, eps=0.0).flatten().tolist()
+        [-5.0, -3.0, 3.0, 5.0]
+    """
+    options = Options(mode, groups, offset, blocks)
+    check_options(CALL, options)
+    exchange.check_process_group(CALL, process_group)
+    if not training:
+        return F.batch_norm(input, running_mean, running_var, weight, bias, False, 0.0, eps)
+    channels = input.shape[1] if isinstance(input, Tensor) and input.ndim > 1 else 0
+    return normalise(
+        input, running_mean, running_var, weight, bias, momentum, eps, options, process_group,
+        _agreed_by_form.setdefault((channels, str(getattr(input, "dtype", None))), {}),
+    ).output  # fmt: skip
+
+
+# A function has no first call of its own: ranks agree once for each form of its input.
+_agreed_by_form: dict[tuple[int, str], Agreed] = {}
+
+
+class Normalised(NamedTuple):
+    """The output of a training call, and the statistics behind it."""
+
+    output: Tensor
+    statistics: Statistics
+    sizes: tuple[int, ...]
+
+
+def normalise(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    momentum: float | Tensor,
+    eps: float,
+    options: Options,
+    process_group: ProcessGroupLike,
+    agreed: Agreed,
+) -> Normalised:
+    """Normalise with batch statistics and update the running ones. See `shuffle_batch_norm`."""
+    check_options(CALL, options)
+    world = exchange.resolve(process_group)
+    plan = make_plan(options, world.size, world.rank)
+    _warn_if_nothing_is_shuffled(options, plan)
+    parameters = {
+        "weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var
+    }  # fmt: skip
+    _accept(input, parameters, options, plan, world, agreed)
+
+    sizes = plan.sizes(input.shape[0])
+    length = input.shape[2:].numel()
+    with torch.no_grad():
+        mean, std = kernels.select(input).block_moments(input, sizes)
+        statistics = mix(pack(sizes, length, mean, std, plan), plan, world)
+        check_counts(statistics, sizes, plan, world, input.shape)
+        if running_mean is not None and running_var is not None and not is_recomputation():
+            _update_running(running_mean, running_var, statistics, sizes, plan, momentum)
+    output = _ShuffleBatchNorm.apply(  # type: ignore[no-untyped-call]
+        input, weight, bias, statistics.used, statistics.source, eps, sizes, plan, world
+    )
+    return Normalised(output, statistics, sizes)
+
+
+def _warn_if_nothing_is_shuffled(options: Options, plan: Plan) -> None:
+    shuffles = options.mode in ("swap", "regroup") and options.offset != 0
+    if shuffles and plan.total_groups > 1 and not any(plan.shifts):
+        cause = f"offset={options.offset} is a multiple of the {plan.total_groups} groups"
+        if options.offset % plan.total_groups:
+            cause = f"blocks={options.blocks} leaves each group whole"
+        warnings.warn(f"{CALL}: {cause}, so mode {options.mode!r} shuffles nothing", stacklevel=4)
+
+
+def _accept(
+    input: Tensor,
+    parameters: dict[str, Tensor | None],
+    options: Options,
+    plan: Plan,
+    world: World,
+    agreed: Agreed,
+) -> None:
+    """Raise if this rank or, at the first call, any rank can't accept its input."""
+    error: Exception | None = None
+    try:
+        check_input(input, parameters, options.groups)
+    except (TypeError, ValueError) as caught:
+        error = caught
+    if world.size == 1 or torch.compiler.is_compiling():
+        if error is not None:
+            raise error
+        return
+    # What can be said of an input that may not be one.
+    tensors = [t for t in (input, *parameters.values()) if isinstance(t, Tensor)]
+    axes = [t.shape[1:2] if t is input else t.shape[:1] for t in reversed(tensors)]
+    terms = Terms(
+        channels=next((axis[0] for axis in axes if len(axis) > 0), 0),
+        dtype=str(getattr(input, "dtype", None)),
+        mode=options.mode,
+        groups=options.groups,
+        offset=options.offset,
+        blocks=options.blocks,
+        needs_gradient=torch.is_grad_enabled() and any(t.requires_grad for t in tensors),
+    )
+    device = tensors[-1].device if tensors else torch.device("cpu")
+    wire = agree(world, options, terms, error, agreed, device)
+    error = error or _form_error(input, wire)
+    if error is not None:
+        # The peers are about to exchange statistics: take part, so that they learn of it.
+        mix(rejection(plan, wire.channels, wire.dtype, device), plan, world)
+        exchange.report_failure(world, str(error))
+        raise error
+
+
+def _form_error(input: Tensor, wire: Wire) -> ValueError | None:
+    if (input.shape[1], accumulation_dtype(input)) == wire:
+        return None
+    return ValueError(
+        f"{CALL}: input of {input.shape[1]} channels, {input.dtype}; this layer's first call, on "
+        f"all ranks, had {wire.channels} channels with statistics in {wire.dtype}"
+    )
+
+
+def is_recomputation() -> bool:
+    """Whether an activation checkpoint runs this forward again, inside a backward pass."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._current_graph_task_id() != -1
+
+
+def _update_running(
+    running_mean: Tensor,
+    running_var: Tensor,
+    statistics: Statistics,
+    sizes: tuple[int, ...],
+    plan: Plan,
+    momentum: float | Tensor,
+) -> None:
+    """Move the running statistics towards those used, averaged over the blocks with samples.
+
+    In `regroup` the mean over all ranks of these averages is the average over all new groups.
+    """
+    filled = [k for k, n in enumerate(sizes) if n > 0 or plan.mode == "sync"]
+    if not filled:
+        return
+    used = statistics.used.reshape(len(sizes), -1)
+    if len(filled) < len(sizes):
+        used = torch.cat([used[k : k + 1] for k in filled])
+    count, mean, std = (wide(part) for part in unpack(used))
+    unbiased = std.square() * (count / (count - 1).clamp(min=1))
+    for running, batch in ((running_mean, mean), (running_var, unbiased)):
+        new = batch.mean(dim=0)
+        old = running.to(new.dtype)
+        step = torch.as_tensor(momentum, dtype=new.dtype, device=new.device)
+        # In `sync` all ranks may be empty: then there is nothing to learn from.
+        running.copy_(torch.where(count.amax() > 0, old + step * (new - old), old))
+
+
+class _ShuffleBatchNorm(torch.autograd.Function):
+    """``y = xhat * w + b``, with ``xhat = (x - mean) / sqrt(std**2 + eps)`` of the normaliser.
+
+    Keeps the input and small rows. With ``s0 = sum w dy`` and ``s1 = sum w dy xhat`` over all users
+    of the normaliser S that a block is pooled in, and S's n values per channel:
+    ``dx = w dy rho_used - rho_S / n * (s0 + s1 * xhat_S)``, ``rho = 1 / sqrt(std**2 + eps)``.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        used: Tensor,
+        source: Tensor,
+        eps: float,
+        sizes: tuple[int, ...],
+        plan: Plan,
+        world: World,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, used, source)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.call = (eps, sizes, plan, world)
+        mean, rho = _normaliser(used, eps)
+        scale = rho if weight is None else rho * weight.to(rho.dtype)
+        shift = torch.zeros_like(mean) if bias is None else bias.to(mean.dtype).expand_as(mean)
+        return kernels.select(x).block_affine(x, sizes, mean, scale, shift)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, used, source = ctx.saved_tensors
+        first = _gradients(dy, x, weight, used, source, *ctx.call)
+        if torch.is_grad_enabled():
+            # create_graph: the first derivatives are right; a second one must not be wrong.
+            first = _FirstDerivative.apply(*first, dy, x, weight)  # type: ignore[no-untyped-call]
+        dx, dweight, dbias = first
+        grads = (
+            dx,
+            None if weight is None else dweight.to(weight.dtype),
+            None if ctx.bias_dtype is None else dbias.to(ctx.bias_dtype),
+        )
+        needed = zip(grads, ctx.needs_input_grad, strict=False)
+        return (*(grad if need else None for grad, need in needed), *[None] * 6)
+
+
+def _gradients(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    used: Tensor,
+    source: Tensor,
+    eps: float,
+    sizes: tuple[int, ...],
+    plan: Plan,
+    world: World,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of input, weight and bias.
+
+    Always exchanges, even where no gradient of the input is needed: a peer may need one.
+    """
+    with torch.no_grad():
+        kernel = kernels.select(x)
+        mean, rho = _normaliser(used, eps)
+        total, dot = kernel.block_grad_sums(dy, x, sizes, mean, rho)
+        w = 1.0 if weight is None else weight.to(rho.dtype)
+        sums = torch.cat([w * total, w * dot], dim=1).view(plan.groups, plan.per_group, -1)
+        s0, s1 = mix_gradients(sums, plan, world).reshape(len(sizes), -1).chunk(2, dim=1)
+        count = unpack(source)[0].clamp(min=1)
+        mean_source, rho_source = _normaliser(source, eps)
+        step = -rho_source / count
+        dx = kernel.block_grad_affine(
+            dy, x, sizes, w * rho, step * rho_source * s1, mean_source, step * s0
+        )
+        return dx, dot.sum(dim=0), total.sum(dim=0)
+
+
+def _normaliser(rows: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return mean and ``1 / sqrt(std**2 + eps)``, ``[R, C]``, of rows ``[groups, B, 2C + 1]``."""
+    _, mean, std = unpack(rows)
+    return mean, (wide(std).square() + eps).rsqrt().to(mean.dtype)
+
+
+class _FirstDerivative(torch.autograd.Function):
+    """Pass gradients through; refuse to differentiate them again."""
+
+    @staticmethod
+    def forward(_ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tensors[:3]
+
+    @staticmethod
+    def backward(_ctx: Any, *_grads: Tensor) -> tuple[Tensor, ...]:
+        raise RuntimeError(
+            f"{CALL}: double backward is not implemented; differentiate this layer only once "
+            "(or put it in eval mode)"
+        )

@@ -1,0 +1,47 @@
+"""The four heavy kernels; everything else in this package works on small ``[blocks, C]`` rows.
+
+Each module here has the same four functions (see `reference` for the formulas). `select` is the
+one place that chooses between them.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from . import cpu, reference
+
+Sizes = tuple[int, ...]
+
+
+class Kernels(Protocol):
+    """What a kernel module offers; ``sizes`` are the samples per block, in order."""
+
+    def block_moments(self, x: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation ``[blocks, C]``."""
+
+    def block_affine(
+        self, x: Tensor, sizes: Sizes, center: Tensor, scale: Tensor, shift: Tensor
+    ) -> Tensor:
+        """Return ``(x - center) * scale + shift``."""
+
+    def block_grad_sums(
+        self, dy: Tensor, x: Tensor, sizes: Sizes, center: Tensor, scale: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the sums of ``dy`` and of ``dy * (x - center) * scale``, ``[blocks, C]``."""
+
+    def block_grad_affine(
+        self, dy: Tensor, x: Tensor, sizes: Sizes, a: Tensor, b: Tensor, center: Tensor, c: Tensor
+    ) -> Tensor:
+        """Return ``a * dy + b * (x - center) + c``."""
+
+
+def select(x: Tensor) -> Kernels:
+    """Return the kernels for a tensor: its device's own, or the reference."""
+    # The compiler fuses the reference better than opaque calls.
+    if torch.compiler.is_compiling() or x.device.type != "cpu":
+        return reference
+    # aten's loops divide by the number of values, and take half precision only with rows rounded
+    # to it.
+    full_precision = x.dtype in (torch.float32, torch.float64)
+    return cpu if full_precision and x.numel() > 0 else reference

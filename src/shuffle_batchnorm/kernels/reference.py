@@ -1,0 +1,72 @@
+"""The four kernels in plain torch: the truth for every other version, and what compile traces.
+
+Tensors are ``[N, C, *]``; a block is a run of samples. Rows are ``[blocks, C]`` in float32, or
+float64 for float64 input, and so is every sum, whatever the input's dtype.
+"""
+
+import torch
+from torch import Tensor
+
+from .rows import accumulation_dtype, block_sum, per_sample, reciprocal_counts
+
+Sizes = tuple[int, ...]
+
+
+def block_moments(x: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor]:
+    """Return each block's mean and (biased) standard deviation, 0 for an empty block.
+
+    Two passes: the squares are of the distance to the mean, so nothing cancels. The standard
+    deviation, not the variance, is what fits the dtype wherever the input does.
+    """
+    planes = _planes(x)
+    inverse = reciprocal_counts(sizes, planes.shape[2], planes)
+    mean = block_sum(planes.sum(dim=2), sizes) * inverse
+    squares = (planes - per_sample(mean, sizes)[:, :, None]).square().sum(dim=2)
+    return mean, (block_sum(squares, sizes) * inverse).sqrt()
+
+
+def block_affine(x: Tensor, sizes: Sizes, center: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """Return ``y = (x - center) * scale + shift`` with each block's rows, in x's dtype and layout.
+
+    Args:
+        x: ``[N, C, *]``.
+        sizes: samples per block.
+        center: ``[blocks, C]``.
+        scale: ``[blocks, C]``.
+        shift: ``[blocks, C]``.
+    """
+    y = (_planes(x) - _spread(center, sizes)) * _spread(scale, sizes) + _spread(shift, sizes)
+    return _like(y, x)
+
+
+def block_grad_sums(
+    dy: Tensor, x: Tensor, sizes: Sizes, center: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return each block's sums of ``dy`` and of ``dy * (x - center) * scale``, ``[blocks, C]``."""
+    dy_planes, x_planes = _planes(dy), _planes(x)
+    products = (dy_planes * (x_planes - _spread(center, sizes))).sum(dim=2)
+    return block_sum(dy_planes.sum(dim=2), sizes), block_sum(products, sizes) * scale
+
+
+def block_grad_affine(
+    dy: Tensor, x: Tensor, sizes: Sizes, a: Tensor, b: Tensor, center: Tensor, c: Tensor
+) -> Tensor:
+    """Return ``dx = a * dy + b * (x - center) + c`` with each block's rows ``[blocks, C]``."""
+    dx = _planes(dy) * _spread(a, sizes)
+    dx = dx + (_planes(x) - _spread(center, sizes)) * _spread(b, sizes) + _spread(c, sizes)
+    return _like(dx, x)
+
+
+def _planes(x: Tensor) -> Tensor:
+    """View ``[N, C, *]`` as ``[N, C, L]`` in the dtype of its statistics."""
+    return x.reshape(x.shape[0], x.shape[1], x.shape[2:].numel()).to(accumulation_dtype(x))
+
+
+def _spread(rows: Tensor, sizes: Sizes) -> Tensor:
+    return per_sample(rows, sizes)[:, :, None]
+
+
+def _like(planes: Tensor, x: Tensor) -> Tensor:
+    """Give ``[N, C, L]`` the shape, dtype and memory layout of `x`."""
+    out = torch.empty_like(x)
+    return out.copy_(planes.reshape(x.shape))

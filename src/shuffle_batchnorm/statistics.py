@@ -1,0 +1,177 @@
+"""The mix: rows of block statistics in, the rows that normalise each block out, and transposed.
+
+A row is ``[count, mean, std]``, ``2 * C + 1`` numbers; a gradient row is
+``[sum w dy, sum w dy xhat]``, ``2 * C`` numbers. Rows are in float32, or float64 for float64 input,
+and are pooled in float64 where the device has it.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import exchange, kernels
+from .exchange import CALL, World
+from .kernels.rows import per_sample
+from .mixing import Plan, block_sizes
+
+_REJECTED = -1.0  # the count in the rows of a rank that could not accept its input
+
+
+class Statistics(NamedTuple):
+    """Rows ``[groups, B, 2 * C + 1]`` of one rank, for one call of the layer.
+
+    Attributes:
+        blocks: of the local blocks themselves.
+        used: of the normaliser of each block.
+        source: of the normaliser in which each block is pooled; differs from `used` in `swap`.
+    """
+
+    blocks: Tensor
+    used: Tensor
+    source: Tensor
+
+
+def pack(sizes: tuple[int, ...], length: int, mean: Tensor, std: Tensor, plan: Plan) -> Tensor:
+    """Return rows ``[groups, B, 2 * C + 1]`` from the moments ``[groups * B, C]`` of the blocks."""
+    counts = torch.cat([mean.new_full((1, 1), n * length) for n in sizes])
+    return torch.cat([counts, mean, std], dim=1).view(plan.groups, plan.per_group, -1)
+
+
+def rejection(plan: Plan, channels: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the rows that a rank sends in place of statistics if it rejects its input."""
+    rows = torch.zeros(plan.groups, plan.per_group, 2 * channels + 1, dtype=dtype, device=device)
+    rows[..., 0] = _REJECTED
+    return rows
+
+
+def unpack(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return count ``[R, 1]``, mean and std ``[R, C]`` of rows ``[..., 2 * C + 1]``."""
+    rows = rows.reshape(-1, rows.shape[-1])
+    channels = rows.shape[1] // 2
+    return rows[:, :1], rows[:, 1 : channels + 1], rows[:, channels + 1 :]
+
+
+def mix(blocks: Tensor, plan: Plan, world: World) -> Statistics:
+    """Return who normalises whom: the rows of each block's normalisers.
+
+    Communication: `local` none; `swap` one rotation; `regroup` one rotation to the new groups and
+    one back; `sync` one all_gather.
+    """
+    if plan.mode == "swap":
+        return Statistics(blocks, exchange.rotate(blocks, plan, world), blocks)
+    if plan.mode == "regroup" and plan.per_group > 1:
+        pooled = pool(exchange.rotate(blocks, plan, world))
+        used = exchange.rotate(pooled.expand_as(blocks).contiguous(), plan, world, inverse=True)
+        return Statistics(blocks, used, used)
+    if plan.mode == "sync":
+        row = pool(blocks.view(1, -1, blocks.shape[-1]))
+        if world.size > 1:
+            row = pool(exchange.gather(row.view(-1), world)[None])
+        used = row.expand_as(blocks)
+        return Statistics(blocks, used, used)
+    return Statistics(blocks, blocks, blocks)
+
+
+def mix_gradients(sums: Tensor, plan: Plan, world: World) -> Tensor:
+    """Return for each block the sums over all users of the normaliser that it is pooled in.
+
+    The transpose of `mix`, with the same messages in the other direction; `sync` takes one
+    all_reduce.
+
+    Args:
+        sums: ``[groups, B, 2 * C]``, sums over each local block.
+        plan: how the ranks mix.
+        world: the ranks.
+
+    Returns:
+        Tensor ``[groups, B, 2 * C]``.
+    """
+    if plan.mode == "swap":
+        return exchange.rotate(sums, plan, world, inverse=True)
+    if plan.mode == "regroup" and plan.per_group > 1:
+        pooled = exchange.rotate(sums, plan, world).sum(dim=1, keepdim=True)
+        return exchange.rotate(pooled.expand_as(sums).contiguous(), plan, world, inverse=True)
+    if plan.mode == "sync":
+        total = sums.sum(dim=(0, 1))
+        if world.size > 1:
+            total = exchange.all_sum(total, world)
+        return total.expand_as(sums)
+    return sums
+
+
+def pool(rows: Tensor) -> Tensor:
+    """Pool rows by Chan's formula: ``[R, S, 2 * C + 1]`` to ``[R, 1, 2 * C + 1]``.
+
+    ``n = sum n_s``, ``mean = sum n_s mean_s / n``,
+    ``std**2 = sum n_s (std_s**2 + (mean_s - mean)**2) / n``. A rejected row rejects the pool.
+    """
+    channels = rows.shape[-1] // 2
+    count, mean, std = wide(rows).split((1, channels, channels), dim=2)
+    total = count.sum(dim=1, keepdim=True)
+    share = count / total.clamp(min=1)
+    pooled_mean = (share * mean).sum(dim=1, keepdim=True)
+    variance = (share * (std.square() + (mean - pooled_mean).square())).sum(dim=1, keepdim=True)
+    rejected = (count < 0).any(dim=1, keepdim=True)
+    total = torch.where(rejected, _REJECTED, total)
+    return torch.cat([total, pooled_mean, variance.sqrt()], dim=2).to(rows.dtype)
+
+
+def wide(rows: Tensor) -> Tensor:
+    """Return rows in the dtype in which they are pooled: float64 where the device has it."""
+    return rows if rows.device.type == "mps" else rows.double()
+
+
+def per_sample_statistics(rows: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Return the mean and std ``[N, C]`` of each sample's row."""
+    _, mean, std = unpack(rows)
+    return per_sample(mean, sizes), per_sample(std, sizes)
+
+
+def own_statistics(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Return the mean and std ``[N, C]`` of each sample's own group, as plain BN has them."""
+    sizes = block_sizes(x.shape[0], groups, 1)
+    mean, std = kernels.select(x).block_moments(x, sizes)
+    return per_sample(mean, sizes), per_sample(std, sizes)
+
+
+def check_counts(
+    statistics: Statistics, sizes: tuple[int, ...], plan: Plan, world: World, shape: torch.Size
+) -> None:
+    """Raise if a normaliser has fewer than 2 values per channel, or its rank rejected its input.
+
+    On the CPU the error is raised here and names the group. A GPU raises a device-side assertion,
+    so that no step has to wait for the counts.
+    """
+    count = unpack(statistics.used)[0][:, 0]
+    if all(n > 0 for n in sizes):
+        valid = count >= 2
+    else:
+        need = [count.new_full((1,), 2.0 if n > 0 else 0.0) for n in sizes]
+        valid = count >= torch.cat(need)
+    if torch.compiler.is_compiling() or count.device.type != "cpu":
+        torch._assert_async(
+            valid.all(),
+            f"{CALL}: a peer rejected its input, or a normaliser has 1 value per channel",
+        )
+    elif not bool(valid.all()):
+        error = _count_error(count, int(valid.int().argmin()), plan, shape)
+        exchange.report_failure(world, str(error))
+        raise error
+
+
+def _count_error(count: Tensor, row: int, plan: Plan, shape: torch.Size) -> Exception:
+    group = plan.rank * plan.groups + row // plan.per_group
+    normaliser = plan.normaliser(group, row % plan.per_group)
+    n = int(count[row])
+    if n < 0:
+        return RuntimeError(
+            f"{CALL}: a peer of rank {plan.rank} rejected its input in this call, so group "
+            f"{normaliser} has no statistics to normalise group {group} with; see the peer's error"
+        )
+    whole = "all groups" if plan.mode == "sync" else f"group {normaliser}"
+    return ValueError(
+        f"{CALL}: expected more than 1 value per channel when training, got {n} in {whole}, which "
+        f"normalises group {group} on rank {plan.rank} (mode {plan.mode!r}, input shape "
+        f"{tuple(shape)})"
+    )
