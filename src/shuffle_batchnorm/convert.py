@@ -1,6 +1,7 @@
 """Replacing layers of a model in place of others that share everything with them."""
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
@@ -23,7 +24,7 @@ def convert(
     """Replace all batch norms in `module` by `layer_type`, each passed to `configure`."""
     found = [(n, m) for n, m in module.named_modules() if isinstance(m, _BatchNorm)]
     for name, layer in found:
-        if not (type(layer) in _CONVERTIBLE or isinstance(layer, layer_type)):
+        if type(layer) not in (*_CONVERTIBLE, layer_type):
             raise TypeError(_refusal(name, layer))
     if mode == "swap" and len(found) >= _DEEP:
         warnings.warn(
@@ -71,6 +72,9 @@ def _twin(layer: nn.Module, layer_type: type[Layer]) -> Layer:
         # Tables of their own, so that a tensor set on one layer is not set on the other. The hook
         # tables stay shared: a handle made before can still remove its hook.
         twin.__dict__[name] = layer.__dict__[name].copy()
+    for hook in twin.__dict__["_load_state_dict_pre_hooks"].values():
+        if hook.with_module:  # through a weak reference, dead as soon as the old layer is
+            hook.module = weakref.ref(twin)
     return twin
 
 

@@ -5,7 +5,9 @@ backward. Each function here sends one message to each peer concerned; all ranks
 it in the same order.
 """
 
+from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -94,7 +96,9 @@ def rotate(rows: Tensor, plan: Plan, world: World, *, inverse: bool = False) -> 
     """
     if not any(plan.shifts):
         return rows
-    route = rotation(plan.world_size, plan.rank, plan.groups, plan.shifts)
+    # The compiler traces the arithmetic once and warns of caches.
+    find_route = rotation if torch.compiler.is_compiling() else _cached_rotation
+    route = find_route(plan.world_size, plan.rank, plan.groups, plan.shifts)
     if inverse:
         route = route.inverse()
     outgoing = _take(rows.reshape(-1, rows.shape[-1]), route.send_order)
@@ -104,6 +108,9 @@ def rotate(rows: Tensor, plan: Plan, world: World, *, inverse: bool = False) -> 
         incoming = torch.empty_like(outgoing)
         _all_to_all(incoming, outgoing, route, world)
     return _take(incoming, route.place_order).reshape(rows.shape)
+
+
+_cached_rotation = lru_cache(maxsize=1024)(rotation)
 
 
 def gather(row: Tensor, world: World) -> Tensor:
@@ -133,7 +140,7 @@ def gather_answers(answer: bytes, device: torch.device, world: World) -> list[by
 
     Communication: one all_gather of `ANSWER_BYTES` per rank, whatever the ranks disagree on.
     """
-    ordinal = _next_ordinal(world)
+    ordinal = _next_handshake(world)
     text = torch.frombuffer(bytearray(answer.ljust(ANSWER_BYTES)), dtype=torch.uint8).to(device)
     answers = _all_gather(text, world, lambda: _raise_if_a_peer_is_local(world, ordinal))
     return [bytes(row) for row in answers.tolist()]
@@ -198,38 +205,57 @@ def _finish(
 # leaves a notice in the group's store, where ranks that have waited for long look for one. A layer
 # in mode `local` leaves a note too, for peers whose layer is in another mode by mistake.
 
-_has_notice: set[str] = set()
-_handshakes: dict[str, int] = {}
+
+@dataclass
+class _Progress:
+    """How far this rank is with a group; the counts are the same on all its ranks."""
+
+    exchanges: int = 0
+    handshakes: int = 0
+    failed_at: int = -1  # the exchange at which this rank last raised, and its peers may have
+    has_notice: bool = False
+
+
+_progress: defaultdict[str, _Progress] = defaultdict(_Progress)
 
 
 def report_failure(world: World, message: str) -> None:
     """Tell the ranks that will wait for this one in vain why it stopped."""
-    if world.size > 1:
-        _has_notice.add(world.name)
-        _store().set(_key(world, "stopped"), f"rank {world.rank} stopped: {message}")
+    if world.size == 1:
+        return
+    progress = _progress[world.name]
+    progress.failed_at, progress.has_notice = progress.exchanges, True
+    notice = f"{progress.exchanges} rank {world.rank} stopped: {message}"
+    _store().set(_key(world, "stopped"), notice)
 
 
 def note_local(world: World) -> None:
     """Note that this rank's next layer to start does not communicate."""
-    _store().set(_key(world, "local", _next_ordinal(world), world.rank), "")
+    _store().set(_key(world, "local", _next_handshake(world), world.rank), "")
 
 
-def _next_ordinal(world: World) -> int:
-    _handshakes[world.name] = _handshakes.get(world.name, -1) + 1
-    return _handshakes[world.name]
+def _next_handshake(world: World) -> int:
+    _progress[world.name].handshakes += 1
+    return _progress[world.name].handshakes
 
 
 def _begin(world: World) -> None:
-    """Withdraw this rank's notice: its caller caught the error and goes on."""
-    if world.name in _has_notice:
-        _has_notice.discard(world.name)
+    """Count an exchange. Withdraw this rank's notice: its caller caught the error and goes on."""
+    progress = _progress[world.name]
+    progress.exchanges += 1
+    if progress.has_notice:
+        progress.has_notice = False
         _store().delete_key(_key(world, "stopped"))
 
 
 def _raise_if_a_peer_failed(world: World) -> None:
     key = _key(world, "stopped")
-    if _store().check([key]):
-        raise RuntimeError(f"{CALL}: {_store().get(key).decode()}")
+    if not _store().check([key]):
+        return
+    exchange, message = _store().get(key).decode().split(maxsplit=1)
+    # A rank that raised together with its peer, and goes on, expects the same of the peer.
+    if int(exchange) > _progress[world.name].failed_at:
+        raise RuntimeError(f"{CALL}: {message}")
 
 
 def _raise_if_a_peer_is_local(world: World, ordinal: int) -> None:

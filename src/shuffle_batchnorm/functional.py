@@ -1,7 +1,7 @@
 """shuffle_batch_norm: moments of blocks, mix, per-block affine; and its backward."""
 
 import warnings
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import exchange, kernels
 from .agreement import Agreed, Terms, Wire, agree, check_input
+from .autograd import Normalise
 from .exchange import CALL, ProcessGroupLike, World
 from .kernels.rows import accumulation_dtype
 from .mixing import Options, Plan, check_options, make_plan
@@ -16,7 +17,6 @@ from .statistics import (
     Statistics,
     check_counts,
     mix,
-    mix_gradients,
     pack,
     rejection,
     unpack,
@@ -150,8 +150,10 @@ def normalise(
         check_counts(statistics, sizes, plan, world, input.shape)
         if running_mean is not None and running_var is not None and not is_recomputation():
             _update_running(running_mean, running_var, statistics, sizes, plan, momentum)
-    output = _ShuffleBatchNorm.apply(  # type: ignore[no-untyped-call]
-        input, weight, bias, statistics.used, statistics.source, eps, sizes, plan, world
+    used, source = statistics.used, statistics.source
+    # The compiler refuses the same tensor twice.
+    output = Normalise.apply(  # type: ignore[no-untyped-call]
+        input, weight, bias, used, None if source is used else source, eps, sizes, plan, world
     )
     return Normalised(output, statistics, sizes)
 
@@ -247,101 +249,3 @@ def _update_running(
         step = torch.as_tensor(momentum, dtype=new.dtype, device=new.device)
         # In `sync` all ranks may be empty: then there is nothing to learn from.
         running.copy_(torch.where(count.amax() > 0, old + step * (new - old), old))
-
-
-class _ShuffleBatchNorm(torch.autograd.Function):
-    """``y = xhat * w + b``, with ``xhat = (x - mean) / sqrt(std**2 + eps)`` of the normaliser.
-
-    Keeps the input and small rows. With ``s0 = sum w dy`` and ``s1 = sum w dy xhat`` over all users
-    of the normaliser S that a block is pooled in, and S's n values per channel:
-    ``dx = w dy rho_used - rho_S / n * (s0 + s1 * xhat_S)``, ``rho = 1 / sqrt(std**2 + eps)``.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        used: Tensor,
-        source: Tensor,
-        eps: float,
-        sizes: tuple[int, ...],
-        plan: Plan,
-        world: World,
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight, used, source)
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.call = (eps, sizes, plan, world)
-        mean, rho = _normaliser(used, eps)
-        scale = rho if weight is None else rho * weight.to(rho.dtype)
-        shift = torch.zeros_like(mean) if bias is None else bias.to(mean.dtype).expand_as(mean)
-        return kernels.select(x).block_affine(x, sizes, mean, scale, shift)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, used, source = ctx.saved_tensors
-        first = _gradients(dy, x, weight, used, source, *ctx.call)
-        if torch.is_grad_enabled():
-            # create_graph: the first derivatives are right; a second one must not be wrong.
-            first = _FirstDerivative.apply(*first, dy, x, weight)  # type: ignore[no-untyped-call]
-        dx, dweight, dbias = first
-        grads = (
-            dx,
-            None if weight is None else dweight.to(weight.dtype),
-            None if ctx.bias_dtype is None else dbias.to(ctx.bias_dtype),
-        )
-        needed = zip(grads, ctx.needs_input_grad, strict=False)
-        return (*(grad if need else None for grad, need in needed), *[None] * 6)
-
-
-def _gradients(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    used: Tensor,
-    source: Tensor,
-    eps: float,
-    sizes: tuple[int, ...],
-    plan: Plan,
-    world: World,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of input, weight and bias.
-
-    Always exchanges, even where no gradient of the input is needed: a peer may need one.
-    """
-    with torch.no_grad():
-        kernel = kernels.select(x)
-        mean, rho = _normaliser(used, eps)
-        total, dot = kernel.block_grad_sums(dy, x, sizes, mean, rho)
-        w = 1.0 if weight is None else weight.to(rho.dtype)
-        sums = torch.cat([w * total, w * dot], dim=1).view(plan.groups, plan.per_group, -1)
-        s0, s1 = mix_gradients(sums, plan, world).reshape(len(sizes), -1).chunk(2, dim=1)
-        count = unpack(source)[0].clamp(min=1)
-        mean_source, rho_source = _normaliser(source, eps)
-        step = -rho_source / count
-        dx = kernel.block_grad_affine(
-            dy, x, sizes, w * rho, step * rho_source * s1, mean_source, step * s0
-        )
-        return dx, dot.sum(dim=0), total.sum(dim=0)
-
-
-def _normaliser(rows: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return mean and ``1 / sqrt(std**2 + eps)``, ``[R, C]``, of rows ``[groups, B, 2C + 1]``."""
-    _, mean, std = unpack(rows)
-    return mean, (wide(std).square() + eps).rsqrt().to(mean.dtype)
-
-
-class _FirstDerivative(torch.autograd.Function):
-    """Pass gradients through; refuse to differentiate them again."""
-
-    @staticmethod
-    def forward(_ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tensors[:3]
-
-    @staticmethod
-    def backward(_ctx: Any, *_grads: Tensor) -> tuple[Tensor, ...]:
-        raise RuntimeError(
-            f"{CALL}: double backward is not implemented; differentiate this layer only once "
-            "(or put it in eval mode)"
-        )

@@ -5,7 +5,6 @@ among all ``G = W * groups``. A group is cut into ``B`` contiguous blocks (``B =
 ``regroup``), so a local batch is ``groups * B`` blocks in a row.
 """
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -118,7 +117,6 @@ class Rotation(NamedTuple):
         )
 
 
-@lru_cache(maxsize=1024)
 def rotation(world_size: int, rank: int, groups: int, shifts: tuple[int, ...]) -> Rotation:
     """Return `rank`'s part in a rotation of the rows of all ranks.
 

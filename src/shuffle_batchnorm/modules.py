@@ -1,8 +1,6 @@
-"""ShuffleBatchNorm, the layer; its contexts for offsets and records; running statistics."""
+"""ShuffleBatchNorm, the layer, and its conversion from and to others."""
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -130,11 +128,16 @@ class ShuffleBatchNorm(_BatchNorm):
         if not self.training:
             return self._evaluate(input)
         options = Options(self.mode, self.groups, self.offset, self.blocks)
+        # As in nn.BatchNorm, the attribute can be switched off after the buffers were made.
+        tracked = self.track_running_stats
         result = normalise(
-            input, self.running_mean, self.running_var, self.weight, self.bias,
+            input, self.running_mean if tracked else None, self.running_var if tracked else None,
+            self.weight, self.bias,
             self._running_step(), self.eps, options, self.process_group, self._agreed,
         )  # fmt: skip
-        if self.num_batches_tracked is not None and not is_recomputation():
+        if is_recomputation():
+            return result.output
+        if tracked and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
         if self._sinks:
             mean, std = per_sample_statistics(result.statistics.used, result.sizes)
@@ -152,14 +155,16 @@ class ShuffleBatchNorm(_BatchNorm):
     def _evaluate(self, input: Tensor) -> Tensor:
         """Normalise with the running statistics; without any, with this rank's whole batch."""
         self._check_input_dim(input)
-        untracked = self.running_mean is None
-        if self._sinks and self.running_mean is not None and self.running_var is not None:
+        mean, var = self.running_mean, self.running_var
+        untracked = mean is None or var is None
+        output = F.batch_norm(input, mean, var, self.weight, self.bias, untracked, 0.0, self.eps)
+        if self._sinks:
+            if mean is None or var is None:
+                mean, std = own_statistics(input.detach(), groups=1)
+                var = std.square()
             size = (input.shape[0], -1)
-            self._record(input, self.running_mean.expand(size), self.running_var.expand(size))
-        return F.batch_norm(
-            input, self.running_mean, self.running_var, self.weight, self.bias,
-            untracked, 0.0, self.eps,
-        )  # fmt: skip
+            self._record(input, mean.expand(size), var.expand(size))
+        return output
 
     def _check_input_dim(self, input: Tensor) -> None:
         parameters = {"weight": self.weight, "running_mean": self.running_mean}
@@ -171,7 +176,9 @@ class ShuffleBatchNorm(_BatchNorm):
             )
 
     def _record(self, input: Tensor, used_mean: Tensor, used_var: Tensor) -> None:
-        own_mean, own_std = own_statistics(input.detach(), self.groups)
+        # Eval mode takes any batch; one that doesn't fit the groups is a single group.
+        groups = 1 if input.shape[0] % self.groups else self.groups
+        own_mean, own_std = own_statistics(input.detach(), groups)
         for name, records in self._sinks:
             records.append(
                 StatisticsRecord(
@@ -260,7 +267,9 @@ class ShuffleBatchNorm(_BatchNorm):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         # MoCo's key encoder is a deep copy; a process group can't be copied, and need not be.
-        memo[id(self.process_group)] = self.process_group
+        _, former_group = self.__dict__.get("_former", (None, None))
+        for group in (self.process_group, former_group):
+            memo[id(group)] = group
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
@@ -273,95 +282,3 @@ class ShuffleBatchNorm(_BatchNorm):
             f"mode={self.mode!r}, groups={self.groups}, "
             f"offset={self.offset}, blocks={self.blocks}"
         )
-
-
-@contextmanager
-def shuffle_offset(module: nn.Module, offset: int) -> Iterator[None]:
-    """Give every ShuffleBatchNorm in a module another offset inside a ``with`` block.
-
-    ``offset=0`` turns shuffling off for one pass; a second view through the same encoder can take
-    another offset than the first. All ranks must enter it alike.
-
-    Args:
-        module: a model or layer.
-        offset: the offset inside the block.
-
-    Raises:
-        TypeError: `offset` is not an int.
-
-    Example:
-        >>> layer = ShuffleBatchNorm(3, groups=2)
-        >>> with shuffle_offset(layer, 0):
-        ...     y = layer(torch.randn(4, 3))
-        >>> layer.offset
-        1
-    """
-    check_options("shuffle_offset", Options(offset=offset))
-    layers = [m for m in module.modules() if isinstance(m, ShuffleBatchNorm)]
-    before = [layer.offset for layer in layers]
-    try:
-        for layer in layers:
-            layer.offset = offset
-        yield
-    finally:
-        for layer, value in zip(layers, before, strict=True):
-            layer.offset = value
-
-
-@contextmanager
-def record_statistics(module: nn.Module) -> Iterator[list[StatisticsRecord]]:
-    """Record the statistics of every ShuffleBatchNorm call inside a ``with`` block.
-
-    Communication: none of its own.
-
-    Args:
-        module: a model or layer; records carry the layers' names in it.
-
-    Yields:
-        A list that grows by one `StatisticsRecord` per layer call: ``name``, ``own_mean``,
-        ``own_var``, ``used_mean``, ``used_var``, each statistic ``[N, C]``, a row per sample.
-
-    Example:
-        >>> layer = ShuffleBatchNorm(3, groups=2)
-        >>> with record_statistics(layer) as records:
-        ...     y = layer(torch.randn(4, 3))
-        >>> bool((records[0].used_mean[0] == records[0].own_mean[2]).all())
-        True
-    """
-    records: list[StatisticsRecord] = []
-    layers = [(n, m) for n, m in module.named_modules() if isinstance(m, ShuffleBatchNorm)]
-    sinks = [(layer, (name, records)) for name, layer in layers]
-    try:
-        for layer, sink in sinks:
-            layer._sinks.append(sink)
-        yield records
-    finally:
-        for layer, sink in sinks:
-            layer._sinks[:] = [other for other in layer._sinks if other is not sink]
-
-
-def synchronize_running_stats(module: nn.Module, process_group: ProcessGroupLike = None) -> None:
-    """Average the running mean and variance of every normalisation layer over the ranks.
-
-    Ranks see different statistics; average them before an evaluation or a checkpoint that should
-    not depend on the rank.
-
-    Communication: one all_reduce of all running statistics together, per dtype and device.
-
-    Args:
-        module: a model or layer; every submodule with ``running_mean`` and ``running_var``.
-        process_group: None for all ranks, a ProcessGroup or a 1-D DeviceMesh.
-    """
-    exchange.check_process_group("synchronize_running_stats", process_group)
-    world = exchange.resolve(process_group)
-    if world.size == 1:
-        return
-    named = (getattr(m, n, None) for m in module.modules() for n in ("running_mean", "running_var"))
-    # A buffer that two layers share is averaged once.
-    buffers = {id(b): b for b in named if isinstance(b, Tensor)}.values()
-    with torch.no_grad():
-        for kind in sorted({(b.dtype, b.device) for b in buffers}, key=str):
-            same = [b for b in buffers if (b.dtype, b.device) == kind]
-            mean = exchange.all_sum(torch.cat([b.reshape(-1) for b in same]), world) / world.size
-            for buffer, new in zip(same, mean.split([b.numel() for b in same]), strict=True):
-                buffer.copy_(new.view_as(buffer))

@@ -79,10 +79,18 @@ def block_grad_affine(
 
 
 def _layout(x: Tensor) -> tuple[Tensor, bool]:
-    """Return `x`, contiguous if it has neither layout, and whether it is in lines."""
-    if x.movedim(1, -1).is_contiguous():
+    """Return `x`, copied if it has neither layout, and whether it is in lines."""
+    if _in_lines(x):
         return x, True
+    if not x.is_contiguous():
+        dense = torch.empty_like(x)  # keeps the order of the axes: lines with gaps become lines
+        if _in_lines(dense):
+            return dense.copy_(x), True
     return x.contiguous(), False
+
+
+def _in_lines(x: Tensor) -> bool:
+    return x.movedim(1, -1).is_contiguous()
 
 
 def _as_layout(dy: Tensor, lines: bool) -> Tensor:

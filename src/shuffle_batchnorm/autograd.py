@@ -1,0 +1,112 @@
+"""The normalisation of one rank's batch with given statistics, and its exact gradient."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import kernels
+from .exchange import CALL, World
+from .mixing import Plan
+from .statistics import mix_gradients, unpack, wide
+
+
+class Normalise(torch.autograd.Function):
+    """``y = xhat * w + b``, with ``xhat = (x - mean) / sqrt(std**2 + eps)`` of the normaliser.
+
+    Keeps the input and small rows. With ``s0 = sum w dy`` and ``s1 = sum w dy xhat`` over all users
+    of the normaliser S that a block is pooled in, and S's n values per channel:
+    ``dx = w dy rho_used - rho_S / n * (s0 + s1 * xhat_S)``, ``rho = 1 / sqrt(std**2 + eps)``.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        used: Tensor,
+        source: Tensor | None,
+        eps: float,
+        sizes: tuple[int, ...],
+        plan: Plan,
+        world: World,
+    ) -> Tensor:
+        """Return y. `used` and `source` are rows as in `Statistics`; None for `source` = `used`."""
+        ctx.save_for_backward(x, weight, used, source)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.call = (eps, sizes, plan, world)
+        mean, rho = _normaliser(used, eps)
+        scale = rho if weight is None else rho * weight.to(rho.dtype)
+        shift = torch.zeros_like(mean) if bias is None else bias.to(mean.dtype).expand_as(mean)
+        return kernels.select(x).block_affine(x, sizes, mean, scale, shift)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of x, weight and bias."""
+        x, weight, used, source = ctx.saved_tensors
+        first = _gradients(dy, x, weight, used, source, *ctx.call)
+        if torch.is_grad_enabled():
+            # create_graph: the first derivatives are right; a second one must not be wrong.
+            first = _FirstDerivative.apply(*first, dy, x, weight)  # type: ignore[no-untyped-call]
+        dx, dweight, dbias = first
+        grads = (
+            dx,
+            None if weight is None else dweight.to(weight.dtype),
+            None if ctx.bias_dtype is None else dbias.to(ctx.bias_dtype),
+        )
+        needed = zip(grads, ctx.needs_input_grad, strict=False)
+        return (*(grad if need else None for grad, need in needed), *[None] * 6)
+
+
+def _gradients(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    used: Tensor,
+    source: Tensor | None,
+    eps: float,
+    sizes: tuple[int, ...],
+    plan: Plan,
+    world: World,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of input, weight and bias.
+
+    Always exchanges, even where no gradient of the input is needed: a peer may need one.
+    """
+    with torch.no_grad():
+        kernel = kernels.select(x)
+        mean, rho = _normaliser(used, eps)
+        total, dot = kernel.block_grad_sums(dy, x, sizes, mean, rho)
+        w = 1.0 if weight is None else weight.to(rho.dtype)
+        sums = torch.cat([w * total, w * dot], dim=1).view(plan.groups, plan.per_group, -1)
+        s0, s1 = mix_gradients(sums, plan, world).reshape(len(sizes), -1).chunk(2, dim=1)
+        source = used if source is None else source
+        count = unpack(source)[0].clamp(min=1)
+        mean_source, rho_source = _normaliser(source, eps)
+        step = -rho_source / count
+        dx = kernel.block_grad_affine(
+            dy, x, sizes, w * rho, step * rho_source * s1, mean_source, step * s0
+        )
+        return dx, dot.sum(dim=0), total.sum(dim=0)
+
+
+def _normaliser(rows: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return mean and ``1 / sqrt(std**2 + eps)``, ``[R, C]``, of rows ``[groups, B, 2C + 1]``."""
+    _, mean, std = unpack(rows)
+    return mean, (wide(std).square() + eps).rsqrt().to(mean.dtype)
+
+
+class _FirstDerivative(torch.autograd.Function):
+    """Pass gradients through; refuse to differentiate them again."""
+
+    @staticmethod
+    def forward(_ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tensors[:3]
+
+    @staticmethod
+    def backward(_ctx: Any, *_grads: Tensor) -> tuple[Tensor, ...]:
+        raise RuntimeError(
+            f"{CALL}: double backward is not implemented; differentiate this layer only once "
+            "(or put it in eval mode)"
+        )
