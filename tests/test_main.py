@@ -1,0 +1,233 @@
+"""main.py from the outside: what a newcomer types, and what is printed."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+import main
+
+ROOT = Path(__file__).resolve().parents[1]
+MAIN = str(ROOT / "main.py")
+PYTHON = (sys.executable, MAIN)
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
+QUICK = ("--shuffle", "--epochs", "1", "--data", "random")
+MEAN = re.compile(r"\[([\d.]+)\]mean (before|after) shuffle: tensor\(\[(.*)\]\)")
+
+Means = dict[str, tuple[float, ...]]
+
+
+def start(command: Sequence[str], first_path: Path = ROOT / "src") -> subprocess.Popen[str]:
+    """Start a command on the CPU."""
+    # Two cores have to do for every worker, and a torchrun around pytest is not ours.
+    ours = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    path = os.pathsep.join([str(first_path), os.environ.get("PYTHONPATH", "")])
+    ours |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=ours, text=True, stdout=pipe, stderr=pipe)
+
+
+def finish(processes: Sequence[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
+    """The status, stdout and stderr of each; none outlives the test."""
+    try:
+        ends = [process.communicate(timeout=120) for process in processes]
+        return [(p.returncode, *end) for p, end in zip(processes, ends, strict=True)]
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.terminate()  # not killed: a torchrun first has to end its workers
+                process.communicate()
+
+
+def run(*command: str) -> str:
+    """The stdout of a command that has to succeed, without a warning."""
+    [(status, stdout, stderr)] = finish([start(command)])
+    assert status == 0, stderr
+    assert not re.search(r"\wWarning: ", stderr), stderr  # Python's; gloo may speak of hostnames
+    return stdout
+
+
+def means(stdout: str) -> tuple[Means, Means]:
+    """The printed means before and after the shuffle: name of the rank (or group) to channels."""
+    found: dict[str, Means] = {"before": {}, "after": {}}
+    for name, when, numbers in MEAN.findall(stdout):
+        assert name not in found[when], f"[{name}] {when} is printed twice"
+        found[when][name] = tuple(float(number) for number in numbers.split(","))
+        assert len(found[when][name]) == 4
+    assert len(set(found["before"].values())) == len(found["before"]), "two groups saw the same"
+    return found["before"], found["after"]
+
+
+def after_the_greeting(stdout: str) -> list[str]:
+    """What is printed below the lines that say how the workers were started."""
+    return stdout.split("with gloo\n", 1)[1].splitlines()
+
+
+@pytest.fixture(scope="module")
+def seeds_run() -> str:
+    """The command of the seed's page."""
+    return run(*PYTHON, "--gpu", "0,1", "--shuffle", "--epochs", "10")
+
+
+@pytest.fixture(scope="module")
+def spawned_run() -> str:
+    """A short run that this file spawned itself, for torchrun's to be compared with."""
+    return run(*PYTHON, "--gpu", "0,1", *QUICK)
+
+
+def test_seeds_command_swaps_between_two_processes(seeds_run: str) -> None:
+    """Catches a check that prints its own statistics twice, and shards that are not disjoint."""
+    before, after = means(seeds_run)
+    assert after == {"0": before["1"], "1": before["0"]}
+    assert after != before
+
+
+def test_seeds_command_prints_the_seeds_lines_in_order(seeds_run: str) -> None:
+    """Catches lines that are missing, added, cut in two, or in another order than the seed's."""
+    blank = re.sub(r"tensor\(.*\)|0\.\d{4}|\d+ held", "*", seeds_run)
+    check = [f"[{r}]mean {when} shuffle: *" for when in ("before", "after") for r in (0, 1)]
+    epochs = [[f"[{epoch}/10] Loss *", "=" * 48] * 2 for epoch in range(10)]
+    assert blank.splitlines() == [
+        "=> Spawning 2 distributed workers",
+        "=> GPU 0,1 not found: the workers run on the CPU, with gloo",
+        *(line for lines in epochs[:9] for line in lines),
+        *check,
+        *epochs[9],
+        "=> Accuracy * on *-out images",
+    ]
+
+
+def test_digits_are_learnt(seeds_run: str) -> None:
+    """Catches an optimizer without the model's parameters, and running statistics gone wrong."""
+    losses = [float(loss) for loss in re.findall(r"Loss (\S+)", seeds_run)]
+    assert 0.3 < losses[0] < 0.8
+    assert max(losses[-2:]) < 0.2
+    accuracy = re.search(r"Accuracy (\S+)", seeds_run)
+    assert accuracy
+    assert float(accuracy[1]) > 0.94
+
+
+def test_without_shuffle_nothing_is_swapped() -> None:
+    """Catches a model that is converted, or a check that is printed, without being asked for."""
+    stdout = run(*PYTHON, "--gpu", "0,1", "--epochs", "1", "--data", "random")
+    assert "shuffle" not in stdout
+    assert stdout.count("[0/1] Loss 0.") == 2
+    assert "noise has nothing to learn" in stdout
+
+
+def test_groups_swap_inside_one_device() -> None:
+    """Catches virtual groups that are not printed, or rows of the wrong group."""
+    stdout = run(*PYTHON, "--gpu", "0", *QUICK, "--groups", "2")
+    before, after = means(stdout)
+    assert "=> Spawning 1 distributed worker\n" in stdout
+    assert after == {"0.0": before["0.1"], "0.1": before["0.0"]}
+
+
+def test_three_workers_rotate() -> None:
+    """Catches a rotation in the wrong direction, which a swap of two hides."""
+    before, after = means(run(*PYTHON, "--gpu", "0,1,2", *QUICK))
+    assert after == {"0": before["1"], "1": before["2"], "2": before["0"]}
+
+
+def test_torchrun_prints_the_same(spawned_run: str) -> None:
+    """Catches workers that spawn workers of their own, or take their rank from the wrong place."""
+    stdout = run(*TORCHRUN, "--standalone", "--nproc-per-node", "2", MAIN, *QUICK)
+    assert "=> Joining 2 distributed workers\n" in stdout
+    assert after_the_greeting(stdout) == after_the_greeting(spawned_run)
+    before, after = means(stdout)
+    assert after == {"0": before["1"], "1": before["0"]}
+
+
+def test_torchrun_on_two_nodes_prints_the_same(spawned_run: str) -> None:
+    """Catches the seed's limit: rank taken for local rank, so that nodes never meet."""
+    for last_try in (False, True):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        where = ("--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", port)
+        nodes = [
+            start((*TORCHRUN, "--nnodes", "2", "--node-rank", node, *where, MAIN, *QUICK))
+            for node in ("0", "1")
+        ]
+        (status_0, stdout_0, stderr_0), (status_1, stdout_1, stderr_1) = finish(nodes)
+        # Somebody else may have taken the port between our probe and torchrun.
+        if last_try or "address already in use" not in (stderr_0 + stderr_1).lower():
+            break
+    assert (status_0, status_1) == (0, 0), stderr_0 + stderr_1
+    assert after_the_greeting(stdout_0) == after_the_greeting(spawned_run)
+    assert stdout_1 == ""
+
+
+def test_failing_worker_fails_the_command(tmp_path: Path) -> None:
+    """Catches a worker's error that is swallowed, and peers that are left waiting for it."""
+    (tmp_path / "shuffle_batchnorm.py").write_text(
+        "import time, torch.distributed as dist\n"
+        "class ShuffleBatchNorm:\n"
+        "    def convert_shuffle_batchnorm(model, **_):\n"
+        "        if dist.get_rank() == 1: raise RuntimeError('rank 1 gives up')\n"
+        "        time.sleep(600)\n"
+        "record_statistics = synchronize_running_stats = None\n"
+    )
+    [(status, _, stderr)] = finish([start((*PYTHON, *QUICK), first_path=tmp_path)])
+    assert status == 1
+    assert "main.py: a worker failed: " in stderr
+    assert "RuntimeError: rank 1 gives up" in stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--gpu 0,x", "--gpu: '0,x' is not a list of different GPUs such as 0,1"),
+        ("--gpu 0,,1", "--gpu: '0,,1' is not a list of different GPUs such as 0,1"),
+        ("--gpu 1,1", "--gpu: '1,1' is not a list of different GPUs such as 0,1"),
+        ("--shuffle --mode deal", "--mode: invalid choice: 'deal'"),
+        ("--mode regroup", "--mode: needs --shuffle"),
+        ("--groups 2", "--groups: needs --shuffle"),
+        ("--shuffle --groups 0", "--groups: '0' is not a whole number of at least 1"),
+        ("--shuffle --groups 5", "--batch-size: 32 is not divisible by --groups 5"),
+        ("--batch-size 720", "--batch-size: 720 is more than each worker's 719 images"),
+        ("--epochs ten", "--epochs: 'ten' is not a whole number of at least 1"),
+        ("--lr nan", "--lr: nan is not a positive number"),
+        ("--no-such-flag", "unrecognized arguments: --no-such-flag"),
+    ],
+)
+def test_bad_flags_end_in_one_line(
+    flags: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches flags that are refused only by a worker, with a traceback, or not at all."""
+    monkeypatch.setattr(sys, "argv", ["main.py", *flags.split()])
+    with pytest.raises(SystemExit) as end:
+        main.main()
+    stdout, stderr = capsys.readouterr()
+    assert end.value.code == 2
+    assert stdout == ""
+    assert stderr.startswith("main.py: error: ")
+    assert message in stderr
+    assert stderr.count("\n") == 1
+
+
+def test_bad_flags_reach_the_shell() -> None:
+    """Catches a status, a line or a traceback that only the real process shows."""
+    [(status, stdout, stderr)] = finish([start((*PYTHON, "--gpu", "zero"))])
+    message = "argument --gpu: 'zero' is not a list of different GPUs such as 0,1"
+    assert (status, stdout, stderr) == (2, "", f"main.py: error: {message}\n")
+
+
+def test_missing_scikit_learn_is_explained(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches an ImportError shown to somebody who only lacks the extra."""
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    monkeypatch.setattr(sys, "argv", ["main.py"])
+    with pytest.raises(SystemExit) as end:
+        main.main()
+    assert end.value.code == 2
+    assert capsys.readouterr().err == (
+        "main.py: error: argument --data: digits needs scikit-learn: "
+        'pip install "shuffle_batchnorm[demo]", or use --data random\n'
+    )
