@@ -274,7 +274,7 @@ def _meet_and_die(rank: int, folder: str) -> None:
 
 def test_a_rank_that_dies_ends_its_peers(tmp_path: Path) -> None:
     """Catches peers that wait for the dead."""
-    spawn(_meet_and_die, (str(tmp_path),), nprocs=3)  # type: ignore[no-untyped-call]
+    spawn(_meet_and_die, (str(tmp_path),), nprocs=3)
     for rank in (0, 2):
         seconds, text = (tmp_path / f"rank{rank}").read_text().split(maxsplit=1)
         assert float(seconds) < SECONDS

@@ -13,6 +13,7 @@ import truth
 from ranks import run_on_ranks
 from shuffle_batchnorm import (
     ShuffleBatchNorm,
+    exchange,
     record_statistics,
     shuffle_offset,
     synchronize_running_stats,
@@ -159,9 +160,6 @@ def _synchronized(dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor], Tenso
         ShuffleBatchNorm(3, mode="swap", track_running_stats=False),
         nn.Sequential(nn.InstanceNorm1d(3, track_running_stats=True), nn.BatchNorm1d(3).double()),
     )
-    shared = nn.BatchNorm1d(3)
-    shared.running_mean = model.get_buffer("0.running_mean")  # one tensor in two layers
-    model.append(shared)
     for k in range(dist.get_rank() + 1):
         model[0](torch.randn(4, 3) + k)
     buffers = {k: b for k, b in model.named_buffers() if b.is_floating_point()}
@@ -183,7 +181,7 @@ def _synchronized(dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor], Tenso
 @pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_running_statistics_are_averaged(world_size: int, dtype: torch.dtype) -> None:
-    """Catches sums for means, shared buffers divided twice, ranks that evaluate differently."""
+    """Catches sums for means, layers left out, buffers replaced, other results on every rank."""
     results = run_on_ranks(world_size, _synchronized, dtype)
     before = zip(*(result[0] for result in results), strict=True)
     means = [torch.stack(buffers).double().mean(dim=0) for buffers in before]
@@ -210,6 +208,28 @@ def _synchronized_in_a_part() -> list[float]:
 def test_running_statistics_are_averaged_in_a_process_group() -> None:
     """Catches a process group that is ignored, and a model without such layers."""
     assert run_on_ranks(3, _synchronized_in_a_part) == [[1.0, 1.0], [1.0, 1.0], [1.0, 1.0]]
+
+
+def _numbers_sent() -> list[int]:
+    shared, other = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+    other.running_mean = shared.running_mean  # one tensor in two layers
+    sent, all_sum = [], exchange.all_sum
+
+    def spy(row: Tensor, world: exchange.World) -> Tensor:
+        sent.append(row.numel())
+        return all_sum(row, world)
+
+    exchange.all_sum = spy
+    try:
+        synchronize_running_stats(nn.Sequential(shared, other, shared))
+    finally:
+        exchange.all_sum = all_sum
+    return sent
+
+
+def test_running_statistics_travel_once_together() -> None:
+    """Catches a message per layer, and buffers of shared layers sent several times."""
+    assert run_on_ranks(2, _numbers_sent) == [[9], [9]]
 
 
 def _synchronized_in_half_precision() -> float:

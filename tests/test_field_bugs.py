@@ -120,10 +120,10 @@ def _inputs(world_size: int, dtype: torch.dtype, *sizes: int) -> list[Tensor]:
 
 def _outputs(mode: str, dtype: torch.dtype, sizes: list[int], options: dict[str, Any]) -> Any:
     x = _inputs(dist.get_world_size(), dtype, *sizes)[dist.get_rank()].requires_grad_()
-    layer = ShuffleBatchNorm(3, mode=mode, dtype=dtype, **options)
+    layer = ShuffleBatchNorm(3, mode=mode, **options)
     y = layer(x)
     y.float().pow(3).sum().backward()
-    return y.detach(), x.grad, [*layer.state_dict()]
+    return y.detach(), x.grad, layer.state_dict()
 
 
 @COMMUNICATING
@@ -142,15 +142,22 @@ def _outputs(mode: str, dtype: torch.dtype, sizes: list[int], options: dict[str,
 def test_on_ranks(mode: str, dtype: torch.dtype, sizes: list[int], options: dict[str, Any]) -> None:
     """Catches, per case, counts in the input's dtype and rows that need parameters or buffers."""
     xs = [x.double().requires_grad_() for x in _inputs(2, dtype, *sizes)]
-    outputs = truth.shuffled(xs, mode).outputs
+    exact = truth.shuffled(xs, mode)
+    outputs = exact.outputs
     sum(y.pow(3).sum() for y in outputs).backward()  # type: ignore[union-attr]
     tolerance = 1e-5 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
     results = run_on_ranks(2, _outputs, mode, dtype, sizes, options)
-    for (y, grad, keys), x, want in zip(results, xs, outputs, strict=True):
-        assert x.grad is not None
-        assert _relative(y, want.detach()) < tolerance
-        assert _relative(grad, x.grad) < 20 * tolerance
-        assert keys == [*nn.BatchNorm1d(3, **options).state_dict()]
+    for rank, (y, grad, state) in enumerate(results):
+        want = xs[rank].grad
+        assert want is not None
+        assert _relative(y, outputs[rank].detach()) < tolerance
+        assert _relative(grad, want) < 20 * tolerance
+        assert state.keys() == nn.BatchNorm1d(3, **options).state_dict().keys()
+        if "running_mean" in state:
+            # Never in half precision: one count that is off by 1 in 1000 shows here.
+            mean, var = truth.running(exact, [rank])
+            assert _relative(state["running_mean"], mean) < 1e-5
+            assert _relative(state["running_var"], var) < 1e-5
 
 
 def _gradient_of_rank_0s_loss(mode: str) -> Tensor | None:
@@ -206,8 +213,8 @@ def test_pytorch_38174_uneven_step_counts(mode: str) -> None:
     assert str(error).startswith("shuffle_batch_norm: rank 0 of 2 lost its peers")
 
 
-def _ddp(mode: str, broadcast_buffers: bool | None, views: int) -> list[Tensor]:
-    """Averaged gradients and buffers after 2 steps; with None, without DDP."""
+def _two_views(mode: str, broadcast_buffers: bool | None) -> list[Tensor]:
+    """Averaged gradients and buffers after 2 steps; with None, without DDP and one by one."""
     torch.manual_seed(0)
     kwargs: dict[str, Any] = dict(mode=mode, groups=2, dtype=torch.float64)
     norms = [ShuffleBatchNorm(3, **kwargs) for _ in range(2)]
@@ -222,8 +229,12 @@ def _ddp(mode: str, broadcast_buffers: bool | None, views: int) -> list[Tensor]:
     results = []
     for _ in range(2):
         model.zero_grad()
-        outputs = [call(torch.randn(8, 3, dtype=torch.float64)) for _ in range(views)]
-        torch.stack(outputs).pow(3).sum().backward()
+        views = [torch.randn(8, 3, dtype=torch.float64) for _ in range(2)]
+        if broadcast_buffers is None:
+            for x in views:
+                call(x).pow(3).sum().backward()
+        else:
+            torch.stack([call(x) for x in views]).pow(3).sum().backward()
         for p in model.parameters():
             assert p.grad is not None
             if broadcast_buffers is None:
@@ -239,8 +250,8 @@ def test_pytorch_22095_175024_two_forwards_before_one_backward(
     mode: str, broadcast_buffers: bool
 ) -> None:
     """Catches tensors kept for backward that the second forward, or DDP's broadcast, changes."""
-    want = run_on_ranks(2, _ddp, mode, None, 2)
-    got = run_on_ranks(2, _ddp, mode, broadcast_buffers, 2)
+    want = run_on_ranks(2, _two_views, mode, None)
+    got = run_on_ranks(2, _two_views, mode, broadcast_buffers)
     for rank in (0, 1):
         pairs = list(zip(got[rank], want[rank], strict=True))
         # With broadcast_buffers rank 1's statistics start from those of rank 0 at every forward.

@@ -4,6 +4,7 @@
 not write can't be right by luck.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -160,13 +161,15 @@ def test_cpu_is_the_reference(
     case: tuple[Callable[[], Tensor], tuple[int, ...]], dtype: torch.dtype
 ) -> None:
     """Catches a layout read wrongly, a block's row given to another, an output left unwritten."""
-    x, sizes = _cast(case[0](), dtype), case[1]
-    rows, before = _rows(x, sizes, 4), x.clone()
+    x = _cast(case[0](), dtype)
+    before = x.clone()
     # The gradient comes as the next layer's backward made it: like x, or in any other layout.
     gradients = [_randn(*x.shape).to(dtype), _cast(case[0]().flip(0), dtype)]
     gradients.append(gradients[0].movedim(1, -1).contiguous().movedim(-1, 1))
     gradients.append(gradients[0][:1, :1].expand_as(x))  # of a sum: strides of 0
-    for dy in gradients:
+    # Few blocks and many are for different loops of aten.
+    for dy, sizes in itertools.product(gradients, (case[1], block_sizes(len(x), 1, 9))):
+        rows = _rows(x, sizes, 4)
         got, want = (_all_four(k, x, dy, sizes, rows) for k in (CPU, REFERENCE))
         _assert_near(got, want, 1e-12 if dtype == torch.float64 else 1e-5)
         for name, tensor in want.items():
@@ -187,10 +190,11 @@ def test_layout_of_the_input_is_kept(
     x = x.movedim(1, -1).contiguous().movedim(-1, 1) if lines else x
     if lines != other_gradient:
         dy = dy.movedim(1, -1).contiguous().movedim(-1, 1)
-    results = _all_four(kernels, x, dy, (1, 3), _rows(x, (1, 3), 4))
-    assert results["y"].stride() == results["dx"].stride() == x.stride()
-    for name in ("mean", "std", "total", "dot"):
-        assert results[name].is_contiguous(), name
+    for sizes in ((1, 3), block_sizes(4, 1, 9)):
+        results = _all_four(kernels, x, dy, sizes, _rows(x, sizes, 4))
+        assert results["y"].stride() == results["dx"].stride() == x.stride()
+        for name in ("mean", "std", "total", "dot"):
+            assert results[name].is_contiguous(), name
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -217,15 +221,19 @@ def test_half_precision_is_summed_in_float32(dtype: torch.dtype, lines: bool) ->
 
 @pytest.mark.parametrize("kernels", [CPU, REFERENCE], ids=["cpu", "reference"])
 @pytest.mark.parametrize("lines", [False, True])
-def test_large_means_cancel_no_more_than_in_batch_norm(kernels: Kernels, lines: bool) -> None:
+@pytest.mark.parametrize("empty_blocks", [0, 8])
+def test_large_means_cancel_no_more_than_in_batch_norm(
+    kernels: Kernels, lines: bool, empty_blocks: int
+) -> None:
     """Catches E[x²] − E[x]²: at a mean of 1e4 deviations it leaves no digit of the variance."""
     x = torch.randn(16, 8, 16, 16) + 1e4
     x = x.contiguous(memory_format=LAST2D) if lines else x
     exact = nn.BatchNorm2d(8, affine=False).double()(x.double())
     theirs = (nn.BatchNorm2d(8, affine=False)(x).double() - exact).norm()
-    mean, std = kernels.block_moments(x, (16,))
+    sizes = (16, *[0] * empty_blocks)
+    mean, std = kernels.block_moments(x, sizes)
     rho = (std.square() + 1e-5).rsqrt()
-    y = kernels.block_affine(x, (16,), mean, rho, torch.zeros_like(mean))
+    y = kernels.block_affine(x, sizes, mean, rho, torch.zeros_like(mean))
     assert (y.double() - exact).norm() <= 3 * theirs
 
 

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .kernels.rows import constant
 from .mixing import Plan, Rotation, rotation
 
 CALL = "shuffle_batch_norm"
@@ -275,18 +276,8 @@ def _key(world: World, *parts: str | int) -> str:
     return "/".join(("shuffle_batchnorm", world.name, *map(str, parts)))
 
 
-@lru_cache(maxsize=1024)
-def _cached_index(order: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(order, device=device)
-
-
 def _take(rows: Tensor, order: tuple[int, ...]) -> Tensor:
-    """Return ``rows[order]``; the index stays on the device, so that a step copies nothing."""
+    """Return ``rows[order]``."""
     if order == tuple(range(len(order))):
         return rows
-    # A tensor made while tracing belongs to that trace.
-    if type(rows) is not Tensor or torch.compiler.is_compiling():
-        index = torch.tensor(order, device=rows.device)
-    else:
-        index = _cached_index(order, rows.device)
-    return rows.index_select(0, index)
+    return rows.index_select(0, constant(order, torch.int64, rows))

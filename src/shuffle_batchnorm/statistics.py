@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import exchange, kernels
 from .exchange import CALL, World
-from .kernels.rows import per_sample
+from .kernels.rows import constant, counts, per_sample
 from .mixing import Plan, block_sizes
 
 _REJECTED = -1.0  # the count in the rows of a rank that could not accept its input
@@ -34,8 +34,8 @@ class Statistics(NamedTuple):
 
 def pack(sizes: tuple[int, ...], length: int, mean: Tensor, std: Tensor, plan: Plan) -> Tensor:
     """Return rows ``[groups, B, 2 * C + 1]`` from the moments ``[groups * B, C]`` of the blocks."""
-    counts = torch.cat([mean.new_full((1, 1), n * length) for n in sizes])
-    return torch.cat([counts, mean, std], dim=1).view(plan.groups, plan.per_group, -1)
+    count = counts(sizes, length, mean)
+    return torch.cat([count, mean, std], dim=1).view(plan.groups, plan.per_group, -1)
 
 
 def rejection(plan: Plan, channels: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -147,8 +147,8 @@ def check_counts(
     if all(n > 0 for n in sizes):
         valid = count >= 2
     else:
-        need = [count.new_full((1,), 2.0 if n > 0 else 0.0) for n in sizes]
-        valid = count >= torch.cat(need)
+        need = constant(tuple(2 if n > 0 else 0 for n in sizes), count.dtype, count)
+        valid = count >= need
     if torch.compiler.is_compiling() or count.device.type != "cpu":
         torch._assert_async(
             valid.all(),

@@ -7,7 +7,7 @@ float64 for float64 input, and so is every sum, whatever the input's dtype.
 import torch
 from torch import Tensor
 
-from .rows import accumulation_dtype, block_sum, per_sample, reciprocal_counts
+from .rows import accumulation_dtype, block_sum, counts, per_sample
 
 Sizes = tuple[int, ...]
 
@@ -19,10 +19,10 @@ def block_moments(x: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor]:
     deviation, not the variance, is what fits the dtype wherever the input does.
     """
     planes = _planes(x)
-    inverse = reciprocal_counts(sizes, planes.shape[2], planes)
-    mean = block_sum(planes.sum(dim=2), sizes) * inverse
+    count = counts(sizes, planes.shape[2], planes).clamp(min=1)
+    mean = block_sum(planes.sum(dim=2), sizes) / count
     squares = (planes - per_sample(mean, sizes)[:, :, None]).square().sum(dim=2)
-    return mean, (block_sum(squares, sizes) * inverse).sqrt()
+    return mean, (block_sum(squares, sizes) / count).sqrt()
 
 
 def block_affine(x: Tensor, sizes: Sizes, center: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
