@@ -1,5 +1,6 @@
 """The normalisation of one rank's batch with given statistics, and its exact gradient."""
 
+import math
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 from . import kernels
 from .exchange import CALL, World
 from .mixing import Plan
-from .statistics import mix_gradients, unpack, wide
+from .statistics import mix_gradients, unpack
 
 
 class Normalise(torch.autograd.Function):
@@ -81,20 +82,21 @@ def _gradients(
         w = 1.0 if weight is None else weight.to(rho.dtype)
         sums = torch.cat([w * total, w * dot], dim=1).view(plan.groups, plan.per_group, -1)
         s0, s1 = mix_gradients(sums, plan, world).reshape(len(sizes), -1).chunk(2, dim=1)
-        source = used if source is None else source
-        count = unpack(source)[0].clamp(min=1)
-        mean_source, rho_source = _normaliser(source, eps)
-        step = -rho_source / count
-        dx = kernel.block_grad_affine(
-            dy, x, sizes, w * rho, step * rho_source * s1, mean_source, step * s0
-        )
+        a = w * rho
+        if source is None:
+            source = used
+        else:
+            mean, rho = _normaliser(source, eps)
+        step = -rho / unpack(source)[0].clamp(min=1)
+        dx = kernel.block_grad_affine(dy, x, sizes, a, step * rho * s1, mean, step * s0)
         return dx, dot.sum(dim=0), total.sum(dim=0)
 
 
 def _normaliser(rows: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Return mean and ``1 / sqrt(std**2 + eps)``, ``[R, C]``, of rows ``[groups, B, 2C + 1]``."""
     _, mean, std = unpack(rows)
-    return mean, (wide(std).square() + eps).rsqrt().to(mean.dtype)
+    # hypot: the square of a deviation that fits the dtype may not.
+    return mean, torch.hypot(std, std.new_full((), math.sqrt(eps))).reciprocal()
 
 
 class _FirstDerivative(torch.autograd.Function):

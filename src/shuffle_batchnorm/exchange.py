@@ -87,7 +87,7 @@ def rotate(rows: Tensor, plan: Plan, world: World, *, inverse: bool = False) -> 
     ``groups`` rows to at most two peers, `regroup` ``groups * B`` rows to at most B ranks.
 
     Args:
-        rows: ``[groups, B, K]``, this rank's rows.
+        rows: ``[groups, B, K]``, this rank's rows; or ``[groups, 1, K]``, to send each B times.
         plan: how the ranks mix.
         world: the ranks.
         inverse: move every row back instead.
@@ -95,23 +95,32 @@ def rotate(rows: Tensor, plan: Plan, world: World, *, inverse: bool = False) -> 
     Returns:
         Tensor ``[groups, B, K]``: at ``[s, c]`` the row that came to this rank's group ``s``.
     """
+    shape = (plan.groups, plan.per_group, rows.shape[-1])
     if not any(plan.shifts):
-        return rows
+        return rows.expand(shape)
     # The compiler traces the arithmetic once and warns of caches.
-    find_route = rotation if torch.compiler.is_compiling() else _cached_rotation
-    route = find_route(plan.world_size, plan.rank, plan.groups, plan.shifts)
-    if inverse:
-        route = route.inverse()
+    find = _find_route if torch.compiler.is_compiling() else _cached_route
+    route = find(plan, inverse, plan.per_group // rows.shape[1])
     outgoing = _take(rows.reshape(-1, rows.shape[-1]), route.send_order)
     if world.size == 1:
-        incoming = outgoing
-    else:
-        incoming = torch.empty_like(outgoing)
-        _all_to_all(incoming, outgoing, route, world)
-    return _take(incoming, route.place_order).reshape(rows.shape)
+        return outgoing.view(shape)
+    incoming = torch.empty_like(outgoing)
+    _all_to_all(incoming, outgoing, route, world)
+    return _take(incoming, route.place_order).view(shape)
 
 
-_cached_rotation = lru_cache(maxsize=1024)(rotation)
+def _find_route(plan: Plan, inverse: bool, copies: int) -> Rotation:
+    """Return the rotation of `copies` of each row; on one rank, all of it in the sending order."""
+    route = rotation(plan.world_size, plan.rank, plan.groups, plan.shifts)
+    if inverse:
+        route = route.inverse()
+    order = tuple(k // copies for k in route.send_order)
+    if plan.world_size == 1:
+        order = tuple(order[k] for k in route.place_order)
+    return route._replace(send_order=order)
+
+
+_cached_route = lru_cache(maxsize=1024)(_find_route)
 
 
 def gather(row: Tensor, world: World) -> Tensor:
@@ -278,6 +287,6 @@ def _key(world: World, *parts: str | int) -> str:
 
 def _take(rows: Tensor, order: tuple[int, ...]) -> Tensor:
     """Return ``rows[order]``."""
-    if order == tuple(range(len(order))):
+    if len(order) == 1 == len(rows):
         return rows
     return rows.index_select(0, constant(order, torch.int64, rows))

@@ -11,7 +11,7 @@ from . import exchange, kernels
 from .agreement import Agreed, Terms, Wire, agree, check_input
 from .autograd import Normalise
 from .exchange import CALL, ProcessGroupLike, World
-from .kernels.rows import accumulation_dtype
+from .kernels.rows import accumulation_dtype, constant
 from .mixing import Options, Plan, check_options, make_plan
 from .statistics import (
     Statistics,
@@ -20,7 +20,6 @@ from .statistics import (
     pack,
     rejection,
     unpack,
-    wide,
 )
 
 
@@ -235,17 +234,21 @@ def _update_running(
 
     In `regroup` the mean over all ranks of these averages is the average over all new groups.
     """
-    filled = [k for k, n in enumerate(sizes) if n > 0 or plan.mode == "sync"]
+    count, mean, std = unpack(statistics.used)
+    filled = tuple(k for k, n in enumerate(sizes) if n > 0)
     if not filled:
-        return
-    used = statistics.used.reshape(len(sizes), -1)
-    if len(filled) < len(sizes):
-        used = torch.cat([used[k : k + 1] for k in filled])
-    count, mean, std = (wide(part) for part in unpack(used))
+        if plan.mode != "sync":
+            return
+        # An empty rank learns what the others have seen; if all are empty, nothing.
+        momentum = momentum * (count[0, 0] > 0)
+    elif len(filled) < len(sizes):
+        rows = constant(filled, torch.int64, count)
+        count, mean, std = (part.index_select(0, rows) for part in (count, mean, std))
     unbiased = std.square() * (count / (count - 1).clamp(min=1))
     for running, batch in ((running_mean, mean), (running_var, unbiased)):
         new = batch.mean(dim=0)
-        old = running.to(new.dtype)
-        step = torch.as_tensor(momentum, dtype=new.dtype, device=new.device)
-        # In `sync` all ranks may be empty: then there is nothing to learn from.
-        running.copy_(torch.where(count.amax() > 0, old + step * (new - old), old))
+        step = momentum.to(new.dtype) if isinstance(momentum, Tensor) else momentum
+        if running.dtype == new.dtype:
+            running.lerp_(new, step)
+        else:
+            running.copy_(running.to(new.dtype).lerp_(new, step))

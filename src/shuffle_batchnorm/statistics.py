@@ -5,7 +5,7 @@ A row is ``[count, mean, std]``, ``2 * C + 1`` numbers; a gradient row is
 and are pooled in float64 where the device has it.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -62,7 +62,7 @@ def mix(blocks: Tensor, plan: Plan, world: World) -> Statistics:
         return Statistics(blocks, exchange.rotate(blocks, plan, world), blocks)
     if plan.mode == "regroup" and plan.per_group > 1:
         pooled = pool(exchange.rotate(blocks, plan, world))
-        used = exchange.rotate(pooled.expand_as(blocks).contiguous(), plan, world, inverse=True)
+        used = exchange.rotate(pooled, plan, world, inverse=True)
         return Statistics(blocks, used, used)
     if plan.mode == "sync":
         row = pool(blocks.view(1, -1, blocks.shape[-1]))
@@ -91,7 +91,7 @@ def mix_gradients(sums: Tensor, plan: Plan, world: World) -> Tensor:
         return exchange.rotate(sums, plan, world, inverse=True)
     if plan.mode == "regroup" and plan.per_group > 1:
         pooled = exchange.rotate(sums, plan, world).sum(dim=1, keepdim=True)
-        return exchange.rotate(pooled.expand_as(sums).contiguous(), plan, world, inverse=True)
+        return exchange.rotate(pooled, plan, world, inverse=True)
     if plan.mode == "sync":
         total = sums.sum(dim=(0, 1))
         if world.size > 1:
@@ -144,6 +144,12 @@ def check_counts(
     so that no step has to wait for the counts.
     """
     count = unpack(statistics.used)[0][:, 0]
+    if world.size == 1 or plan.mode == "local":
+        # A new group has as many samples as any: no need to look at the counts.
+        values = shape[2:].numel() * shape[0] // (1 if plan.mode == "sync" else plan.groups)
+        if values == 1:
+            _fail(count, 0, plan, world, shape)
+        return
     if all(n > 0 for n in sizes):
         valid = count >= 2
     else:
@@ -155,9 +161,13 @@ def check_counts(
             f"{CALL}: a peer rejected its input, or a normaliser has 1 value per channel",
         )
     elif not bool(valid.all()):
-        error = _count_error(count, int(valid.int().argmin()), plan, shape)
-        exchange.report_failure(world, str(error))
-        raise error
+        _fail(count, int(valid.int().argmin()), plan, world, shape)
+
+
+def _fail(count: Tensor, row: int, plan: Plan, world: World, shape: torch.Size) -> NoReturn:
+    error = _count_error(count, row, plan, shape)
+    exchange.report_failure(world, str(error))
+    raise error
 
 
 def _count_error(count: Tensor, row: int, plan: Plan, shape: torch.Size) -> Exception:

@@ -1,6 +1,7 @@
-"""The four kernels for the CPU, from aten's batch-norm loops, at the speed of ``nn.BatchNorm2d``.
+"""The four kernels for the CPU, from aten's loops, at the speed of ``nn.BatchNorm2d``.
 
-aten knows channels, not blocks. Two ways turn blocks into channels without a copy:
+The affine kernels are broadcasts. The sums are aten's batch norms, which know channels, not blocks;
+two ways turn blocks into channels without a copy:
 
 - *pieces*: one call per block, on contiguous ``[n, C, L]`` or, channels last, ``[n * L, C]``;
 - *planes*, for many blocks of contiguous input: each sample's channel, ``[1, N * C, L]``, is a
@@ -10,7 +11,7 @@ aten knows channels, not blocks. Two ways turn blocks into channels without a co
 import torch
 from torch import Tensor
 
-from .rows import block_sum, counts, per_sample
+from .rows import are_equal, block_sum, counts, per_sample
 
 Sizes = tuple[int, ...]
 
@@ -37,13 +38,9 @@ def block_affine(x: Tensor, sizes: Sizes, center: Tensor, scale: Tensor, shift: 
     """See `reference.block_affine`."""
     x, lines = _layout(x)
     y = torch.empty_like(x)
-    if lines or len(sizes) <= _FEW:
-        pieces = zip(_pieces(x, sizes, lines), _pieces(y, sizes, lines), strict=True)
-        for k, (piece, out) in enumerate(pieces):
-            _affine(piece, center[k], scale[k], shift[k], out)
-    else:
-        center, scale, shift = _spread(sizes, center, scale, shift)
-        _affine(_planes(x), center, scale, shift, _planes(y))
+    shift = torch.addcmul(shift, center, scale, value=-1)
+    source, scales, shifts = _broadcast(x, sizes, lines, scale, shift)
+    torch.addcmul(shifts, source, scales, out=_broadcast(y, sizes, lines)[0])
     return y
 
 
@@ -57,8 +54,8 @@ def block_grad_sums(
         pieces = zip(_pieces(x, sizes, lines), _pieces(dy, sizes, lines), strict=True)
         sums = [_grad_sums(*piece, center[k], scale[k]) for k, piece in enumerate(pieces)]
         return torch.stack([total for total, _ in sums]), torch.stack([dot for _, dot in sums])
-    center, scale = _spread(sizes, center, scale)
-    total, dot = _grad_sums(_planes(x), _planes(dy), center, scale)
+    centers, scales = (per_sample(row, sizes).view(-1) for row in (center, scale))
+    total, dot = _grad_sums(_planes(x), _planes(dy), centers, scales)
     shape = x.shape[:2]
     return block_sum(total.view(shape), sizes), block_sum(dot.view(shape), sizes)
 
@@ -70,12 +67,8 @@ def block_grad_affine(
     x, lines = _layout(x)
     dy = _as_layout(dy, lines)
     dx = block_affine(x, sizes, center, b, c)
-    if lines or len(sizes) <= _FEW:
-        pieces = zip(_pieces(dx, sizes, lines), _pieces(dy, sizes, lines), strict=True)
-        for k, (out, gradient) in enumerate(pieces):
-            out.addcmul_(gradient, a[k] if lines else a[k][:, None])
-    else:
-        _planes(dx).addcmul_(_planes(dy), _spread(sizes, a)[0][:, None])
+    gradient, scales = _broadcast(dy, sizes, lines, a)
+    _broadcast(dx, sizes, lines)[0].addcmul_(gradient, scales)
     return dx
 
 
@@ -116,10 +109,20 @@ def _planes(x: Tensor) -> Tensor:
     return x.view(1, x.shape[0] * x.shape[1], x.shape[2:].numel())
 
 
-def _spread(sizes: Sizes, *rows: Tensor) -> tuple[Tensor, ...]:
-    """Give each plane its block's value: several ``[blocks, C]`` to as many ``[N * C]``."""
-    blocks = torch.stack(rows).flatten(0, 1)
-    return per_sample(blocks, sizes * len(rows)).view(len(rows), -1).unbind()
+def _broadcast(x: Tensor, sizes: Sizes, lines: bool, *rows: Tensor) -> tuple[Tensor, ...]:
+    """View `x` as ``[blocks, n, C, L]`` or ``[blocks, n * L, C]``, and rows to broadcast with it.
+
+    Uneven blocks are taken sample by sample.
+    """
+    channels, length = x.shape[1], x.shape[2:].numel()
+    if not are_equal(sizes):
+        rows = tuple(per_sample(row, sizes) for row in rows)
+        sizes = (1,) * x.shape[0]
+    if lines:
+        view = x.movedim(1, -1).view(len(sizes), sizes[0] * length, channels)
+        return (view, *(row[:, None, :] for row in rows))
+    view = x.view(len(sizes), sizes[0], channels, length)
+    return (view, *(row[:, None, :, None] for row in rows))
 
 
 # What follows works on the channels, axis 1, of one block, or of all planes.
@@ -131,19 +134,6 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
         return zeros, zeros
     mean, variance = torch.batch_norm_update_stats(x, None, None, 0.0)
     return mean, variance.sqrt_()
-
-
-def _affine(x: Tensor, center: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> None:
-    """Write ``(x - center) * scale + shift`` into `out`."""
-    if x.ndim == 2:
-        # aten's loop on lines spends most of its time on getting ready.
-        torch.addcmul(torch.addcmul(shift, center, scale, value=-1), x, scale, out=out)
-    elif x.numel() > 0:
-        # A batch norm in eval mode, with running statistics `center` and 1.
-        unit, unused = torch.ones_like(center), (x.new_empty(0), x.new_empty(0))
-        torch.native_batch_norm(
-            x, scale, shift, center, unit, False, 0.0, 0.0, out=(out, *unused)
-        )  # fmt: skip
 
 
 def _grad_sums(x: Tensor, dy: Tensor, center: Tensor, inverse_std: Tensor) -> tuple[Tensor, Tensor]:

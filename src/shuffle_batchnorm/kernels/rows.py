@@ -15,7 +15,7 @@ def accumulation_dtype(x: Tensor) -> torch.dtype:
 
 def block_sum(samples: Tensor, sizes: Sizes) -> Tensor:
     """Sum the samples of each block: ``[N, C]`` to ``[blocks, C]``, 0 for an empty block."""
-    if _equal(sizes):
+    if are_equal(sizes):
         return samples.reshape(len(sizes), sizes[0], samples.shape[1]).sum(dim=1)
     if samples.device.type != "cpu":
         # index_add_ adds in an order of its own on a GPU.
@@ -26,14 +26,14 @@ def block_sum(samples: Tensor, sizes: Sizes) -> Tensor:
 
 def per_sample(rows: Tensor, sizes: Sizes) -> Tensor:
     """Give each sample its block's row: ``[blocks, C]`` to ``[N, C]``."""
-    if _equal(sizes):
+    if are_equal(sizes):
         return rows.repeat_interleave(sizes[0], dim=0)
     return rows.index_select(0, _owners(sizes, rows))
 
 
 def counts(sizes: Sizes, length: int, like: Tensor) -> Tensor:
     """Return the values per channel of each block, ``[blocks, 1]`` in the dtype of `like`."""
-    if _equal(sizes):
+    if are_equal(sizes):
         return like.new_full((len(sizes), 1), sizes[0] * length)
     return constant(tuple(n * length for n in sizes), like.dtype, like)[:, None]
 
@@ -56,5 +56,6 @@ def _owners(sizes: Sizes, like: Tensor) -> Tensor:
     return constant(tuple(k for k, n in enumerate(sizes) for _ in range(n)), torch.int64, like)
 
 
-def _equal(sizes: Sizes) -> bool:
+def are_equal(sizes: Sizes) -> bool:
+    """Return whether all blocks have the same number of samples."""
     return all(n == sizes[0] for n in sizes)
