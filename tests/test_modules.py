@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import truth
-from shuffle_batchnorm import ShuffleBatchNorm
+from shuffle_batchnorm import ShuffleBatchNorm, shuffle_batch_norm
 from shuffle_batchnorm.mixing import MODES
 
 MODE = pytest.mark.parametrize("mode", MODES)
@@ -272,3 +272,17 @@ def test_offset_that_is_a_multiple_of_the_groups_warns() -> None:
     for mode in MODES:
         ShuffleBatchNorm(6, mode=mode)(x)
         ShuffleBatchNorm(6, mode=mode, groups=2, offset=0)(x)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_other_channels_than_num_features_are_refused(training: bool) -> None:
+    """Catches a layer without parameters or buffers that takes any number of channels."""
+    layer = ShuffleBatchNorm(4, affine=False, track_running_stats=False).train(training)
+    with pytest.raises(ValueError, match=r"input has 5 channels, the layer has num_features=4"):
+        layer(torch.randn(8, 5, 2))
+
+
+def test_half_of_the_running_statistics_is_refused() -> None:
+    """Catches an update skipped in silence."""
+    with pytest.raises(ValueError, match=r"running_mean and running_var must be given together"):
+        shuffle_batch_norm(torch.randn(8, 4), torch.zeros(4), None, training=True)

@@ -35,7 +35,9 @@ class Wire(NamedTuple):
 Agreed = dict[tuple[str, Options], Wire]
 
 
-def check_input(input: Tensor, parameters: dict[str, Tensor | None], groups: int) -> None:
+def check_input(
+    input: Tensor, parameters: dict[str, Tensor | None], groups: int, num_features: int | None
+) -> None:
     """Raise what makes one rank's input unacceptable, whatever its peers have."""
     if not isinstance(input, Tensor) or not input.is_floating_point():
         kind = input.dtype if isinstance(input, Tensor) else type(input).__name__
@@ -44,6 +46,11 @@ def check_input(input: Tensor, parameters: dict[str, Tensor | None], groups: int
     if input.ndim < 2:
         raise ValueError(
             f"{CALL}: expected an input [N, C, *] of at least 2 dimensions, got {input.ndim} "
+            f"(input shape {shape})"
+        )
+    if num_features is not None and shape[1] != num_features:
+        raise ValueError(
+            f"{CALL}: input has {shape[1]} channels, the layer has num_features={num_features} "
             f"(input shape {shape})"
         )
     for name, parameter in parameters.items():
@@ -58,6 +65,10 @@ def check_input(input: Tensor, parameters: dict[str, Tensor | None], groups: int
             raise ValueError(f"{CALL}: input is on {input.device}, {name} on {parameter.device}")
         if accumulation_dtype(parameter) != accumulation_dtype(input):
             raise ValueError(f"{CALL}: input is {input.dtype}, {name} is {parameter.dtype}")
+    if (parameters.get("running_mean") is None) != (parameters.get("running_var") is None):
+        raise ValueError(
+            f"{CALL}: running_mean and running_var must be given together or not at all"
+        )
     if shape[0] % groups:
         raise ValueError(
             f"{CALL}: batch {shape[0]} is not divisible by groups={groups} (input shape {shape})"

@@ -130,6 +130,7 @@ def normalise(
     options: Options,
     process_group: ProcessGroupLike,
     agreed: Agreed,
+    num_features: int | None = None,
 ) -> Normalised:
     """Normalise with batch statistics and update the running ones. See `shuffle_batch_norm`."""
     check_options(CALL, options)
@@ -139,7 +140,7 @@ def normalise(
     parameters = {
         "weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var
     }  # fmt: skip
-    _accept(input, parameters, options, plan, world, agreed)
+    _accept(input, parameters, options, plan, world, agreed, num_features)
 
     sizes = plan.sizes(input.shape[0])
     length = input.shape[2:].numel()
@@ -173,11 +174,12 @@ def _accept(
     plan: Plan,
     world: World,
     agreed: Agreed,
+    num_features: int | None,
 ) -> None:
     """Raise if this rank or, at the first call, any rank can't accept its input."""
     error: Exception | None = None
     try:
-        check_input(input, parameters, options.groups)
+        check_input(input, parameters, options.groups, num_features)
     except (TypeError, ValueError) as caught:
         error = caught
     if world.size == 1 or torch.compiler.is_compiling():
@@ -188,7 +190,7 @@ def _accept(
     tensors = [t for t in (input, *parameters.values()) if isinstance(t, Tensor)]
     axes = [t.shape[1:2] if t is input else t.shape[:1] for t in reversed(tensors)]
     terms = Terms(
-        channels=next((axis[0] for axis in axes if len(axis) > 0), 0),
+        channels=num_features or next((axis[0] for axis in axes if len(axis) > 0), 0),
         dtype=str(getattr(input, "dtype", None)),
         mode=options.mode,
         groups=options.groups,

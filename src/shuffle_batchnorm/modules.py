@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from . import exchange
 from .agreement import Agreed, check_input
 from .convert import convert, revert
-from .exchange import CALL, ProcessGroupLike
+from .exchange import ProcessGroupLike
 from .functional import is_recomputation, normalise
 from .mixing import Options, check_options
 from .statistics import own_statistics, per_sample_statistics
@@ -134,6 +134,7 @@ class ShuffleBatchNorm(_BatchNorm):
             input, self.running_mean if tracked else None, self.running_var if tracked else None,
             self.weight, self.bias,
             self._running_step(), self.eps, options, self.process_group, self._agreed,
+            self.num_features,
         )  # fmt: skip
         if is_recomputation():
             return result.output
@@ -167,13 +168,12 @@ class ShuffleBatchNorm(_BatchNorm):
         return output
 
     def _check_input_dim(self, input: Tensor) -> None:
-        parameters = {"weight": self.weight, "running_mean": self.running_mean}
-        check_input(input, parameters, groups=1)
-        if input.shape[1] != self.num_features:
-            raise ValueError(
-                f"{CALL}: input has {input.shape[1]} channels, the layer has "
-                f"num_features={self.num_features} (input shape {tuple(input.shape)})"
-            )
+        parameters = {
+            "weight": self.weight,
+            "running_mean": self.running_mean,
+            "running_var": self.running_var,
+        }
+        check_input(input, parameters, groups=1, num_features=self.num_features)
 
     def _record(self, input: Tensor, used_mean: Tensor, used_var: Tensor) -> None:
         # Eval mode takes any batch; one that doesn't fit the groups is a single group.

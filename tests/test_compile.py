@@ -1,0 +1,55 @@
+"""torch.compile takes every mode in one graph, ranks included, with the same results."""
+
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ranks import run_on_ranks
+from shuffle_batchnorm import ShuffleBatchNorm
+from truth import gradient
+
+
+def _steps(model: nn.Module, x: Tensor, backend: str | None) -> list[Tensor]:
+    """Outputs, gradients and buffers of two steps, compiled by a backend or not."""
+    run = model if backend is None else torch.compile(model, fullgraph=True, backend=backend)
+    results = []
+    for _ in range(2):
+        x.grad = None
+        y = run(x)
+        y.pow(3).sum().backward()
+        results += [y.detach(), gradient(x)]
+    grads = [gradient(p) for p in model.parameters()]
+    return [t.detach().clone() for t in (*results, *grads, *model.buffers())]
+
+
+def _compiled_against_eager(mode: str, groups: int, backend: str) -> None:
+    warnings.simplefilter("ignore", DeprecationWarning)  # dynamo's, of its own autograd.Function
+    torch._dynamo.reset()
+    results = []
+    for how in (None, backend):
+        torch.manual_seed(1)
+        norm = ShuffleBatchNorm(4, mode=mode, groups=groups, momentum=None)
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.ReLU())
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        generator = torch.Generator().manual_seed(rank)
+        x = torch.randn(8, 3, 6, 6, generator=generator).requires_grad_()
+        results.append(_steps(model, x, how))
+    for got, want in zip(*reversed(results), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("mode", ["local", "sync", "swap", "regroup"])
+def test_one_process_compiles_to_one_graph(mode: str, groups: int) -> None:
+    """Catches a graph break: fullgraph=True refuses one."""
+    with warnings.catch_warnings():
+        _compiled_against_eager(mode, groups, "aot_eager")
+
+
+@pytest.mark.parametrize("mode", ["local", "sync", "swap", "regroup"])
+def test_ranks_compile_to_one_graph(mode: str) -> None:
+    """Catches collectives that the compiler can't trace, or that give no gradient (#152131)."""
+    run_on_ranks(2, _compiled_against_eager, mode, 2, "aot_eager", timeout=120)
