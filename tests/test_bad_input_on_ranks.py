@@ -110,7 +110,6 @@ DISAGREEMENTS: dict[str, list[dict[str, Any]]] = {
     "groups": [dict(groups=2), dict(groups=4)],
     "offset": [dict(offset=1), dict(offset=3)],
     "blocks": [dict(mode="regroup", blocks=8), dict(mode="regroup", blocks=4)],
-    "needs_gradient": [dict(affine=True), dict(affine=False)],
 }
 
 

@@ -123,4 +123,4 @@ def test_ranks_compare_their_options_once() -> None:
     """Catches a handshake at every step."""
     for messages in run_on_ranks(2, _first_messages):
         assert [name for name, *_ in messages] == ["all_gather"] + ["all_to_all_single"] * 6
-        assert messages[0][1] == 1024
+        assert messages[0][1] == 2048

@@ -1,7 +1,7 @@
 """What a rank checks alone before it communicates, and once with its peers."""
 
 import json
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,27 +12,15 @@ from .kernels.rows import accumulation_dtype
 from .mixing import Options
 
 
-class Terms(NamedTuple):
-    """What all ranks must have in common when they call a layer; the names are for the error."""
-
-    channels: int
-    dtype: str
-    mode: str
-    groups: int
-    offset: int
-    blocks: int
-    needs_gradient: bool
-
-
 class Wire(NamedTuple):
-    """The form of the rows that the ranks have agreed to exchange."""
+    """The form of the rows that ranks exchange."""
 
     channels: int
     dtype: torch.dtype
 
 
-# Per process group and options, what its ranks have agreed on.
-Agreed = dict[tuple[str, Options], Wire]
+# What the ranks of process groups, by their serial numbers, have found that they have in common.
+Agreed = set[tuple[int, Options, Wire]]
 
 
 def check_input(
@@ -75,47 +63,77 @@ def check_input(
         )
 
 
+def wire_of(input: Tensor, parameters: dict[str, Tensor | None], num_features: int | None) -> Wire:
+    """Return the form of a call's rows, as well as it can be told from an input that may be bad.
+
+    The layer is believed before the input, so that a bad input is rejected in the form that the
+    peers expect.
+    """
+    known = [p for p in parameters.values() if p is not None]
+    dtype = accumulation_dtype(known[0] if known else input) if known or _is_tensor(input) else None
+    channels = num_features or next((p.shape[0] for p in known if p.ndim == 1), 0)
+    if not channels and _is_tensor(input) and input.ndim > 1:
+        channels = input.shape[1]
+    return Wire(channels, dtype or torch.float32)
+
+
+def _is_tensor(input: object) -> bool:
+    return isinstance(input, Tensor)
+
+
 def agree(
     world: World,
     options: Options,
-    terms: Terms,
+    wire: Wire,
+    dtype: str,
     error: Exception | None,
     agreed: Agreed,
     device: torch.device,
-) -> Wire:
-    """Check once, at the first training forward, that all ranks call alike; return their rows.
+) -> None:
+    """Check once, at the first training call of a kind, that all ranks call alike.
 
-    Communication: one all_gather of 1 KiB per rank, at the first call with these options only;
-    none in `local`, which leaves a note in the group's store for peers in another mode.
+    Communication: one all_gather of 2 KiB per rank, at the first call in this process group with
+    these options and this form of rows only; none in `local`, which leaves a note in the group's
+    store for peers in another mode.
 
     Raises:
         Exception: `error` on the rank that has one; RuntimeError that quotes it on its peers;
             ValueError on all ranks if they disagree.
     """
-    key = (world.name, options)
-    if key in agreed:
-        return agreed[key]
-    wire = Wire(terms.channels, _WIRE_DTYPES.get(terms.dtype, torch.float32))
+    key = (exchange.serial(world), options, wire)
     if options.mode == "local":
-        exchange.note_local(world)
+        exchange.note_local(world, wire.channels)
     else:
-        refusal = None if error is None else str(error)[:_LONGEST_QUOTE]
+        terms = {"channels": wire.channels, "dtype": dtype, **options._asdict()}
+        refusal = (
+            None if error is None else str(error).encode()[:_QUOTE_BYTES].decode(errors="ignore")
+        )
         answer = json.dumps([terms, refusal]).encode()
-        answers = [json.loads(a) for a in exchange.gather_answers(answer, device, world)]
+        answers = exchange.gather_answers(answer, wire.channels, device, world)
         if error is None:
-            _compare([Terms(*terms) for terms, _ in answers], [refusal for _, refusal in answers])
+            _compare([_parse(text) for text in answers])
     if error is not None:
         raise error
-    agreed[key] = wire
-    return wire
+    agreed.add(key)
 
 
-def _compare(terms: list[Terms], refusals: list[str | None]) -> None:
-    for rank, refusal in enumerate(refusals):
+def _parse(answer: bytes) -> tuple[dict[str, Any], str | None]:
+    try:
+        terms, refusal = json.loads(answer)
+    except ValueError as error:
+        raise RuntimeError(
+            f"{CALL}: ranks are not at the same call: one compares options, another exchanges "
+            "statistics"
+        ) from error
+    return terms, refusal
+
+
+def _compare(answers: list[tuple[dict[str, Any], str | None]]) -> None:
+    for rank, (_, refusal) in enumerate(answers):
         if refusal is not None:
             raise RuntimeError(f"{CALL}: rank {rank} rejected its input: {refusal}")
-    for name in Terms._fields:
-        values = [getattr(term, name) for term in terms]
+    for name in answers[0][0]:
+        values = [terms[name] for terms, _ in answers]
         other = next((rank for rank, value in enumerate(values) if value != values[0]), None)
         if other is not None:
             raise ValueError(
@@ -124,5 +142,5 @@ def _compare(terms: list[Terms], refusals: list[str | None]) -> None:
             )
 
 
-_WIRE_DTYPES = {str(torch.float64): torch.float64}
-_LONGEST_QUOTE = 500  # characters; keeps an answer under exchange.ANSWER_BYTES in any script
+# At most six bytes of JSON each, which leaves room for the terms in exchange.ANSWER_BYTES.
+_QUOTE_BYTES = 300

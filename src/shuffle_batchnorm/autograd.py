@@ -46,21 +46,23 @@ class Normalise(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of x, weight and bias."""
         x, weight, used, source = ctx.saved_tensors
-        first = _gradients(dy, x, weight, used, source, *ctx.call)
-        if torch.is_grad_enabled():
+        with torch.no_grad():
+            needs_dx = ctx.needs_input_grad[0]
+            first = _gradients(needs_dx, dy, x, weight, used, source, *ctx.call)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # create_graph: the first derivatives are right; a second one must not be wrong.
             first = _FirstDerivative.apply(*first, dy, x, weight)  # type: ignore[no-untyped-call]
         dx, dweight, dbias = first
-        grads = (
+        return (
             dx,
             None if weight is None else dweight.to(weight.dtype),
             None if ctx.bias_dtype is None else dbias.to(ctx.bias_dtype),
+            *[None] * 6,
         )
-        needed = zip(grads, ctx.needs_input_grad, strict=False)
-        return (*(grad if need else None for grad, need in needed), *[None] * 6)
 
 
 def _gradients(
+    needs_dx: bool,
     dy: Tensor,
     x: Tensor,
     weight: Tensor | None,
@@ -70,26 +72,28 @@ def _gradients(
     sizes: tuple[int, ...],
     plan: Plan,
     world: World,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor | None, Tensor, Tensor]:
     """Return the gradients of input, weight and bias.
 
     Always exchanges, even where no gradient of the input is needed: a peer may need one.
     """
-    with torch.no_grad():
-        kernel = kernels.select(x)
-        mean, rho = _normaliser(used, eps)
-        total, dot = kernel.block_grad_sums(dy, x, sizes, mean, rho)
-        w = 1.0 if weight is None else weight.to(rho.dtype)
-        sums = torch.cat([w * total, w * dot], dim=1).view(plan.groups, plan.per_group, -1)
-        s0, s1 = mix_gradients(sums, plan, world).reshape(len(sizes), -1).chunk(2, dim=1)
-        a = w * rho
-        if source is None:
-            source = used
-        else:
-            mean, rho = _normaliser(source, eps)
-        step = -rho / unpack(source)[0].clamp(min=1)
-        dx = kernel.block_grad_affine(dy, x, sizes, a, step * rho * s1, mean, step * s0)
-        return dx, dot.sum(dim=0), total.sum(dim=0)
+    kernel = kernels.select(x)
+    mean, rho = _normaliser(used, eps)
+    total, dot = kernel.block_grad_sums(dy, x, sizes, mean, rho)
+    w = 1.0 if weight is None else weight.to(rho.dtype)
+    sums = torch.cat([w * total, w * dot], dim=1).view(plan.groups, plan.per_group, -1)
+    s0, s1 = mix_gradients(sums, plan, world).reshape(len(sizes), -1).chunk(2, dim=1)
+    dweight, dbias = dot.sum(dim=0), total.sum(dim=0)
+    if not needs_dx:
+        return None, dweight, dbias
+    a = w * rho
+    if source is None:
+        source = used
+    else:
+        mean, rho = _normaliser(source, eps)
+    step = -rho / unpack(source)[0].clamp(min=1)
+    dx = kernel.block_grad_affine(dy, x, sizes, a, step * rho * s1, mean, step * s0)
+    return dx, dweight, dbias
 
 
 def _normaliser(rows: Tensor, eps: float) -> tuple[Tensor, Tensor]:

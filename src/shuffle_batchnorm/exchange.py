@@ -5,12 +5,14 @@ backward. Each function here sends one message to each peer concerned; all ranks
 it in the same order.
 """
 
-from collections import defaultdict
+import itertools
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -24,7 +26,9 @@ ProcessGroupLike = Any  # None, a ProcessGroup or a 1-D DeviceMesh
 
 # How long a rank on the CPU waits for its peers before it looks whether one of them has failed.
 _PATIENCE = timedelta(seconds=2)
-ANSWER_BYTES = 1024
+# Seconds until it suspects that a peer's layer is in mode `local`, which may also be just slow.
+_LONG = 10.0
+ANSWER_BYTES = 2048
 
 
 class World(NamedTuple):
@@ -33,11 +37,6 @@ class World(NamedTuple):
     rank: int = 0
     size: int = 1
     group: "dist.ProcessGroup | None" = None
-
-    @property
-    def name(self) -> str:
-        """The group's name, the same on all its ranks; empty for one rank."""
-        return "" if self.group is None else self.group.group_name
 
 
 def check_process_group(call: str, process_group: ProcessGroupLike) -> None:
@@ -75,9 +74,8 @@ def resolve(process_group: ProcessGroupLike) -> World:
 
 
 def _is_non_member(process_group: ProcessGroupLike) -> bool:
-    return isinstance(process_group, type(dist.GroupMember.NON_GROUP_MEMBER)) and not isinstance(
-        process_group, dist.ProcessGroup
-    )
+    # torch's stand-in for a group that this rank is not in is a plain number.
+    return isinstance(process_group, int) and process_group == dist.GroupMember.NON_GROUP_MEMBER
 
 
 def rotate(rows: Tensor, plan: Plan, world: World, *, inverse: bool = False) -> Tensor:
@@ -123,12 +121,18 @@ def _find_route(plan: Plan, inverse: bool, copies: int) -> Rotation:
 _cached_route = lru_cache(maxsize=1024)(_find_route)
 
 
-def gather(row: Tensor, world: World) -> Tensor:
+def gather(row: Tensor, world: World, while_waiting: "Waiting | None" = None) -> Tensor:
     """Return every rank's row, ``[K]`` to ``[W, K]``.
 
     Communication: one ``all_gather``, ``W * K`` numbers per rank.
     """
-    return _all_gather(row, world)
+    rows = row.new_empty(world.size, row.shape[0])
+
+    def start(async_op: bool) -> Any:
+        return dist.all_gather(list(rows), row, group=world.group, async_op=async_op)
+
+    _finish(start, row, world, while_waiting)
+    return rows
 
 
 def all_sum(row: Tensor, world: World) -> Tensor:
@@ -145,27 +149,18 @@ def all_sum(row: Tensor, world: World) -> Tensor:
     return total
 
 
-def gather_answers(answer: bytes, device: torch.device, world: World) -> list[bytes]:
+def gather_answers(answer: bytes, channels: int, device: torch.device, world: World) -> list[bytes]:
     """Return every rank's answer to a handshake, in rank order.
 
-    Communication: one all_gather of `ANSWER_BYTES` per rank, whatever the ranks disagree on.
+    Communication: one all_gather of `ANSWER_BYTES` per rank, whatever the ranks disagree on, and
+    one note in the group's store.
     """
-    ordinal = _next_handshake(world)
-    text = torch.frombuffer(bytearray(answer.ljust(ANSWER_BYTES)), dtype=torch.uint8).to(device)
-    answers = _all_gather(text, world, lambda: _raise_if_a_peer_is_local(world, ordinal))
+    padded = bytearray(answer[:ANSWER_BYTES].ljust(ANSWER_BYTES))
+    text = torch.frombuffer(padded, dtype=torch.uint8).to(device)
+    since = time.monotonic()
+    _store().set(_key(world, "handshake", _state(world).exchanges + 1), str(world.rank))
+    answers = gather(text, world, lambda w: _raise_if_a_peer_is_local(w, since, channels))
     return [bytes(row) for row in answers.tolist()]
-
-
-def _all_gather(
-    row: Tensor, world: World, while_waiting: Callable[[], None] | None = None
-) -> Tensor:
-    rows = row.new_empty(world.size, row.shape[0])
-
-    def start(async_op: bool) -> Any:
-        return dist.all_gather(list(rows), row, group=world.group, async_op=async_op)
-
-    _finish(start, row, world, while_waiting)
-    return rows
 
 
 def _all_to_all(incoming: Tensor, outgoing: Tensor, route: Rotation, world: World) -> None:
@@ -186,7 +181,7 @@ def _finish(
     start: Callable[[bool], Any],
     payload: Tensor,
     world: World,
-    while_waiting: Callable[[], None] | None = None,
+    while_waiting: "Waiting | None" = None,
 ) -> None:
     """Run one collective to its end; on the CPU, end it with a peer's error if a peer failed."""
     if torch.compiler.is_compiling() or payload.device.type != "cpu":
@@ -198,83 +193,117 @@ def _finish(
     while True:
         try:
             work.wait(_PATIENCE)
-        except RuntimeError as error:
+        except RuntimeError:
             if work.is_completed():
-                raise RuntimeError(
-                    f"{CALL}: rank {world.rank} of {world.size} lost its peers while it exchanged "
-                    f"statistics ({error})"
-                ) from error
+                break
             _raise_if_a_peer_failed(world)
-            if while_waiting is not None:
-                while_waiting()
+            (while_waiting or _raise_if_a_peer_compares)(world)
         else:
             return
+    try:
+        work.wait()  # it may have ended well, just after the wait
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"{CALL}: rank {world.rank} of {world.size} lost its peers while it exchanged "
+            f"statistics ({error})"
+        ) from error
 
 
 # A rank that raises between two exchanges leaves peers waiting that it has no message for. It
-# leaves a notice in the group's store, where ranks that have waited for long look for one. A layer
-# in mode `local` leaves a note too, for peers whose layer is in another mode by mistake.
+# leaves a notice in the process group's store, where ranks that have waited for long look for one.
+# So does a rank that compares options, for peers that exchange statistics instead, and a layer in
+# mode `local`, for peers whose layer is in another mode by mistake.
 
 
 @dataclass
-class _Progress:
-    """How far this rank is with a group; the counts are the same on all its ranks."""
+class _GroupState:
+    """How far this rank is with a process group; `exchanges` is the same on all its ranks."""
 
+    serial: int  # of the group in this process: names are used again, these are not
     exchanges: int = 0
-    handshakes: int = 0
     failed_at: int = -1  # the exchange at which this rank last raised, and its peers may have
     has_notice: bool = False
 
 
-_progress: defaultdict[str, _Progress] = defaultdict(_Progress)
+Waiting = Callable[[World], None]
+_states: WeakKeyDictionary[Any, _GroupState] = WeakKeyDictionary()
+_serials = itertools.count()
+
+
+def serial(world: World) -> int:
+    """Return a number for the process group that no other group in this process has had."""
+    return _state(world).serial
 
 
 def report_failure(world: World, message: str) -> None:
     """Tell the ranks that will wait for this one in vain why it stopped."""
     if world.size == 1:
         return
-    progress = _progress[world.name]
-    progress.failed_at, progress.has_notice = progress.exchanges, True
-    notice = f"{progress.exchanges} rank {world.rank} stopped: {message}"
+    state = _state(world)
+    state.failed_at, state.has_notice = state.exchanges, True
+    notice = f"{state.exchanges} {world.rank} {message}"
     _store().set(_key(world, "stopped"), notice)
 
 
-def note_local(world: World) -> None:
+def note_local(world: World, channels: int) -> None:
     """Note that this rank's next layer to start does not communicate."""
-    _store().set(_key(world, "local", _next_handshake(world), world.rank), "")
+    _store().set(_key(world, "local", _state(world).exchanges + 1, channels), str(world.rank))
 
 
-def _next_handshake(world: World) -> int:
-    _progress[world.name].handshakes += 1
-    return _progress[world.name].handshakes
+def _state(world: World) -> _GroupState:
+    if world.group not in _states:
+        _states[world.group] = _GroupState(next(_serials))
+    return _states[world.group]
 
 
 def _begin(world: World) -> None:
     """Count an exchange. Withdraw this rank's notice: its caller caught the error and goes on."""
-    progress = _progress[world.name]
-    progress.exchanges += 1
-    if progress.has_notice:
-        progress.has_notice = False
-        _store().delete_key(_key(world, "stopped"))
+    state = _state(world)
+    state.exchanges += 1
+    if state.has_notice:
+        state.has_notice = False
+        # A peer's notice may have taken its place.
+        if _read(world, "stopped").split(maxsplit=2)[1:2] == [str(world.rank)]:
+            _store().delete_key(_key(world, "stopped"))
 
 
 def _raise_if_a_peer_failed(world: World) -> None:
-    key = _key(world, "stopped")
-    if not _store().check([key]):
+    notice = _read(world, "stopped")
+    if not notice:
         return
-    exchange, message = _store().get(key).decode().split(maxsplit=1)
+    exchange, rank, message = notice.split(maxsplit=2)
     # A rank that raised together with its peer, and goes on, expects the same of the peer.
-    if int(exchange) > _progress[world.name].failed_at:
+    if int(exchange) > _state(world).failed_at:
+        raise RuntimeError(f"{CALL}: rank {rank} stopped: {message}")
+
+
+def _raise_if_a_peer_compares(world: World) -> None:
+    rank = _read(world, "handshake", _state(world).exchanges)
+    if rank:
+        message = (
+            f"ranks are not at the same call: rank {rank} is at a first call, of a new layer or "
+            f"with new options, channels or dtype, while rank {world.rank} exchanges statistics"
+        )
+        report_failure(world, message)
         raise RuntimeError(f"{CALL}: {message}")
 
 
-def _raise_if_a_peer_is_local(world: World, ordinal: int) -> None:
-    for rank in range(world.size):
-        if _store().check([_key(world, "local", ordinal, rank)]):
-            raise ValueError(
-                f"{CALL}: ranks disagree on mode: 'local' on rank {rank}, another mode on rank "
-                f"{world.rank}"
-            )
+def _raise_if_a_peer_is_local(world: World, since: float, channels: int) -> None:
+    if time.monotonic() - since < _LONG:
+        return
+    rank = _read(world, "local", _state(world).exchanges, channels)
+    if rank:
+        raise ValueError(
+            f"{CALL}: ranks disagree on mode: 'local' on rank {rank}, another mode on rank "
+            f"{world.rank}"
+        )
+
+
+def _read(world: World, *parts: str | int) -> str:
+    """Return what a rank has left in the store, or an empty string."""
+    key = _key(world, *parts)
+    text: str = _store().get(key).decode() if _store().check([key]) else ""
+    return text
 
 
 def _store() -> Any:
@@ -282,7 +311,8 @@ def _store() -> Any:
 
 
 def _key(world: World, *parts: str | int) -> str:
-    return "/".join(("shuffle_batchnorm", world.name, *map(str, parts)))
+    name = "" if world.group is None else world.group.group_name
+    return "/".join(("shuffle_batchnorm", name, *map(str, parts)))
 
 
 def _take(rows: Tensor, order: tuple[int, ...]) -> Tensor:

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import exchange, kernels
-from .agreement import Agreed, Terms, Wire, agree, check_input
+from .agreement import Agreed, agree, check_input, wire_of
 from .autograd import Normalise
 from .exchange import CALL, ProcessGroupLike, World
-from .kernels.rows import accumulation_dtype, constant
+from .kernels.rows import constant
 from .mixing import Options, Plan, check_options, make_plan
 from .statistics import (
     Statistics,
@@ -57,7 +57,7 @@ def shuffle_batch_norm(
         numbers, in float32 (float64 for float64 input). ``local``: none. ``swap``: `groups` rows
         to at most two fixed peers. ``regroup``: ``groups * B`` rows to at most B fixed ranks,
         and as many back. ``sync``: one row to all (all_gather) forward, one all_reduce backward.
-        The first training call also compares all ranks' options (1 KiB per rank).
+        The first training call also compares all ranks' options (2 KiB per rank).
 
     Args:
         input: ``[N, C, *]``, floating point; N, and each space axis, may differ between ranks.
@@ -100,15 +100,13 @@ def shuffle_batch_norm(
     exchange.check_process_group(CALL, process_group)
     if not training:
         return F.batch_norm(input, running_mean, running_var, weight, bias, False, 0.0, eps)
-    channels = input.shape[1] if isinstance(input, Tensor) and input.ndim > 1 else 0
     return normalise(
         input, running_mean, running_var, weight, bias, momentum, eps, options, process_group,
-        _agreed_by_form.setdefault((channels, str(getattr(input, "dtype", None))), {}),
+        _agreed,
     ).output  # fmt: skip
 
 
-# A function has no first call of its own: ranks agree once for each form of its input.
-_agreed_by_form: dict[tuple[int, str], Agreed] = {}
+_agreed: Agreed = set()
 
 
 class Normalised(NamedTuple):
@@ -160,6 +158,8 @@ def normalise(
 
 def _warn_if_nothing_is_shuffled(options: Options, plan: Plan) -> None:
     shuffles = options.mode in ("swap", "regroup") and options.offset != 0
+    if torch.compiler.is_compiling():
+        return
     if shuffles and plan.total_groups > 1 and not any(plan.shifts):
         cause = f"offset={options.offset} is a multiple of the {plan.total_groups} groups"
         if options.offset % plan.total_groups:
@@ -186,35 +186,18 @@ def _accept(
         if error is not None:
             raise error
         return
-    # What can be said of an input that may not be one.
+    wire = wire_of(input, parameters, num_features)
     tensors = [t for t in (input, *parameters.values()) if isinstance(t, Tensor)]
-    axes = [t.shape[1:2] if t is input else t.shape[:1] for t in reversed(tensors)]
-    terms = Terms(
-        channels=num_features or next((axis[0] for axis in axes if len(axis) > 0), 0),
-        dtype=str(getattr(input, "dtype", None)),
-        mode=options.mode,
-        groups=options.groups,
-        offset=options.offset,
-        blocks=options.blocks,
-        needs_gradient=torch.is_grad_enabled() and any(t.requires_grad for t in tensors),
-    )
     device = tensors[-1].device if tensors else torch.device("cpu")
-    wire = agree(world, options, terms, error, agreed, device)
-    error = error or _form_error(input, wire)
-    if error is not None:
+    if (exchange.serial(world), options, wire) not in agreed:
+        dtype = str(getattr(input, "dtype", None))
+        agree(world, options, wire, dtype, error, agreed, device)
+    elif error is not None:
         # The peers are about to exchange statistics: take part, so that they learn of it.
         mix(rejection(plan, wire.channels, wire.dtype, device), plan, world)
-        exchange.report_failure(world, str(error))
+        if options.mode != "local":
+            exchange.report_failure(world, str(error))
         raise error
-
-
-def _form_error(input: Tensor, wire: Wire) -> ValueError | None:
-    if (input.shape[1], accumulation_dtype(input)) == wire:
-        return None
-    return ValueError(
-        f"{CALL}: input of {input.shape[1]} channels, {input.dtype}; this layer's first call, on "
-        f"all ranks, had {wire.channels} channels with statistics in {wire.dtype}"
-    )
 
 
 def is_recomputation() -> bool:

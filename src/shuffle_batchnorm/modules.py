@@ -120,7 +120,7 @@ class ShuffleBatchNorm(_BatchNorm):
 
     def _forget(self) -> None:
         """Drop what belongs to this very object in this process, not to the model."""
-        self._agreed: Agreed = {}
+        self._agreed: Agreed = set()
         self._sinks: list[tuple[str, list[StatisticsRecord]]] = []
 
     def forward(self, input: Tensor) -> Tensor:
@@ -252,13 +252,10 @@ class ShuffleBatchNorm(_BatchNorm):
 
     _OWN_ATTRIBUTES = ("process_group", "mode", "groups", "offset", "blocks", "_agreed", "_sinks")
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        # A new dtype or device is a new agreement, on all ranks.
-        self._agreed = {}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self
-
     def __getstate__(self) -> dict[str, Any]:
+        return self._portable_state()
+
+    def _portable_state(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k not in ("_agreed", "_sinks")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -272,7 +269,9 @@ class ShuffleBatchNorm(_BatchNorm):
             memo[id(group)] = group
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
-        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        twin.__setstate__(copy.deepcopy(self._portable_state(), memo))
+        # A copy made on one rank only must not ask the others what they have agreed on.
+        twin._agreed = set(self._agreed)
         return twin
 
     def extra_repr(self) -> str:

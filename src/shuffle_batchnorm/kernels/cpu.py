@@ -3,8 +3,8 @@
 The affine kernels are broadcasts. The sums are aten's batch norms, which know channels, not blocks;
 two ways turn blocks into channels without a copy:
 
-- *pieces*: one call per block, on contiguous ``[n, C, L]`` or, channels last, ``[n * L, C]``;
-- *planes*, for many blocks of contiguous input: each sample's channel, ``[1, N * C, L]``, is a
+- *pieces*: one call per block, on lines ``[n * L, C]`` of channels-last input, or on all of it;
+- *planes*, for several blocks of contiguous input: each sample's channel, ``[1, N * C, L]``, is a
   channel of its own. The statistics of samples, ``1 / L`` of the data, are then pooled to blocks.
 """
 
@@ -15,13 +15,11 @@ from .rows import are_equal, block_sum, counts, per_sample
 
 Sizes = tuple[int, ...]
 
-_FEW = 8  # blocks up to which a call per block costs less than statistics per sample
-
 
 def block_moments(x: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor]:
     """See `reference.block_moments`."""
     x, lines = _layout(x)
-    if lines or len(sizes) <= _FEW:
+    if lines or len(sizes) == 1:
         blocks = [_moments(piece) for piece in _pieces(x, sizes, lines)]
         return torch.stack([mean for mean, _ in blocks]), torch.stack([std for _, std in blocks])
     shape = x.shape[:2]
@@ -50,7 +48,7 @@ def block_grad_sums(
     """See `reference.block_grad_sums`."""
     x, lines = _layout(x)
     dy = _as_layout(dy, lines)
-    if lines or len(sizes) <= _FEW:
+    if lines or len(sizes) == 1:
         pieces = zip(_pieces(x, sizes, lines), _pieces(dy, sizes, lines), strict=True)
         sums = [_grad_sums(*piece, center[k], scale[k]) for k, piece in enumerate(pieces)]
         return torch.stack([total for total, _ in sums]), torch.stack([dot for _, dot in sums])

@@ -4,7 +4,6 @@ Tensors are ``[N, C, *]``; a block is a run of samples. Rows are ``[blocks, C]``
 float64 for float64 input, and so is every sum, whatever the input's dtype.
 """
 
-import torch
 from torch import Tensor
 
 from .rows import accumulation_dtype, block_sum, counts, per_sample
@@ -52,8 +51,8 @@ def block_grad_affine(
     dy: Tensor, x: Tensor, sizes: Sizes, a: Tensor, b: Tensor, center: Tensor, c: Tensor
 ) -> Tensor:
     """Return ``dx = a * dy + b * (x - center) + c`` with each block's rows ``[blocks, C]``."""
-    dx = _planes(dy) * _spread(a, sizes)
-    dx = dx + (_planes(x) - _spread(center, sizes)) * _spread(b, sizes) + _spread(c, sizes)
+    dx = (_planes(x) - _spread(center, sizes)) * _spread(b, sizes) + _spread(c, sizes)
+    dx = dx + _planes(dy) * _spread(a, sizes)
     return _like(dx, x)
 
 
@@ -67,6 +66,8 @@ def _spread(rows: Tensor, sizes: Sizes) -> Tensor:
 
 
 def _like(planes: Tensor, x: Tensor) -> Tensor:
-    """Give ``[N, C, L]`` the shape, dtype and memory layout of `x`."""
-    out = torch.empty_like(x)
-    return out.copy_(planes.reshape(x.shape))
+    """Give ``[N, C, L]`` the shape and dtype of `x`; an elementwise result has its layout."""
+    # torch 2.11 compiles an output that was copied into, or a cast to the same dtype, to a gradient
+    # of zeros.
+    out = planes.reshape(x.shape)
+    return out if out.dtype == x.dtype else out.to(x.dtype)
