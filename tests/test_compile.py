@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -53,3 +54,20 @@ def test_one_process_compiles_to_one_graph(mode: str, groups: int) -> None:
 def test_ranks_compile_to_one_graph(mode: str) -> None:
     """Catches collectives that the compiler can't trace, or that give no gradient (#152131)."""
     run_on_ranks(2, _compiled_against_eager, mode, 2, "aot_eager", timeout=120)
+
+
+@pytest.mark.parametrize("mode", ["local", "sync", "swap", "regroup"])
+def test_batches_of_many_sizes_share_few_graphs(mode: str) -> None:
+    """Catches a recompilation for each batch size, by a loop over samples."""
+    torch._dynamo.reset()
+    layer = ShuffleBatchNorm(4, mode=mode, groups=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+        run = torch.compile(layer, fullgraph=True, backend=counter)
+        for n in range(36, 100, 4):
+            x = torch.randn(n, 4, 3, requires_grad=True)
+            y = run(x)
+            y.pow(3).sum().backward()
+            torch.testing.assert_close(y, layer(x), rtol=1e-4, atol=1e-4)
+    assert counter.frame_count <= 4
