@@ -75,7 +75,6 @@ def test_bad_input_at_the_first_call_is_quoted_on_every_rank(bad: str, mode: str
     _expect_everywhere(results, message)
     for rank in (0, 2):
         assert re.search(message, results[rank][1]), "the peers don't say what was wrong"
-        assert results[rank][0] < 5, "the peers should know at once"
 
 
 @pytest.mark.parametrize(("bad", "mode"), [*zip(BAD, COMMUNICATING * 2, strict=True)])
