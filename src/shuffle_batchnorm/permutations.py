@@ -30,16 +30,44 @@ def permutation(
     key: Key, kind: int, rank: int, n: int, device: "torch.device | str" = "cpu"
 ) -> Tensor:
     """Return a permutation ``[n]`` that only depends on the key, its kind and a rank."""
-    index = torch.arange(n, device=device)
-    high, low = (_hash(lane, key, kind, rank, index) for lane in (0x2545F491, 0x9E3779B9))
-    # Every lane is one-to-one in the index, so there are no ties and one order on every device.
+    if isinstance(key.seed, Tensor) or isinstance(key.step, Tensor):
+        order: Tensor = _permutation_op(key.seed, key.step, kind, rank, n, torch.device(device))
+        return order
+    return _permutation(key.seed, key.step, kind, rank, n).to(device)
+
+
+# Opaque to the compiler, which otherwise writes out every use of every intermediate number: the
+# hash uses each twice, many times over.
+@torch.library.custom_op("shuffle_batchnorm::permutation", mutates_args=())
+def _permutation_op(
+    seed: Tensor, step: Tensor, kind: int, rank: int, n: int, device: torch.device
+) -> Tensor:
+    return _permutation(int(seed), int(step), kind, rank, n).to(device)
+
+
+@_permutation_op.register_fake
+def _(
+    seed: Tensor,  # noqa: ARG001
+    step: Tensor,  # noqa: ARG001
+    kind: int,  # noqa: ARG001
+    rank: int,  # noqa: ARG001
+    n: int,
+    device: torch.device,
+) -> Tensor:
+    return torch.empty(n, dtype=torch.int64, device=device)
+
+
+def _permutation(seed: int, step: int, kind: int, rank: int, n: int) -> Tensor:
+    index = torch.arange(n)
+    high, low = (_hash(lane, seed, step, kind, rank, index) for lane in (0x2545F491, 0x9E3779B9))
+    # Both lanes are one-to-one in the index, so there are no ties: one order everywhere.
     return torch.argsort(((high >> 1) << 32) | low)
 
 
-def _hash(lane: int, key: Key, kind: int, rank: int, index: Tensor) -> Tensor:
+def _hash(lane: int, seed: int, step: int, kind: int, rank: int, index: Tensor) -> Tensor:
     """Return 32 bits for every index, as int64 ``[n]``."""
-    mixed: Number = _mix(lane ^ (kind << 24 | rank))
-    for number in key:
+    mixed = _mix(lane ^ (kind << 24 | rank))
+    for number in (seed, step):
         mixed = _mix(mixed ^ (number & _LOW_32))
         mixed = _mix(mixed ^ ((number >> 32) & _LOW_32))
     return _mix(_mix(index ^ mixed) ^ mixed)
