@@ -66,8 +66,8 @@ def batch_shuffle(
     Communication:
         One ``all_to_all_single`` that holds all tensors: each sample travels once, about
         ``N * (W - 1) / W`` samples leave and reach each rank; backward the same for tensors that
-        need a gradient. Before it, one all_gather of 72 bytes per rank, which compares the calls
-        and ends all ranks with an error if one can't go on. Under ``torch.compile`` that one is
+        need a gradient. Before it, 72 bytes from every rank to every rank, which compare the
+        calls and end all ranks with an error if one can't go on. Under ``torch.compile`` these are
         left out: there the ranks' batches have to be alike, and W has to divide N.
 
     Args:

@@ -176,9 +176,13 @@ def gather_numbers(
 ) -> list[list[int]]:
     """Return every rank's K numbers, in rank order.
 
-    Communication: one all_gather of 8 K bytes per rank. On a GPU it waits for the stream.
+    Communication: 8 K bytes to every rank by one all_to_all: gloo's all_gather takes W - 1 hops in
+    a row, which is more than twice the time for 8 ranks. On a GPU it waits for the stream.
     """
-    rows = _all_gather(torch.tensor(numbers, device=device), world, call)
+    row = torch.tensor(numbers, device=device)
+    rows = torch.empty(world.size, len(numbers), dtype=row.dtype, device=device)
+    ones = (1,) * world.size
+    _all_to_all(rows, row.expand_as(rows).contiguous(), ones, ones, world, call)
     return [[int(number) for number in row] for row in rows.tolist()]
 
 

@@ -57,10 +57,12 @@ def _move(call: str, route: Route, world: World, leaves: Sequence[Tensor]) -> tu
         order = route.send_order[route.place_order]
         moved = [leaf.index_select(0, order) for leaf in leaves]
     else:
-        # No name for what is sent: it would keep it alive while the samples are put in place.
+        packed = _pack(leaves, route.send_order)
         received = exchange.exchange_samples(
-            _pack(leaves, route.send_order), route.send_splits, route.receive_splits, world, call
+            packed, route.send_splits, route.receive_splits, world, call
         )
+        _free(packed)
+        del packed
         moved = _unpack(received, leaves, route.place_order)
         del received
     return tuple(
@@ -79,6 +81,12 @@ def _pack(leaves: Sequence[Tensor], order: Tensor) -> Tensor:
         for leaf in leaves
     ]
     return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
+
+
+def _free(sent: Tensor) -> None:
+    """Give back the memory of what was sent: a thread of gloo's may hold on to it for a while."""
+    if sent.device.type == "cpu" and not torch.compiler.is_compiling():
+        sent.untyped_storage().resize_(0)
 
 
 def _unpack(received: Tensor, leaves: Sequence[Tensor], order: Tensor) -> list[Tensor]:

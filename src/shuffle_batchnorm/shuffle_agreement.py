@@ -33,7 +33,7 @@ def agree(
 ) -> tuple[tuple[int, ...], int]:
     """Check that all ranks call alike; return their batch sizes and rank 0's seed.
 
-    Communication: one all_gather of 72 bytes per rank; a second one of 1 KiB before an error.
+    Communication: 72 bytes from every rank to every rank; an all_gather of 1 KiB before an error.
 
     Raises:
         Exception: `error` on the rank that has one; RuntimeError that quotes it on its peers;
