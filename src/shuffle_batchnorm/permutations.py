@@ -58,19 +58,12 @@ def _(
 
 
 def _permutation(seed: int, step: int, kind: int, rank: int, n: int) -> Tensor:
-    index = torch.arange(n)
-    high, low = (_hash(lane, seed, step, kind, rank, index) for lane in (0x2545F491, 0x9E3779B9))
-    # Both lanes are one-to-one in the index, so there are no ties: one order everywhere.
-    return torch.argsort(((high >> 1) << 32) | low)
-
-
-def _hash(lane: int, seed: int, step: int, kind: int, rank: int, index: Tensor) -> Tensor:
-    """Return 32 bits for every index, as int64 ``[n]``."""
-    mixed = _mix(lane ^ (kind << 24 | rank))
+    mixed = _mix(kind << 24 | rank)
     for number in (seed, step):
         mixed = _mix(mixed ^ (number & _LOW_32))
         mixed = _mix(mixed ^ ((number >> 32) & _LOW_32))
-    return _mix(_mix(index ^ mixed) ^ mixed)
+    # The hash is one-to-one in the index, so there are no ties: one order on every machine.
+    return torch.argsort(_mix(_mix(torch.arange(n) ^ mixed) ^ mixed))
 
 
 @overload
