@@ -159,7 +159,7 @@ def test_unshuffling_twice_is_refused_and_many_outputs_are_not() -> None:
     features = batch_unshuffle(shuffled * 2, plan)
     other = batch_unshuffle({"a": shuffled * 3, "b": shuffled}, plan)
     for twice in (features, other["b"], [shuffled * 2, other["a"]], features[:, :2]):
-        with pytest.raises(ValueError, match="batch_unshuffle: leaf ., shape .* unshuffled with"):
+        with pytest.raises(ValueError, match=r"batch_unshuffle: leaf ., shape .* unshuffled with"):
             batch_unshuffle(twice, plan)
     batch_unshuffle(features, batch_shuffle(features)[1])
 

@@ -124,7 +124,9 @@ def test_it_warns_once_when_it_does_nothing(encoder: nn.Module, reason: str | No
     """Catches a silent no-op (CMC#39), a warning at every step, and a false alarm."""
     shuffled = ShuffledEncoder(encoder)
     if reason is not None:
-        with pytest.warns(UserWarning, match=f"ShuffledEncoder: the shuffle does nothing.*{reason}"):
+        with pytest.warns(
+            UserWarning, match=f"ShuffledEncoder: the shuffle does nothing.*{reason}"
+        ):
             shuffled._warn_if_it_does_nothing()
         shuffled._has_looked = True
     if not any(isinstance(m, nn.SyncBatchNorm) for m in encoder.modules()):  # raises on the CPU

@@ -90,9 +90,11 @@ def _free(sent: Tensor) -> None:
 
 
 def _unpack(received: Tensor, leaves: Sequence[Tensor], order: Tensor) -> list[Tensor]:
+    """Return the leaves ``[N', *]`` in the received bytes ``[N', K]``, in this order."""
     widths = [leaf.shape[1:].numel() * leaf.dtype.itemsize for leaf in leaves]
     return [
-        part.index_select(0, order).view(leaf.dtype).view(order.shape[0], *leaf.shape[1:])
+        # Flat, because a view of no bytes per sample as a wider type is refused otherwise.
+        part.index_select(0, order).view(-1).view(leaf.dtype).view(order.shape[0], *leaf.shape[1:])
         for part, leaf in zip(received.split(widths, dim=1), leaves, strict=True)
     ]
 
