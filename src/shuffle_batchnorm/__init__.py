@@ -4,15 +4,25 @@ Shape letters, used in every docstring: ``W`` ranks, ``G`` groups over all ranks
 group, ``N`` local batch, ``C`` channels, ``L`` flattened space, ``*`` any number of space axes.
 """
 
+from .batch_shuffle import batch_shuffle, batch_unshuffle
 from .contexts import record_statistics, shuffle_offset, synchronize_running_stats
+from .encoder import ShuffledEncoder
 from .functional import shuffle_batch_norm
 from .mixing import mixing_matrix, spectral_radius
 from .modules import ShuffleBatchNorm
+from .sampler import ShuffledPairSampler
+from .shuffle_agreement import get_shuffle_state, set_shuffle_state
 
 __all__ = [
     "ShuffleBatchNorm",
+    "ShuffledEncoder",
+    "ShuffledPairSampler",
+    "batch_shuffle",
+    "batch_unshuffle",
+    "get_shuffle_state",
     "mixing_matrix",
     "record_statistics",
+    "set_shuffle_state",
     "shuffle_batch_norm",
     "shuffle_offset",
     "spectral_radius",

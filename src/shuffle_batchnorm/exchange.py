@@ -1,8 +1,8 @@
 """Every call of ``torch.distributed``: rows between ranks, and what keeps ranks from hanging.
 
-Rows are small: ``[groups, B, K]`` on each rank, with ``K = 2 * C + 1`` forward and ``2 * C``
-backward. Each function here sends one message to each peer concerned; all ranks of the group call
-it in the same order.
+Rows of statistics are small: ``[groups, B, K]`` on each rank, with ``K = 2 * C + 1`` forward and
+``2 * C`` backward. `exchange_samples` moves whole samples. Each function here sends one message to
+each peer concerned; all ranks of the group call it in the same order.
 """
 
 import itertools
@@ -56,7 +56,7 @@ def check_process_group(call: str, process_group: ProcessGroupLike) -> None:
         )
 
 
-def resolve(process_group: ProcessGroupLike) -> World:
+def resolve(process_group: ProcessGroupLike, call: str = CALL) -> World:
     """Return this rank's view of a group; one rank if ``torch.distributed`` is not initialised."""
     if not dist.is_available() or not dist.is_initialized():
         return World()
@@ -67,10 +67,23 @@ def resolve(process_group: ProcessGroupLike) -> World:
     rank = -1 if _is_non_member(process_group) else dist.get_rank(process_group)
     if rank < 0:
         raise RuntimeError(
-            f"{CALL}: rank {dist.get_rank()} is not a member of the process_group given; "
-            "call the layer on its members only"
+            f"{call}: rank {dist.get_rank()} is not a member of the process_group given; "
+            "call it on its members only"
         )
     return World(rank, dist.get_world_size(process_group), process_group)
+
+
+def find_world(name: str) -> World:
+    """Return this rank's view of the group of this name."""
+    c10d: Any = dist.distributed_c10d
+    return resolve(c10d._resolve_process_group(name)) if name else World()
+
+
+def default_device(world: World) -> torch.device:
+    """Return a device on which the group can communicate."""
+    if world.group is not None and dist.get_backend(world.group) == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 def _is_non_member(process_group: ProcessGroupLike) -> bool:
@@ -103,7 +116,7 @@ def rotate(rows: Tensor, plan: Plan, world: World, *, inverse: bool = False) -> 
     if world.size == 1:
         return outgoing.view(shape)
     incoming = torch.empty_like(outgoing)
-    _all_to_all(incoming, outgoing, route, world)
+    _all_to_all(incoming, outgoing, route.receive_splits, route.send_splits, world)
     return _take(incoming, route.place_order).view(shape)
 
 
@@ -168,13 +181,13 @@ def _all_to_all(incoming: Tensor, outgoing: Tensor, route: Rotation, world: Worl
         return dist.all_to_all_single(
             incoming,
             outgoing,
-            list(route.receive_splits),
-            list(route.send_splits),
+            list(receive_splits),
+            list(send_splits),
             group=world.group,
             async_op=async_op,
         )
 
-    _finish(start, outgoing, world)
+    _finish(start, outgoing, world, call)
 
 
 def _finish(

@@ -1,0 +1,189 @@
+"""Which sample goes where: permutations from numbers all ranks know, and no communication.
+
+A permutation is the order of hashed indices, ``argsort(hash(seed, step, ..., index))``. It takes
+no random state and only integers, so every rank and every device gets the same one, and a
+compiled graph that is given the step as a tensor gets a new one at every call.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple, overload
+
+import torch
+from torch import Tensor
+
+Number = int | Tensor
+
+# A rank's samples before they leave, what it has received, all samples of all ranks, a data set.
+LEAVING, ARRIVED, ALL_SAMPLES, DATA_SET = range(4)
+
+_LOW_32 = 0xFFFFFFFF
+
+
+class Key(NamedTuple):
+    """What all ranks know of one shuffle; numbers, or 0-dim tensors in a compiled graph."""
+
+    seed: Number
+    step: Number
+
+
+def permutation(
+    key: Key, kind: int, rank: int, n: int, device: "torch.device | str" = "cpu"
+) -> Tensor:
+    """Return a permutation ``[n]`` that only depends on the key, its kind and a rank."""
+    if isinstance(key.seed, Tensor) or isinstance(key.step, Tensor):
+        order: Tensor = _permutation_op(key.seed, key.step, kind, rank, n, torch.device(device))
+        return order
+    return _permutation(key.seed, key.step, kind, rank, n).to(device)
+
+
+# Opaque to the compiler, which otherwise writes out every use of every intermediate number: the
+# hash uses each twice, many times over.
+@torch.library.custom_op("shuffle_batchnorm::permutation", mutates_args=())
+def _permutation_op(
+    seed: Tensor, step: Tensor, kind: int, rank: int, n: int, device: torch.device
+) -> Tensor:
+    return _permutation(int(seed), int(step), kind, rank, n).to(device)
+
+
+@_permutation_op.register_fake
+def _(
+    seed: Tensor,  # noqa: ARG001
+    step: Tensor,  # noqa: ARG001
+    kind: int,  # noqa: ARG001
+    rank: int,  # noqa: ARG001
+    n: int,
+    device: torch.device,
+) -> Tensor:
+    return torch.empty(n, dtype=torch.int64, device=device)
+
+
+def _permutation(seed: int, step: int, kind: int, rank: int, n: int) -> Tensor:
+    mixed = _mix(kind << 24 | rank)
+    for number in (seed, step):
+        mixed = _mix(mixed ^ (number & _LOW_32))
+        mixed = _mix(mixed ^ ((number >> 32) & _LOW_32))
+    # The hash is one-to-one in the index, so there are no ties: one order on every machine.
+    return torch.argsort(_mix(_mix(torch.arange(n) ^ mixed) ^ mixed))
+
+
+@overload
+def _mix(x: int) -> int: ...
+@overload
+def _mix(x: Tensor) -> Tensor: ...
+def _mix(x: Number) -> Number:
+    """Scramble 32 bits, one to one: the two-multiplication hash of C. Wellons' hash-prospector.
+
+    Both factors have 31 bits, so an int64 holds every product: no overflow, which C++ leaves
+    undefined.
+    """
+    x = (x ^ (x >> 16)) * 0x21F0AAAD & _LOW_32
+    x = (x ^ (x >> 15)) * 0x735A2D97 & _LOW_32
+    return x ^ (x >> 15)
+
+
+def inverse(order: Tensor) -> Tensor:
+    """Return the inverse of a permutation ``[n]``."""
+    return torch.argsort(order)
+
+
+class Route(NamedTuple):
+    """One rank's part in moving samples between ranks.
+
+    Attributes:
+        send_order: ``[N]``, this rank's samples in the order in which they leave.
+        send_splits: how many of them go to each rank.
+        place_order: ``[N']``, for each place of the result, which received sample lands there.
+        receive_splits: how many samples arrive from each rank.
+    """
+
+    send_order: Tensor
+    send_splits: tuple[int, ...]
+    place_order: Tensor
+    receive_splits: tuple[int, ...]
+
+    def inverse(self) -> "Route":
+        """Return the route that moves every sample back."""
+        return Route(
+            send_order=inverse(self.place_order),
+            send_splits=self.receive_splits,
+            place_order=inverse(self.send_order),
+            receive_splits=self.send_splits,
+        )
+
+    def to(self, device: torch.device) -> "Route":
+        """Return the route with its orders on a device."""
+        return self._replace(
+            send_order=self.send_order.to(device), place_order=self.place_order.to(device)
+        )
+
+
+def is_stratified(sizes: Sequence[int]) -> bool:
+    """Return whether every rank can send as many samples to each: W divides one common N."""
+    return len(set(sizes)) == 1 and sizes[0] % len(sizes) == 0
+
+
+def make_route(
+    key: Key, sizes: Sequence[int], rank: int, device: "torch.device | str" = "cpu"
+) -> Route:
+    """Return `rank`'s part in shuffling batches of these sizes; the sizes stay what they are."""
+    if is_stratified(sizes):
+        return stratified_route(key, sizes[0], len(sizes), rank, device)
+    return uniform_route(key, sizes, rank)
+
+
+def stratified_route(
+    key: Key, n: int, world_size: int, rank: int, device: "torch.device | str" = "cpu"
+) -> Route:
+    """Return the route on which every rank sends ``n / W`` samples of its choice to every rank."""
+    splits = (n // world_size,) * world_size
+    return Route(
+        send_order=permutation(key, LEAVING, rank, n, device),
+        send_splits=splits,
+        place_order=permutation(key, ARRIVED, rank, n, device),
+        receive_splits=splits,
+    )
+
+
+def uniform_route(key: Key, sizes: Sequence[int], rank: int) -> Route:
+    """Return the route of a uniform permutation of all ranks' samples, batch sizes kept.
+
+    Both ends order the samples of one message by their place at the destination, so that no index
+    has to travel with them.
+    """
+    offsets = torch.tensor([0, *sizes]).cumsum(0)
+    mine = slice(int(offsets[rank]), int(offsets[rank + 1]))
+    order = permutation(key, ALL_SAMPLES, 0, int(offsets[-1]))  # place to sample, over all ranks
+    leaving = inverse(order)[mine]  # the places to which this rank's samples go
+    source = _owners(order[mine], offsets)
+    return Route(
+        send_order=torch.argsort(leaving),
+        send_splits=_count(_owners(leaving, offsets), len(sizes)),
+        place_order=inverse(torch.argsort(source, stable=True)),
+        receive_splits=_count(source, len(sizes)),
+    )
+
+
+def samples_sent_to(rank: int, key: Key, sizes: Sequence[int]) -> Tensor:
+    """Return which samples of all ranks, numbered in a row, a shuffle brings to a rank, ``[N]``.
+
+    It says of one rank what `make_route` makes all of them do together.
+    """
+    offsets = torch.tensor([0, *sizes]).cumsum(0)
+    if not is_stratified(sizes):
+        order = permutation(key, ALL_SAMPLES, 0, int(offsets[-1]))
+        return order[int(offsets[rank]) : int(offsets[rank + 1])]
+    n, chunk = sizes[0], sizes[0] // len(sizes)
+    arriving = [
+        permutation(key, LEAVING, source, n)[rank * chunk : (rank + 1) * chunk] + source * n
+        for source in range(len(sizes))
+    ]
+    return torch.cat(arriving)[permutation(key, ARRIVED, rank, n)]
+
+
+def _owners(samples: Tensor, offsets: Tensor) -> Tensor:
+    """Return the rank of every sample; a rank without samples owns none."""
+    return torch.searchsorted(offsets, samples, right=True) - 1
+
+
+def _count(ranks: Tensor, world_size: int) -> tuple[int, ...]:
+    return tuple(torch.bincount(ranks, minlength=world_size).tolist())

@@ -1,0 +1,224 @@
+"""What one rank can't accept, or does differently, ends every rank at once with a clear error."""
+
+import re
+import time
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ranks import run_on_ranks
+from shuffle_batchnorm import (
+    ShuffledEncoder,
+    batch_shuffle,
+    batch_unshuffle,
+    set_shuffle_state,
+)
+
+SECONDS = 1.5  # less than the patience of a waiting rank: the header told it
+
+
+def _x(n: int = 6) -> Tensor:
+    return torch.randn(n, 2)
+
+
+def _scalar(bad: bool) -> Any:
+    return batch_shuffle(torch.tensor(1.0) if bad else _x())
+
+
+def _text(bad: bool) -> Any:
+    return batch_shuffle({"x": _x(), "name": "a" if bad else None})
+
+
+def _nothing(bad: bool) -> Any:
+    return batch_shuffle([] if bad else _x())
+
+
+def _sizes(bad: bool) -> Any:
+    return batch_shuffle([_x(), _x(5 if bad else 6)])
+
+
+def _features_of_another_size(bad: bool) -> Any:
+    return batch_unshuffle(_x(5 if bad else 6), batch_shuffle(_x())[1])
+
+
+def _plan_of_another_size(bad: bool) -> Any:
+    plan = batch_shuffle(_x())[1]
+    return batch_shuffle(_x(5 if bad else 6), plan=plan)
+
+
+def _twice(bad: bool) -> Any:
+    shuffled, plan = batch_shuffle(_x())
+    restored = batch_unshuffle(shuffled, plan)
+    return batch_unshuffle(restored if bad else shuffled, plan)
+
+
+def _plan_of_another_group(bad: bool) -> Any:
+    other = batch_shuffle(_x(), process_group=dist.new_group(list(range(dist.get_world_size()))))[1]
+    mine = batch_shuffle(_x())[1]
+    return batch_shuffle(_x(), plan=other if bad else mine, process_group=dist.group.WORLD)
+
+
+REJECTED = {
+    _scalar: r"batch_shuffle: leaf 0 is a scalar \(torch.float32\)",
+    _text: r"batch_shuffle: expected dense tensors \(or None\), got str in leaf 1",
+    _nothing: "batch_shuffle: the batch has no tensor",
+    _sizes: r"disagree on the number of samples: 6 in shape \(6, 2\), 5 in shape \(5, 2\)",
+    _features_of_another_size: r"batch_unshuffle: batch of 5 samples; the plan is for 6",
+    _plan_of_another_size: r"batch_shuffle: batch of 5 samples; the plan is for 6",
+    _twice: r"batch_unshuffle: leaf 0, shape \(6, 2\), was unshuffled with this plan already",
+    _plan_of_another_group: r"batch_shuffle: the plan is of rank 1 of 3 in group '.+'; the call",
+}
+
+
+def _fails(function: Any, everywhere: bool = False) -> tuple[str, float]:
+    """One rank, or every rank but the first, does something else; afterwards all go on."""
+    batch_shuffle(_x())
+    start = time.monotonic()
+    text = "nothing"
+    try:
+        function(dist.get_rank() == 1 or (everywhere and dist.get_rank() > 0))
+    except (TypeError, ValueError, RuntimeError) as error:
+        text = f"{type(error).__name__}: {error}"
+    seconds = time.monotonic() - start
+    shuffled, plan = batch_shuffle(_x())
+    batch_unshuffle(shuffled, plan)
+    return text, seconds
+
+
+@pytest.mark.parametrize("function", REJECTED, ids=lambda f: f.__name__)
+def test_what_one_rank_rejects_ends_all_at_once(function: Any) -> None:
+    """Catches a rank that raises alone, peers that aren't told why, and a group left unusable."""
+    results = run_on_ranks(3, _fails, function)
+    for rank, (text, seconds) in enumerate(results):
+        assert re.search(REJECTED[function], text), text
+        assert seconds < SECONDS
+        call = r"batch_(un)?shuffle: "
+        kind = f"(Type|Value)Error: {call}" if rank == 1 else f"RuntimeError: {call}rank 1 rejected"
+        assert re.match(kind, text), text
+
+
+def _keys(other: bool) -> Any:
+    return batch_shuffle({"b" if other else "a": _x()})
+
+
+def _shape(other: bool) -> Any:
+    return batch_shuffle(torch.randn(6, 3 if other else 2))
+
+
+def _dtype(other: bool) -> Any:
+    return batch_shuffle(_x().double() if other else _x())
+
+
+def _order_of_dtypes(other: bool) -> Any:
+    leaves = [_x(), _x().double()]
+    return batch_shuffle(leaves[::-1] if other else leaves)
+
+
+def _gradient(other: bool) -> Any:
+    return batch_shuffle(_x().requires_grad_(other))
+
+
+def _call(other: bool) -> Any:
+    shuffled, plan = batch_shuffle(_x())
+    return batch_unshuffle(shuffled * 2, plan) if other else batch_shuffle(_x())
+
+
+def _generator(other: bool) -> Any:
+    return batch_shuffle(_x(), generator=torch.Generator().manual_seed(int(other)))
+
+
+def _source(other: bool) -> Any:
+    plan = batch_shuffle(_x())[1]
+    return batch_shuffle(_x(), plan=plan if other else None)
+
+
+def _older_plan(other: bool) -> Any:
+    plans = [batch_shuffle(_x())[1] for _ in range(2)]
+    return batch_unshuffle(_x(), plans[0 if other else 1])
+
+
+def _state(other: bool) -> Any:
+    set_shuffle_state((1, 5 if other else 4))
+    try:
+        return batch_shuffle(_x())
+    finally:
+        set_shuffle_state(None)
+
+
+def _only_one_state(other: bool) -> Any:
+    set_shuffle_state((1, 5) if other else None)
+    try:
+        return batch_shuffle(_x())
+    finally:
+        set_shuffle_state(None)
+
+
+DISAGREEMENTS = {
+    _keys: "tree: ",
+    _shape: r"leaves: \[N, 2\] torch.float32 on rank 0, \[N, 3\] torch.float32 on rank 1",
+    _dtype: r"leaves: \[N, 2\] torch.float32 on rank 0, \[N, 2\] torch.float64 on rank 1",
+    _order_of_dtypes: "leaves: ",
+    _gradient: r"needs_gradient: \[False\] on rank 0, \[True\] on rank 1",
+    _call: "call: batch_shuffle on rank 0, batch_unshuffle on rank 1",
+    _generator: r"seed: \d+ on rank 0, \d+ on rank 1",
+    _source: "order: the group's state on rank 0, a plan on rank 1",
+    _older_plan: r"step: \d+ on rank 0, \d+ on rank 1",
+    _state: "step: 4 on rank 0, 5 on rank 1",
+    _only_one_state: "order: a new seed on rank 0, the group's state on rank 1",
+}
+
+
+@pytest.mark.parametrize("function", DISAGREEMENTS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_that_disagree_all_say_so(function: Any, world_size: int) -> None:
+    """Catches messages of another length or another permutation, which hang or mix samples up."""
+    for text, seconds in run_on_ranks(world_size, _fails, function, everywhere=True):
+        assert re.match(
+            f"ValueError: batch_(un)?shuffle: ranks disagree on {DISAGREEMENTS[function]}", text
+        ), text
+        assert seconds < SECONDS
+
+
+class _Breaks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if dist.get_rank() == 1:
+            raise ValueError("out of luck")
+        y: Tensor = self.norm(x)
+        return y
+
+
+def _encoder_breaks() -> str:
+    with pytest.raises((ValueError, RuntimeError)) as caught:
+        ShuffledEncoder(_Breaks())(_x())
+    return str(caught.value)
+
+
+def test_an_encoder_that_raises_on_one_rank_ends_the_others() -> None:
+    """Catches peers that wait in batch_unshuffle for a rank whose encoder raised."""
+    texts = run_on_ranks(3, _encoder_breaks, fresh=True)
+    assert texts[1] == "out of luck"
+    for text in (texts[0], texts[2]):
+        assert text == "batch_unshuffle: rank 1 stopped: ShuffledEncoder: out of luck"
+
+
+def _outside() -> str:
+    group = dist.new_group([0])
+    try:
+        batch_shuffle(_x(), process_group=group)
+    except RuntimeError as error:
+        return str(error)
+    return "a member"
+
+
+def test_a_rank_outside_the_group_is_told() -> None:
+    """Catches a rank that takes part in the shuffle of a group that it is not in."""
+    inside, outside = run_on_ranks(2, _outside)
+    assert inside == "a member"
+    assert outside.startswith("batch_shuffle: rank 1 is not a member of the process_group")

@@ -1,0 +1,265 @@
+"""batch_shuffle between real processes: round trips, gradients, traffic, memory, the compiler."""
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from meters import Message, PeakMemory, received_messages
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+import truth
+from ranks import run_on_ranks
+from shuffle_batchnorm import (
+    ShuffleBatchNorm,
+    ShuffledEncoder,
+    ShuffledPairSampler,
+    batch_shuffle,
+    batch_unshuffle,
+    get_shuffle_state,
+    set_shuffle_state,
+)
+from shuffle_batchnorm.batch_shuffle import ShufflePlan
+from shuffle_batchnorm.permutations import Key, Route, samples_sent_to
+
+
+def _tree(n: int, rank: int) -> dict[str, Any]:
+    image = torch.randn(n, 3, 4, 5) + rank
+    return {
+        "channels_last": image.to(memory_format=torch.channels_last),
+        "strided": torch.randn(7, 2 * n).t()[::2],
+        "rest": [torch.arange(n) + 100 * rank, torch.rand(n, 2) > 0.5, None],
+        "half": (torch.randn(n, 3).bfloat16(), torch.randn(n, 0), torch.randn(n).to(torch.cfloat)),
+        "short": torch.arange(n, dtype=torch.int16),
+    }
+
+
+def _round_trip(sizes: list[int]) -> list[int]:
+    rank = dist.get_rank()
+    tree = _tree(sizes[rank], rank)
+    shuffled, plan = batch_shuffle(tree)
+    restored = batch_unshuffle(shuffled, plan)
+    torch.testing.assert_close(restored, tree, rtol=0, atol=0)
+    again = batch_shuffle({"other": tree["rest"][0].double()}, plan=plan)[0]["other"]
+    assert torch.equal(again, shuffled["rest"][0].double())
+    last = shuffled["channels_last"]
+    assert not sizes[rank] or last.is_contiguous(memory_format=torch.channels_last)
+    ids: list[int] = shuffled["rest"][0].tolist()
+    # All leaves went the same way, bit for bit.
+    assert shuffled["short"].tolist() == [k % 100 for k in ids]
+    return ids
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [[5], [8, 8], [5, 3], [0, 3], [0, 0], [6, 6, 6], [1, 1, 1], [0, 7, 2], [4] * 4, [3, 5, 2, 0],
+     [8] * 8],
+    ids=str,
+)  # fmt: skip
+def test_round_trip_is_exact_and_keeps_every_sample(sizes: list[int]) -> None:
+    """Catches samples lost, doubled or mixed up between leaves, at awkward batch sizes."""
+    results = run_on_ranks(len(sizes), _round_trip, sizes)
+    assert [len(ids) for ids in results] == sizes
+    everything = [100 * rank + k for rank, n in enumerate(sizes) for k in range(n)]
+    assert sorted(k for ids in results for k in ids) == everything
+
+
+def _network() -> nn.Module:
+    torch.manual_seed(1)
+    layers = nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 3, 1), nn.BatchNorm2d(3)
+    return nn.Sequential(*layers).double()
+
+
+def _inputs(sizes: list[int]) -> list[Tensor]:
+    torch.manual_seed(2)
+    return [torch.randn(n, 2, 5, 5, dtype=torch.float64) + rank for rank, n in enumerate(sizes)]
+
+
+def _weights(y: Tensor) -> Tensor:
+    return torch.linspace(-1, 2, y[0].numel(), dtype=y.dtype).view(y.shape[1:])
+
+
+def _encode(sizes: list[int]) -> Any:
+    x = _inputs(sizes)[dist.get_rank()].requires_grad_()
+    set_shuffle_state((7, 3))
+    encoder = ShuffledEncoder(_network())
+    y = encoder(x)
+    (y.square() * _weights(y)).sum().backward()
+    return y.detach(), x.grad, [p.grad for p in encoder.parameters()]
+
+
+@pytest.mark.parametrize("sizes", [[4, 4], [3, 5], [6, 6, 6], [4, 3, 5]], ids=str)
+def test_shuffled_encoder_equals_one_process(sizes: list[int]) -> None:
+    """Catches a gradient that doesn't travel back (moco#67), and groups that aren't mixed."""
+    results = run_on_ranks(len(sizes), _encode, sizes)
+    xs = [x.requires_grad_() for x in _inputs(sizes)]
+    everything, network = torch.cat(xs), _network()
+    orders = [samples_sent_to(rank, Key(7, 3), sizes) for rank in range(len(sizes))]
+    shuffled = torch.cat([network(everything[order]) for order in orders])
+    y = shuffled[torch.argsort(torch.cat(orders))]
+    (y.square() * _weights(y)).sum().backward()
+    close: dict[str, Any] = dict(rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(torch.cat([r[0] for r in results]), y.detach(), **close)
+    for x, result in zip(xs, results, strict=True):
+        torch.testing.assert_close(result[1], x.grad, **close)
+    for k, parameter in enumerate(network.parameters()):
+        total = torch.stack([result[2][k] for result in results]).sum(dim=0)
+        torch.testing.assert_close(total, truth.gradient(parameter), **close)
+
+
+def _regroup_against_shuffle(n: int) -> None:
+    rank, size = dist.get_rank(), dist.get_world_size()
+    converted = ShuffleBatchNorm.convert_shuffle_batchnorm(_network(), mode="regroup")
+    x = _inputs([n] * size)[rank]
+    chunks = list(torch.arange(n).split(n // size))  # block c goes to rank r + c
+    order = torch.cat([chunks[(to - rank) % size] for to in range(size)])
+    splits = (n // size,) * size
+    world = batch_shuffle(x)[1].world
+    route = Route(order, splits, torch.arange(n), splits)
+    plan = ShufflePlan(world, (n,) * size, Key(0, 0), route)
+    results = []
+    for leaf, by in (
+        (x.clone().requires_grad_(), None),
+        (x.clone().requires_grad_(), plan),
+    ):
+        y: Tensor = converted(leaf) if by is None else _by_plan(_network(), leaf, by)
+        (y.square() * _weights(y)).sum().backward()
+        results.append((y, leaf.grad))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-10, atol=1e-10)
+
+
+def _by_plan(network: nn.Module, x: Tensor, plan: ShufflePlan) -> Any:
+    return batch_unshuffle(network(batch_shuffle(x, plan=plan)[0]), plan)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_moving_samples_equals_regroup(world_size: int) -> None:
+    """Catches a difference between the library's two ways of doing what MoCo does."""
+    run_on_ranks(world_size, _regroup_against_shuffle, 6)
+
+
+def _under_ddp() -> list[Tensor]:
+    x = _inputs([4, 4])[dist.get_rank()]
+    encoder = ShuffledEncoder(_network())
+    model = DistributedDataParallel(encoder)
+    set_shuffle_state((7, 3))
+    for _ in range(2):
+        y = model(x)
+        (y.square() * _weights(y)).sum().backward()
+    return [truth.gradient(p) for p in encoder.parameters()]
+
+
+def test_under_ddp_gradients_are_averages() -> None:
+    """Catches messages of the shuffle and of DDP that get in each other's way."""
+    first, second = run_on_ranks(2, _under_ddp)
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    xs, network = torch.cat(_inputs([4, 4])), _network()
+    for step in (3, 4):
+        for order in (samples_sent_to(rank, Key(7, step), [4, 4]) for rank in range(2)):
+            y = network(xs[order])
+            (y.square() * _weights(y)).sum().div(2).backward()
+    wanted = [truth.gradient(p) for p in network.parameters()]
+    torch.testing.assert_close(first, wanted, rtol=1e-10, atol=1e-10)
+
+
+def _costs() -> tuple[list[Message], list[Message], float, int]:
+    x = torch.randn(32, 3, 32, 32, requires_grad=True)
+    two = {"x": x, "y": torch.arange(32)}
+    batch_shuffle(two)
+    with received_messages() as forward:
+        shuffled = batch_shuffle(two)[0]["x"]
+    with received_messages() as backward:
+        shuffled.sum().backward()
+    peak = 0
+    for _ in range(5):
+        with torch.no_grad(), PeakMemory() as memory:
+            batch_shuffle(x)
+        peak = max(peak, memory.peak)
+    return forward, backward, peak / x.nbytes, x.nbytes + two["y"].nbytes
+
+
+@pytest.mark.parametrize("world_size", [2, 4, 8])
+def test_every_sample_travels_once_and_little_is_allocated(world_size: int) -> None:
+    """Catches an all_gather: bytes beyond N (W - 1) / W samples, memory of W batches."""
+    for forward, backward, peak, size in run_on_ranks(world_size, _costs):
+        share = (world_size - 1) / world_size
+        assert [name for name, _ in forward] == ["all_to_all_single"] * 2  # header and samples
+        assert forward[1][1] == size * share
+        assert sum(received for _, received in forward) <= 1.05 * size * share
+        assert [name for name, _ in backward] == ["all_to_all_single"]
+        assert peak <= 2.2
+
+
+def _compiled() -> list[Tensor]:
+    # Dynamo itself makes an instance of every autograd.Function that it traces.
+    warnings.filterwarnings("ignore", message=".*should not be instantiated")
+    set_shuffle_state(None)
+
+    def step(x: Tensor, ids: Tensor) -> Any:
+        (y, order), plan = batch_shuffle((x, ids))
+        return batch_unshuffle({"y": y.square(), "ids": order}, plan), order
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    x, ids = torch.randn(6, 2, requires_grad=True), torch.arange(6) + 100 * dist.get_rank()
+    orders = []
+    for _ in range(2):
+        outputs, order = compiled(x, ids)
+        assert torch.equal(outputs["ids"], ids)
+        assert torch.equal(outputs["y"], x.square())
+        x.grad = None
+        outputs["y"].sum().backward()
+        assert torch.equal(truth.gradient(x), 2 * x.detach())
+        orders.append(order)
+    state = get_shuffle_state()
+    assert state is not None
+    assert state[1] == 2
+    set_shuffle_state((state[0], 0))
+    return [*orders, *(step(x, ids)[1] for _ in range(2))]
+
+
+def test_the_stratified_case_compiles_in_one_graph() -> None:
+    """Catches a permutation baked into the graph, ranks that trace other seeds, a graph break."""
+    for one, two, eager_one, eager_two in run_on_ranks(2, _compiled, fresh=True, timeout=120):
+        assert not torch.equal(one, two)
+        assert torch.equal(one, eager_one)
+        assert torch.equal(two, eager_two)
+
+
+def _sampled(length: int, drop_last: bool) -> int:
+    images = torch.randn(length, 3, generator=torch.Generator().manual_seed(0))
+    sampler = ShuffledPairSampler(images, batch_size=4, seed=5, drop_last=drop_last)
+    loader = DataLoader(sampler.dataset, batch_sampler=sampler)
+    seen = []
+    for epoch in range(2):
+        sampler.set_epoch(epoch)
+        for step, (queries, keys) in enumerate(loader):
+            plan = sampler.plan(step)
+            assert torch.equal(batch_shuffle(queries, plan=plan)[0], keys)
+            assert torch.equal(batch_unshuffle(keys, plan), queries)
+            seen.append(tuple(keys.flatten().tolist()))
+    assert len(set(seen)) == len(seen) == 2 * len(sampler)
+    return sum(map(len, seen)) // 3
+
+
+@pytest.mark.parametrize(("world_size", "drop_last"), [(2, True), (2, False), (3, True)])
+def test_the_sampler_loads_what_the_shuffle_would_send(world_size: int, drop_last: bool) -> None:
+    """Catches a key loaded on the wrong rank or at the wrong place, and a repeated epoch."""
+    read = sum(run_on_ranks(world_size, _sampled, 29, drop_last))
+    per_step = 4 * world_size
+    assert read == 2 * (29 // per_step * per_step if drop_last else 29)
+
+
+def _no_grad() -> None:
+    x = torch.randn(8, 3, requires_grad=True)
+    with torch.no_grad():
+        assert not batch_shuffle(x)[0].requires_grad
+    assert batch_shuffle(x)[0].requires_grad
+    assert not batch_shuffle(torch.arange(8))[0].requires_grad
+
+
+def test_no_grad_and_integers_have_no_graph() -> None:
+    """Catches a graph that is kept where none is wanted."""
+    run_on_ranks(2, _no_grad)

@@ -1,0 +1,135 @@
+"""ShuffledEncoder: transparent, complete, and honest when it does nothing."""
+
+import copy
+import io
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from shuffle_batchnorm import ShuffleBatchNorm, ShuffledEncoder
+
+
+class Encoder(nn.Module):
+    """Two inputs, many outputs, constants among both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = ShuffleBatchNorm(3, mode="local", groups=2)
+        self.head = nn.Linear(3, 2)
+        self.width = 2
+
+    def forward(self, x: Tensor, *, index: Tensor, scale: float = 1.0) -> dict[str, Any]:
+        y = self.norm(x) * scale
+        return {"y": y, "deep": [(index, self.head(y))], "none": None, "width": 2}
+
+
+def test_state_and_names_are_the_encoders_own() -> None:
+    """Catches a prefix in checkpoints, in an optimizer's names, and inside a larger model."""
+    encoder = Encoder()
+    whole = nn.Module()
+    whole.key = ShuffledEncoder(encoder)
+    assert list(whole.key.state_dict()) == list(encoder.state_dict())
+    assert list(whole.state_dict()) == [f"key.{name}" for name in encoder.state_dict()]
+    for get in ("named_parameters", "named_buffers"):
+        names = [name for name, _ in getattr(encoder, get)()]
+        assert [name for name, _ in getattr(whole.key, get)()] == names
+    other = Encoder()
+    assert whole.load_state_dict({f"key.{n}": v for n, v in other.state_dict().items()})
+    assert torch.equal(encoder.head.weight, other.head.weight)
+    assert ShuffledEncoder(Encoder()).load_state_dict(other.state_dict())
+
+
+def test_mode_device_dtype_and_attributes_reach_the_encoder() -> None:
+    """Catches a wrapper that only looks like the encoder."""
+    encoder = Encoder().eval()
+    shuffled = ShuffledEncoder(encoder)
+    assert not shuffled.training
+    assert shuffled.train().norm.training
+    assert encoder.training
+    assert shuffled.double().head.weight.dtype == encoder.head.weight.dtype == torch.float64
+    assert shuffled.width == 2
+    shuffled.head = nn.Linear(3, 7)
+    assert encoder.head.out_features == 7
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = shuffled.nothing
+    assert "(head): Linear" in repr(shuffled)
+
+
+def test_copies_are_whole_and_separate() -> None:
+    """Catches a copy whose parameters aren't those of its encoder: MoCo's key encoder is one."""
+    shuffled = ShuffledEncoder(Encoder())
+    buffer = io.BytesIO()
+    torch.save(shuffled, buffer)
+    buffer.seek(0)
+    for twin in (copy.deepcopy(shuffled), torch.load(buffer, weights_only=False)):
+        twin.head.weight.data.zero_()
+        assert twin.encoder.head.weight is twin.head.weight
+        assert shuffled.head.weight.abs().sum() > 0
+        assert twin(torch.randn(4, 3), index=torch.arange(4))["width"] == 2
+
+
+def test_all_outputs_come_back_in_order() -> None:
+    """Catches an output that stays shuffled (DenseCL#1), and constants that are shuffled."""
+    shuffled = ShuffledEncoder(Encoder())
+    index = torch.arange(64)
+    x = torch.randn(64, 3)
+    outputs = shuffled(x, index=index, scale=3.0)
+    assert torch.equal(outputs["deep"][0][0], index)
+    assert outputs["none"] is None
+    # Of 64 samples in new groups, each keeps its direction against its group's mean on average.
+    plain = (x - x.mean(dim=0)) / x.std(dim=0)
+    assert torch.corrcoef(torch.stack([outputs["y"].flatten(), plain.flatten()]))[0, 1] > 0.9
+    own = shuffled.encoder(x, index=index, scale=3.0)["y"]
+    assert not torch.allclose(outputs["y"], own)
+    assert torch.equal(shuffled.eval()(x, index=index)["y"], shuffled.encoder(x, index=index)["y"])
+
+
+class Returns(nn.Module):
+    """A batch norm whose output is what it is told."""
+
+    def __init__(self, output: Any) -> None:
+        super().__init__()
+        self.norm, self.output = nn.BatchNorm1d(3), output
+
+    def forward(self, x: Tensor) -> Any:
+        self.norm(x)
+        return self.output
+
+
+@pytest.mark.filterwarnings("ignore:ShuffledEncoder")
+def test_outputs_that_cannot_come_back_are_refused() -> None:
+    """Catches an output that would be handed on shuffled, because it isn't understood."""
+    for output, error in ((object(), TypeError), (torch.tensor(1.0), ValueError)):
+        with pytest.raises(error, match="batch_unshuffle: "):
+            ShuffledEncoder(Returns(output))(torch.randn(4, 3))
+    with pytest.raises(ValueError, match=r"batch of 3 samples; the plan is for 4"):
+        ShuffledEncoder(Returns(torch.ones(3)))(torch.randn(4, 3))
+
+
+@pytest.mark.parametrize(
+    ("encoder", "reason"),
+    [
+        (nn.Linear(3, 3), "no batch norm layer"),
+        (nn.BatchNorm1d(3), "one rank, and no batch norm layer has virtual groups"),
+        (ShuffleBatchNorm(3, mode="sync", groups=2), "layers of the encoder are synchronised"),
+        (nn.Sequential(nn.Linear(3, 3), nn.SyncBatchNorm(3)), "are synchronised"),
+        (ShuffleBatchNorm(3, mode="local", groups=2), None),
+        (nn.Sequential(nn.SyncBatchNorm(3), ShuffleBatchNorm(3, groups=2)), None),
+    ],
+)
+def test_it_warns_once_when_it_does_nothing(encoder: nn.Module, reason: str | None) -> None:
+    """Catches a silent no-op (CMC#39), a warning at every step, and a false alarm."""
+    shuffled = ShuffledEncoder(encoder)
+    if reason is not None:
+        with pytest.warns(
+            UserWarning, match=f"ShuffledEncoder: the shuffle does nothing.*{reason}"
+        ):
+            shuffled._warn_if_it_does_nothing()
+        shuffled._has_looked = True
+    if not any(isinstance(m, nn.SyncBatchNorm) for m in encoder.modules()):  # raises on the CPU
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            shuffled(torch.randn(8, 3))
