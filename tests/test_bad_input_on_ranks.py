@@ -210,6 +210,24 @@ def test_an_empty_batch_on_all_ranks_changes_nothing(mode: str) -> None:
         assert var.eq(1).all()
 
 
+def _empty_normaliser() -> str:
+    rank = dist.get_rank()
+    x = torch.randn(0 if rank == 1 else 6, 3, 2, requires_grad=True)
+    try:
+        shuffle_batch_norm(x, None, None, training=True, mode="swap").sum().backward()
+    except (ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "fine"
+
+
+def test_swap_can_not_use_the_statistics_of_an_empty_batch() -> None:
+    """Catches samples normalised with a mean of nothing."""
+    user, *others = run_on_ranks(3, _empty_normaliser, fresh=True)
+    assert user.startswith("ValueError: shuffle_batch_norm: expected more than 1 value")
+    assert "got 0 in group 1, which normalises group 0 on rank 0" in user
+    assert all("rank 0 stopped: shuffle_batch_norm: expected more" in text for text in others)
+
+
 def _outside_the_group() -> str:
     group = dist.new_group([0])
     layer = ShuffleBatchNorm(4, groups=2, process_group=group)
