@@ -12,7 +12,7 @@ STAMP := $(VENV)/.setup
 # The machine with a GPU may have torch in a Python of its own and no .venv.
 GPU_PYTHON ?= $(if $(wildcard $(STAMP)),$(BIN)/python,$(PYTHON))
 
-.PHONY: help setup demo test lint format bench gpu-check docs clean
+.PHONY: help setup demo test lint format bench bench-shuffle gpu-check docs clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -43,6 +43,9 @@ format: setup ## mend what can be mended without thought
 
 bench: setup ## measure the layer against its peers
 	$(BIN)/python benchmarks/bench_layer.py $(ARGS)
+
+bench-shuffle: setup ## measure batch_shuffle against an all_gather of all samples
+	$(BIN)/python benchmarks/bench_batch_shuffle.py $(ARGS)
 
 # No setup: it runs with whichever Python has torch, pytest and pytest-timeout (GPU_PYTHON=...).
 gpu-check: ## run the tests marked gpu

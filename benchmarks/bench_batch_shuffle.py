@@ -4,13 +4,15 @@
 
 One round trip: shuffle 32x3x96x96 float32 images per rank, unshuffle 32x128 features. Prints, per
 number of ranks, how many times faster ours is (median and, in brackets, 20 and 80 percent
-points), peak memory beyond the batch in batches, and bytes received per rank in batches. `--save`
+points), the same for the floor (the bare exchanges, with nothing checked and no order made), peak
+memory beyond the batch in batches, and bytes received per rank in batches. `--save`
 writes benchmarks/results/batch_shuffle.json.
 """
 
 import argparse
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,20 @@ def _ours(images: Tensor, features: Tensor) -> None:
         batch_unshuffle(features, plan)
 
 
+def _floor(images: Tensor, features: Tensor) -> None:
+    """The same traffic with no header, no order and no plan: what any such shuffle has to do."""
+    order = torch.arange(len(images))
+    splits = [len(images) // dist.get_world_size()] * dist.get_world_size()
+    for x in (images, features):
+        sent = x.index_select(0, order)
+        received = torch.empty_like(sent)
+        dist.all_to_all_single(received, sent, splits, splits)
+        received.index_select(0, order)
+
+
+CONTESTANTS = {"MoCo": _moco, "ours": _ours, "floor": _floor}
+
+
 def _costs(run: Callable[..., None], images: Tensor, features: Tensor) -> dict[str, float]:
     run(images, features)  # the first call agrees on a seed
     with received_messages() as messages:
@@ -69,16 +85,12 @@ def _measure(rank: int, world_size: int, rounds: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world_size)
     images, features = torch.randn(IMAGES), torch.randn(FEATURES)
     # Between two contestants the ranks wait for each other, so that none pays for the other.
-    contestants: dict[str, Callable[[], Any]] = {
-        "MoCo": lambda: _moco(images, features),
-        "wait": dist.barrier,
-        "ours": lambda: _ours(images, features),
-        "wait again": dist.barrier,
-    }
+    contestants: dict[str, Callable[[], Any]] = {}
+    for name, run in CONTESTANTS.items():
+        contestants[name] = partial(run, images, features)
+        contestants[f"wait after {name}"] = dist.barrier
     timings = interleaved(contestants, rounds)
-    costs = {
-        name: _costs(run, images, features) for name, run in (("MoCo", _moco), ("ours", _ours))
-    }
+    costs = {name: _costs(run, images, features) for name, run in CONTESTANTS.items()}
     if rank == 0:
         rows = {name: {**timings[name]._asdict(), **costs[name]} for name in costs}
         torch.save(rows, Path(folder, "rows"))
@@ -94,18 +106,25 @@ def main() -> None:
     arguments = parser.parse_args()
 
     results = []
-    print("ranks  MoCo ms  ours ms  times faster           peak batches    received batches")
+    print(
+        "ranks  MoCo ms  ours ms  times faster           floor"
+        "                   peak batches    received batches"
+    )
     for world_size in arguments.world_sizes:
         with tempfile.TemporaryDirectory() as folder:
             args = (world_size, arguments.rounds, folder)
             spawn(_measure, args, nprocs=world_size)
             rows = torch.load(Path(folder, "rows"))
         moco, ours = rows["MoCo"], rows["ours"]
-        faster = [1 / ours[name] for name in ("ratio", "ratio_p80", "ratio_p20")]
+        faster, floor = (
+            "{:5.1f} ({:.1f} to {:.1f})".format(
+                *(1 / row[name] for name in ("ratio", "ratio_p80", "ratio_p20"))
+            )
+            for row in (ours, rows["floor"])
+        )
         print(
             f"{world_size:5}  {1e3 * moco['median']:7.1f}  {1e3 * ours['median']:7.1f}  "
-            f"{faster[0]:5.1f} ({faster[1]:.1f} to {faster[2]:.1f})".ljust(45)
-            + f"  {moco['peak']:4.1f} | {ours['peak']:4.2f}     "
+            f"{faster:22} {floor:22}  {moco['peak']:4.1f} | {ours['peak']:4.2f}     "
             f"{moco['received']:4.2f} | {ours['received']:5.3f}",
             flush=True,
         )

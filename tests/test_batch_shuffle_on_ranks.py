@@ -200,6 +200,7 @@ def _compiled() -> list[Tensor]:
 
     def step(x: Tensor, ids: Tensor) -> Any:
         (y, order), plan = batch_shuffle((x, ids))
+        y = y.add_(0)  # as an encoder that begins with an in-place ReLU
         return batch_unshuffle({"y": y.square(), "ids": order}, plan), order
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
@@ -254,12 +255,15 @@ def test_the_sampler_loads_what_the_shuffle_would_send(world_size: int, drop_las
 
 def _no_grad() -> None:
     x = torch.randn(8, 3, requires_grad=True)
+    for y in (batch_shuffle(x)[0], batch_shuffle([x, torch.arange(8)])[0][0]):
+        y.mul_(2).sum().backward()
+    assert truth.gradient(x).eq(4).all()
     with torch.no_grad():
         assert not batch_shuffle(x)[0].requires_grad
     assert batch_shuffle(x)[0].requires_grad
     assert not batch_shuffle(torch.arange(8))[0].requires_grad
 
 
-def test_no_grad_and_integers_have_no_graph() -> None:
-    """Catches a graph that is kept where none is wanted."""
+def test_results_are_plain_tensors() -> None:
+    """Catches a view, which can't be changed in place, and a graph where none is wanted."""
     run_on_ranks(2, _no_grad)

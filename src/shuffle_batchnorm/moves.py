@@ -57,45 +57,59 @@ def _move(call: str, route: Route, world: World, leaves: Sequence[Tensor]) -> tu
         order = route.send_order[route.place_order]
         moved = [leaf.index_select(0, order) for leaf in leaves]
     else:
-        packed = _pack(leaves, route.send_order)
+        leaving = [leaf.index_select(0, route.send_order).contiguous() for leaf in leaves]
+        packed = _pack(leaving)
         received = exchange.exchange_samples(
             packed, route.send_splits, route.receive_splits, world, call
         )
-        _free(packed)
-        del packed
-        moved = _unpack(received, leaves, route.place_order)
-        del received
+        if torch.compiler.is_compiling():
+            moved = _unpack(received, leaves, route.place_order)
+        else:
+            if len(leaves) > 1:
+                _free(packed)
+            # N stays, so the samples fit where those that left were: on a CPU, new memory costs as
+            # much as the copy into it. And a result must not be a view, which autograd would not
+            # let its user change in place.
+            moved = leaving
+            for part, leaf in zip(_parts(received, leaves), moved, strict=True):
+                torch.index_select(part, 0, route.place_order, out=_as_bytes(leaf))
+        del packed, received
     return tuple(
         new.contiguous(memory_format=_memory_format(old))
         for new, old in zip(moved, leaves, strict=True)
     )
 
 
-def _pack(leaves: Sequence[Tensor], order: Tensor) -> Tensor:
-    """Return the bytes of all leaves, ``[N, K]``, sample by sample in this order."""
-    rows = [
-        leaf.index_select(0, order)
-        .contiguous()
-        .view(order.shape[0], leaf.shape[1:].numel())
-        .view(torch.uint8)
-        for leaf in leaves
-    ]
+def _pack(leaves: Sequence[Tensor]) -> Tensor:
+    """Return the bytes of all leaves, ``[N, K]``."""
+    rows = [_as_bytes(leaf) for leaf in leaves]
     return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
+
+
+def _as_bytes(leaf: Tensor) -> Tensor:
+    return leaf.view(leaf.shape[0], leaf.shape[1:].numel()).view(torch.uint8)
 
 
 def _free(sent: Tensor) -> None:
     """Give back the memory of what was sent: a thread of gloo's may hold on to it for a while."""
-    if sent.device.type == "cpu" and not torch.compiler.is_compiling():
+    if sent.device.type == "cpu":
         sent.untyped_storage().resize_(0)
 
 
-def _unpack(received: Tensor, leaves: Sequence[Tensor], order: Tensor) -> list[Tensor]:
-    """Return the leaves ``[N', *]`` in the received bytes ``[N', K]``, in this order."""
+def _parts(received: Tensor, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Return each leaf's bytes in those received."""
     widths = [leaf.shape[1:].numel() * leaf.dtype.itemsize for leaf in leaves]
+    parts: tuple[Tensor, ...] = received.split(widths, dim=1)
+    return parts
+
+
+def _unpack(received: Tensor, leaves: Sequence[Tensor], order: Tensor) -> list[Tensor]:
+    """Return the leaves ``[N, *]`` in the received bytes ``[N, K]``, in this order."""
     return [
-        # Flat, because a view of no bytes per sample as a wider type is refused otherwise.
-        part.index_select(0, order).view(-1).view(leaf.dtype).view(order.shape[0], *leaf.shape[1:])
-        for part, leaf in zip(received.split(widths, dim=1), leaves, strict=True)
+        # Flat, because a view of no bytes per sample as a wider type is refused otherwise. A copy,
+        # since no result may be a view; the compiler makes one pass of it.
+        part.index_select(0, order).view(-1).view(leaf.dtype).view(leaf.shape).clone()
+        for part, leaf in zip(_parts(received, leaves), leaves, strict=True)
     ]
 
 
