@@ -175,14 +175,11 @@ def gather_answers(answer: bytes, channels: int, device: torch.device, world: Wo
     Communication: one all_gather of `ANSWER_BYTES` per rank, whatever the ranks disagree on, and
     one note in the group's store.
     """
-    padded = bytearray(answer[:ANSWER_BYTES].ljust(ANSWER_BYTES))
-    text = torch.frombuffer(padded, dtype=torch.uint8).to(device)
     since = time.monotonic()
     _store().set(_key(world, "handshake", _state(world).exchanges + 1), str(world.rank))
-    answers = gather(
-        text, world, while_waiting=lambda w: _raise_if_a_peer_is_local(w, since, channels)
+    return _gather_bytes(
+        answer, device, world, CALL, lambda w: _raise_if_a_peer_is_local(w, since, channels)
     )
-    return [bytes(row) for row in answers.tolist()]
 
 
 def gather_numbers(
@@ -205,10 +202,21 @@ def gather_texts(text: str, device: torch.device, world: World, call: str) -> li
 
     Communication: one all_gather of `ANSWER_BYTES` per rank.
     """
-    padded = bytearray(text.encode()[:ANSWER_BYTES].ljust(ANSWER_BYTES))
+    texts = _gather_bytes(text.encode(), device, world, call)
+    return [other.decode(errors="ignore").rstrip() for other in texts]
+
+
+def _gather_bytes(
+    text: bytes,
+    device: torch.device,
+    world: World,
+    call: str,
+    while_waiting: "Waiting | None" = None,
+) -> list[bytes]:
+    """Return what every rank has to say, cut or padded to `ANSWER_BYTES`, in rank order."""
+    padded = bytearray(text[:ANSWER_BYTES].ljust(ANSWER_BYTES))
     row = torch.frombuffer(padded, dtype=torch.uint8).to(device)
-    texts = gather(row, world, call).tolist()
-    return [bytes(other).decode(errors="ignore").rstrip() for other in texts]
+    return [bytes(other) for other in gather(row, world, call, while_waiting).tolist()]
 
 
 def exchange_samples(

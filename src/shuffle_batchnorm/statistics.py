@@ -22,12 +22,10 @@ class Statistics(NamedTuple):
     """Rows ``[groups, B, 2 * C + 1]`` of one rank, for one call of the layer.
 
     Attributes:
-        blocks: of the local blocks themselves.
         used: of the normaliser of each block.
         source: of the normaliser in which each block is pooled; differs from `used` in `swap`.
     """
 
-    blocks: Tensor
     used: Tensor
     source: Tensor
 
@@ -59,18 +57,18 @@ def mix(blocks: Tensor, plan: Plan, world: World) -> Statistics:
     one back; `sync` one all_gather.
     """
     if plan.mode == "swap":
-        return Statistics(blocks, exchange.rotate(blocks, plan, world), blocks)
+        return Statistics(exchange.rotate(blocks, plan, world), blocks)
     if plan.mode == "regroup" and plan.per_group > 1:
         pooled = pool(exchange.rotate(blocks, plan, world))
         used = exchange.rotate(pooled, plan, world, inverse=True)
-        return Statistics(blocks, used, used)
+        return Statistics(used, used)
     if plan.mode == "sync":
         row = pool(blocks.view(1, -1, blocks.shape[-1]))
         if world.size > 1:
             row = pool(exchange.gather(row.view(-1), world)[None])
         used = row.expand_as(blocks)
-        return Statistics(blocks, used, used)
-    return Statistics(blocks, blocks, blocks)
+        return Statistics(used, used)
+    return Statistics(blocks, blocks)
 
 
 def mix_gradients(sums: Tensor, plan: Plan, world: World) -> Tensor:
