@@ -73,9 +73,11 @@ REJECTED = {
 }
 
 
-def _fails(function: Any, everywhere: bool = False) -> tuple[str, float]:
+def _fails(function: Any, before: int, everywhere: bool = False) -> tuple[str, float]:
     """One rank, or every rank but the first, does something else; afterwards all go on."""
     batch_shuffle(_x())
+    for _ in range(before):
+        function(False)
     start = time.monotonic()
     text = "nothing"
     try:
@@ -88,10 +90,15 @@ def _fails(function: Any, everywhere: bool = False) -> tuple[str, float]:
     return text, seconds
 
 
+# How often all ranks do the right thing before: often enough for their habit to take one message.
+BEFORE = pytest.mark.parametrize("before", [0, 6])
+
+
+@BEFORE
 @pytest.mark.parametrize("function", REJECTED, ids=lambda f: f.__name__)
-def test_what_one_rank_rejects_ends_all_at_once(function: Any) -> None:
+def test_what_one_rank_rejects_ends_all_at_once(function: Any, before: int) -> None:
     """Catches a rank that raises alone, peers that aren't told why, and a group left unusable."""
-    results = run_on_ranks(3, _fails, function)
+    results = run_on_ranks(3, _fails, function, before)
     for rank, (text, seconds) in enumerate(results):
         assert re.search(REJECTED[function], text), text
         assert seconds < SECONDS
@@ -172,10 +179,11 @@ DISAGREEMENTS = {
 
 
 @pytest.mark.parametrize("function", DISAGREEMENTS, ids=lambda f: f.__name__)
+@BEFORE
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_ranks_that_disagree_all_say_so(function: Any, world_size: int) -> None:
+def test_ranks_that_disagree_all_say_so(function: Any, world_size: int, before: int) -> None:
     """Catches messages of another length or another permutation, which hang or mix samples up."""
-    for text, seconds in run_on_ranks(world_size, _fails, function, everywhere=True):
+    for text, seconds in run_on_ranks(world_size, _fails, function, before, everywhere=True):
         assert re.match(
             f"ValueError: batch_(un)?shuffle: ranks disagree on {DISAGREEMENTS[function]}", text
         ), text

@@ -20,6 +20,7 @@ from shuffle_batchnorm import (
     batch_shuffle,
     batch_unshuffle,
     get_shuffle_state,
+    moves,
     set_shuffle_state,
 )
 from shuffle_batchnorm.batch_shuffle import ShufflePlan
@@ -165,32 +166,74 @@ def test_under_ddp_gradients_are_averages() -> None:
     torch.testing.assert_close(first, wanted, rtol=1e-10, atol=1e-10)
 
 
-def _costs() -> tuple[list[Message], list[Message], float, int]:
+def _costs() -> tuple[list[Message], list[Message], list[Message], float, int]:
     x = torch.randn(32, 3, 32, 32, requires_grad=True)
     two = {"x": x, "y": torch.arange(32)}
-    batch_shuffle(two)
+    group = dist.new_group()  # that has no habits yet
+    with received_messages() as first:
+        batch_shuffle(two, process_group=group)
+    for _ in range(6):
+        batch_shuffle(two, process_group=group)
     with received_messages() as forward:
-        shuffled = batch_shuffle(two)[0]["x"]
+        shuffled = batch_shuffle(two, process_group=group)[0]["x"]
     with received_messages() as backward:
         shuffled.sum().backward()
+    moves._buffers.clear()  # what is kept for the next call counts
     peak = 0
     for _ in range(5):
         with torch.no_grad(), PeakMemory() as memory:
             batch_shuffle(x)
         peak = max(peak, memory.peak)
-    return forward, backward, peak / x.nbytes, x.nbytes + two["y"].nbytes
+    return first, forward, backward, peak / x.nbytes, x.nbytes + two["y"].nbytes
 
 
 @pytest.mark.parametrize("world_size", [2, 4, 8])
 def test_every_sample_travels_once_and_little_is_allocated(world_size: int) -> None:
     """Catches an all_gather: bytes beyond N (W - 1) / W samples, memory of W batches."""
-    for forward, backward, peak, size in run_on_ranks(world_size, _costs):
+    for first, forward, backward, peak, size in run_on_ranks(world_size, _costs):
         share = (world_size - 1) / world_size
-        assert [name for name, _ in forward] == ["all_to_all_single"] * 2  # header and samples
-        assert forward[1][1] == size * share
-        assert sum(received for _, received in forward) <= 1.05 * size * share
+        assert [name for name, _ in first] == ["all_to_all_single"] * 2  # header and samples
+        assert first[1][1] == size * share
+        # Out of habit the header is left out, and 8 bytes go with every sample.
+        assert forward == [("all_to_all_single", (size + 32 * 8) * share)]
+        assert sum(received for _, received in first) <= 1.05 * size * share
         assert [name for name, _ in backward] == ["all_to_all_single"]
         assert peak <= 2.2
+
+
+def _messages_per_call(program: str, rounds: int) -> list[int]:
+    """Run a program of (s)huffles and (u)nshuffles; return the messages of each of its calls."""
+    group = dist.new_group()  # that has no habits yet
+    counts = []
+    plans: list[ShufflePlan] = []
+    for _ in range(rounds):
+        for letter in program:
+            with received_messages() as messages:
+                if letter == "u":
+                    batch_unshuffle(torch.randn(4, 3), plans.pop())
+                else:
+                    x = torch.randn({"s": 4, "t": 8, "x": 3}[letter], 2)
+                    plans.append(batch_shuffle(x, process_group=group)[1])
+            counts.append(len(messages))
+        plans.clear()
+    return counts
+
+
+@pytest.mark.parametrize(
+    ("program", "period"),
+    [("su", [1, 1]), ("ssuu", [1, 1, 1, 1]), ("tssuu", [1] * 5), ("x", [2]), ("xsu", [2, 1, 1])],
+)
+def test_what_a_loop_repeats_takes_one_message(program: str, period: list[int]) -> None:
+    """Catches guesses that are never made, made for a call that needs its sizes, or often wrong."""
+    for counts in run_on_ranks(2, _messages_per_call, program, 12):
+        assert counts[-len(period) :] == period
+        assert 3 not in counts  # a wrong guess: a message for nothing, the header, the samples
+
+
+def test_a_wrong_guess_is_made_ever_more_rarely() -> None:
+    """Catches a loop that pays for the same wrong guess again and again."""
+    for counts in run_on_ranks(2, _messages_per_call, "sssssssst", 40):  # after ssss: s or t
+        assert 1 <= counts.count(3) <= 8
 
 
 def _compiled() -> list[Tensor]:

@@ -4,8 +4,10 @@ This is MoCo's way of shuffling batch norm. The layers of this library do the sa
 samples; see ``docs/batch_shuffle.md`` for when to choose which.
 """
 
+import contextlib
 import re
 import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,9 +17,18 @@ from torch.utils import _pytree as pytree
 
 from . import exchange, shuffle_agreement
 from .exchange import ProcessGroupLike, World
-from .moves import move_samples
-from .permutations import Key, Route, make_route, stratified_route
-from .shuffle_agreement import GENERATOR, NEW_SEED, PLAN, STATE, Terms
+from .habits import Form, expected_form, note_form
+from .moves import OtherStampError, move_nothing, move_samples, width_of
+from .permutations import Key, Route, is_stratified, make_route, stratified_route
+from .shuffle_agreement import (
+    GENERATOR,
+    NEW_SEED,
+    PLAN,
+    STATE,
+    Terms,
+    agree,
+    stamp,
+)
 
 Tree = Any  # a tensor, or tensors and None in tuples, lists, dicts, ...
 
@@ -66,9 +77,10 @@ def batch_shuffle(
     Communication:
         One ``all_to_all_single`` that holds all tensors: each sample travels once, about
         ``N * (W - 1) / W`` samples leave and reach each rank; backward the same for tensors that
-        need a gradient. Before it, 72 bytes from every rank to every rank, which compare the
-        calls and end all ranks with an error if one can't go on. Under ``torch.compile`` these are
-        left out: there the ranks' batches have to be alike, and W has to divide N.
+        need a gradient. The ranks compare their calls, and all raise if one can't go on: by 8 bytes
+        with every sample where a loop repeats itself and W divides one common N, otherwise by 72
+        bytes from every rank to every rank beforehand. Under ``torch.compile`` nothing is compared:
+        there the ranks' batches have to be alike, and W has to divide N.
 
     Args:
         batch: a tensor ``[N, *]`` of any dtype, or tensors of the same N and device, and None, in
@@ -80,7 +92,8 @@ def batch_shuffle(
 
     Returns:
         The shuffled batch, with this rank's N; and the plan for `batch_unshuffle`. Peak memory
-        beyond the batch is twice its size; channels_last tensors stay so.
+        beyond the batch is twice its size, of which on a CPU one half is kept for the next call;
+        channels_last tensors stay so.
 
     Raises:
         TypeError: something in the batch is no tensor; a plan or group of another type.
@@ -118,14 +131,17 @@ def batch_shuffle(
     except (TypeError, ValueError) as caught:
         error = caught
     terms = _terms(SHUFFLE, order, leaves, spec, key)
-    device = _device(leaves, world)
-    sizes, seed = shuffle_agreement.agree(terms, n, error, world, device)
-    if plan is None:
-        key = Key(seed, key.step)
-        if generator is None:
-            shuffle_agreement.keep_state(world, Key(seed, key.step + 1))
-        plan = ShufflePlan(world, sizes, key, make_route(key, sizes, world.rank).to(device))
-    return _move_tree(SHUFFLE, leaves, spec, plan.route, world), plan
+
+    def find_plan(sizes: tuple[int, ...], seed: int) -> ShufflePlan:
+        agreed = Key(seed, key.step)
+        route = make_route(agreed, sizes, world.rank).to(_device(leaves, world))
+        return ShufflePlan(world, sizes, agreed, route)
+
+    find = find_plan if plan is None else lambda *_: plan
+    moved, plan = _agree_and_move(terms, leaves, n, error, world, find)
+    if order in (STATE, NEW_SEED):
+        shuffle_agreement.keep_state(world, Key(plan.key.seed, plan.key.step + 1))
+    return _unflatten(moved, leaves, spec), plan
 
 
 def batch_unshuffle(batch: Tree, plan: ShufflePlan) -> Tree:
@@ -162,7 +178,8 @@ def batch_unshuffle(batch: Tree, plan: ShufflePlan) -> Tree:
     leaves, spec = pytree.tree_flatten(batch)
     if torch.compiler.is_compiling():
         _check_fit(UNSHUFFLE, _check_leaves(UNSHUFFLE, leaves), world, plan)
-        return _move_tree(UNSHUFFLE, leaves, spec, plan.route.inverse(), world)
+        tensors = [leaf for leaf in leaves if leaf is not None]
+        return _unflatten(_move(UNSHUFFLE, tensors, plan), leaves, spec)
 
     n, error = 0, None
     try:
@@ -172,12 +189,58 @@ def batch_unshuffle(batch: Tree, plan: ShufflePlan) -> Tree:
     except (TypeError, ValueError) as caught:
         error = caught
     terms = _terms(UNSHUFFLE, PLAN, leaves, spec, plan.key)
-    shuffle_agreement.agree(terms, n, error, world, _device(leaves, world))
-    result = _move_tree(UNSHUFFLE, leaves, spec, plan.route.inverse(), world)
+    moved, _ = _agree_and_move(terms, leaves, n, error, world, lambda *_: plan)
     alive = [ref for ref in plan._returned if ref() is not None]
-    fresh = [weakref.ref(leaf) for leaf in pytree.tree_leaves(result) if leaf is not None]
-    plan._returned[:] = alive + fresh
-    return result
+    plan._returned[:] = alive + [weakref.ref(leaf) for leaf in moved]
+    return _unflatten(moved, leaves, spec)
+
+
+def _agree_and_move(
+    terms: Terms,
+    leaves: list[Any],
+    n: int,
+    error: Exception | None,
+    world: World,
+    find_plan: Callable[[tuple[int, ...], int], ShufflePlan],
+) -> tuple[tuple[Tensor, ...], ShufflePlan]:
+    """Move the tensors among the leaves by a plan that is found from sizes and seed.
+
+    If the ranks call as they did the last time round, they agree by the message itself: a hash of
+    their terms travels with the samples. If not, or at a first time, by a header before it.
+    """
+    tensors = [leaf for leaf in leaves if leaf is not None]
+    form = Form(terms.call, n, width_of(tensors)) if error is None else None
+    expected = expected_form(world) if world.size > 1 else None
+    if expected is not None:
+        if form == expected:
+            plan = find_plan((n,) * world.size, terms.seed)
+            with contextlib.suppress(OtherStampError):
+                moved = _move(terms.call, tensors, plan, stamp(terms))
+                note_form(world, form)
+                return moved, plan
+        else:
+            _, n_expected, width = expected
+            move_nothing(terms.call, world, n_expected, width, _device(leaves, world))
+    sizes, seed = agree(terms, n, error, world, _device(leaves, world))
+    plan = find_plan(sizes, seed)
+    moved = _move(terms.call, tensors, plan)
+    if world.size > 1:
+        note_form(world, form if n and is_stratified(sizes) else None)
+    return moved, plan
+
+
+def _move(
+    call: str, tensors: list[Tensor], plan: ShufflePlan, stamp: int | None = None
+) -> tuple[Tensor, ...]:
+    route = plan.route.to(tensors[0].device)
+    if call == UNSHUFFLE:
+        route = route.inverse()
+    return move_samples(call, route, plan.world, tensors, stamp)
+
+
+def _unflatten(moved: Sequence[Tensor], leaves: list[Any], spec: Any) -> Tree:
+    new = iter(moved)
+    return pytree.tree_unflatten([None if leaf is None else next(new) for leaf in leaves], spec)
 
 
 def _shuffle_in_graph(
@@ -197,7 +260,8 @@ def _shuffle_in_graph(
         device = _device(leaves, world)
         route = stratified_route(key, n, world.size, world.rank, device)
         plan = ShufflePlan(world, (n,) * world.size, key, route, [])
-    return _move_tree(SHUFFLE, leaves, spec, plan.route, world), plan
+    tensors = [leaf for leaf in leaves if leaf is not None]
+    return _unflatten(_move(SHUFFLE, tensors, plan), leaves, spec), plan
 
 
 def _choose_key(
@@ -311,9 +375,3 @@ def _check_not_returned(leaves: list[Any], plan: ShufflePlan) -> None:
                 f"{UNSHUFFLE}: leaf {k}, shape {tuple(leaf.shape)}, was unshuffled with this plan "
                 "already; unshuffle what was computed from the shuffled batch, and once"
             )
-
-
-def _move_tree(call: str, leaves: list[Any], spec: Any, route: Route, world: World) -> Tree:
-    tensors = [leaf for leaf in leaves if leaf is not None]
-    moved = iter(move_samples(call, route.to(tensors[0].device), world, tensors))
-    return pytree.tree_unflatten([None if leaf is None else next(moved) for leaf in leaves], spec)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -12,15 +13,29 @@ from .permutations import Route
 
 
 def move_samples(
-    call: str, route: Route, world: World, leaves: Sequence[Tensor]
+    call: str, route: Route, world: World, leaves: Sequence[Tensor], stamp: int | None = None
 ) -> tuple[Tensor, ...]:
     """Move the samples of tensors ``[N, *]`` along a route, differentiably, to ``[N', *]``.
 
     Communication: one message that holds all tensors; one backward, with those of them that need
-    a gradient.
+    a gradient. A stamp travels along, 8 bytes with every sample.
+
+    Raises:
+        OtherStampError: another rank sent another stamp; all ranks that sent this one raise it.
     """
-    moved: tuple[Tensor, ...] = _Move.apply(call, route, world, *leaves)  # type: ignore[no-untyped-call]
+    moved: tuple[Tensor, ...] = _Move.apply(call, route, world, stamp, *leaves)  # type: ignore[no-untyped-call]
     return moved
+
+
+def move_nothing(call: str, world: World, n: int, width: int, device: torch.device) -> None:
+    """Take part in a stamped message of n samples, `width` bytes each, that this rank has not."""
+    splits = (n // world.size,) * world.size
+    sent = torch.zeros(n, _stamped(width), dtype=torch.uint8, device=device)
+    exchange.exchange_samples(sent, splits, splits, world, call)
+
+
+class OtherStampError(Exception):
+    """The ranks did not all send the same stamp: what has arrived is of no use."""
 
 
 class _Move(torch.autograd.Function):
@@ -28,10 +43,10 @@ class _Move(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, call: str, route: Route, world: World, *leaves: Tensor
+        ctx: Any, call: str, route: Route, world: World, stamp: int | None, *leaves: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.call, ctx.route, ctx.world = call, route, world
-        moved = _move(call, route, world, leaves)
+        moved = _move(call, route, world, leaves, stamp)
         ctx.mark_non_differentiable(
             *(leaf for leaf in moved if not (leaf.is_floating_point() or leaf.is_complex()))
         )
@@ -40,7 +55,7 @@ class _Move(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         # The ranks have agreed on which leaves need a gradient, so their messages match.
-        needed = ctx.needs_input_grad[3:]
+        needed = ctx.needs_input_grad[4:]
         sent = [gradient for gradient, need in zip(gradients, needed, strict=True) if need]
         route = ctx.route.inverse()
         if torch.is_grad_enabled():  # create_graph=True
@@ -48,36 +63,122 @@ class _Move(torch.autograd.Function):
         else:
             moved = _move(ctx.call, route, ctx.world, sent)
         results = iter(moved)
-        return (None, None, None, *(next(results) if need else None for need in needed))
+        return (None, None, None, None, *(next(results) if need else None for need in needed))
 
 
-def _move(call: str, route: Route, world: World, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def _move(
+    call: str, route: Route, world: World, leaves: Sequence[Tensor], stamp: int | None = None
+) -> tuple[Tensor, ...]:
     """Move all leaves ``[N, *]`` in one message of bytes, whatever their dtypes."""
     if world.size == 1:
         order = route.send_order[route.place_order]
         moved = [leaf.index_select(0, order) for leaf in leaves]
+    elif torch.compiler.is_compiling():
+        moved = _move_in_graph(call, route, world, leaves)
     else:
-        leaving = [leaf.index_select(0, route.send_order).contiguous() for leaf in leaves]
-        packed = _pack(leaving)
-        received = exchange.exchange_samples(
-            packed, route.send_splits, route.receive_splits, world, call
-        )
-        if torch.compiler.is_compiling():
-            moved = _unpack(received, leaves, route.place_order)
-        else:
-            if len(leaves) > 1:
-                _free(packed)
-            # N stays, so the samples fit where those that left were: on a CPU, new memory costs as
-            # much as the copy into it. And a result must not be a view, which autograd would not
-            # let its user change in place.
-            moved = leaving
-            for part, leaf in zip(_parts(received, leaves), moved, strict=True):
-                torch.index_select(part, 0, route.place_order, out=_as_bytes(leaf))
-        del packed, received
+        return _move_bytes(call, route, world, leaves, stamp)
     return tuple(
         new.contiguous(memory_format=_memory_format(old))
         for new, old in zip(moved, leaves, strict=True)
     )
+
+
+def _move_bytes(
+    call: str, route: Route, world: World, leaves: Sequence[Tensor], stamp: int | None
+) -> tuple[Tensor, ...]:
+    """Move leaves, allocating no more than what is sent and what is received.
+
+    On a CPU the first touch of new memory costs ten times the copy into it: what is sent lies in
+    memory that is kept for the next call, and what is received becomes the result.
+    """
+    n = len(route.send_order)
+    places, width = _places(leaves)
+    width = width if stamp is None else _stamped(width)
+    buffer = _take_buffer(world, n * width, leaves[0].device)
+    sent = buffer[: n * width].view(n, width)
+    for place, leaf in zip(places, leaves, strict=True):
+        if leaf.numel():
+            # The order on the wire is that of a contiguous tensor.
+            samples = leaf.contiguous().view(n, -1)
+            torch.index_select(samples, 0, route.send_order, out=sent[:, place].view(leaf.dtype))
+    if stamp is not None:
+        sent.view(torch.int64)[:, -1] = stamp
+    received = exchange.exchange_samples(sent, route.send_splits, route.receive_splits, world, call)
+    if stamp is not None and set(received.view(torch.int64)[:, -1].tolist()) != {stamp}:
+        _keep_buffer(world, buffer)
+        raise OtherStampError
+    torch.index_select(received, 0, route.place_order, out=sent)
+    if len(leaves) == 1 and _memory_format(leaves[0]) == torch.contiguous_format:
+        # In the memory of the message, yet no view of it: users may change a result in place.
+        result = torch.empty(0, dtype=leaves[0].dtype, device=received.device)
+        moved = [result.set_(received.untyped_storage()).resize_(leaves[0].shape)]
+    else:
+        _free(received)
+        moved = [
+            torch.empty(
+                leaf.shape,
+                dtype=leaf.dtype,
+                device=leaf.device,
+                memory_format=_memory_format(leaf),
+            )
+            for leaf in leaves
+        ]
+    for place, leaf in zip(places, moved, strict=True):
+        if leaf.numel():
+            leaf.copy_(sent[:, place].view(leaf.dtype).view(leaf.shape))
+    _keep_buffer(world, buffer)
+    return tuple(moved)
+
+
+def _places(leaves: Sequence[Tensor]) -> tuple[list[slice], int]:
+    """Return where each leaf's bytes are in a sample's, aligned to its dtype; and how many."""
+    places, end = [], 0
+    for leaf in leaves:
+        start = _round_up(end, leaf.dtype.itemsize)
+        end = start + leaf.shape[1:].numel() * leaf.dtype.itemsize
+        places.append(slice(start, end))
+    return places, _round_up(end, max(leaf.dtype.itemsize for leaf in leaves))
+
+
+def width_of(leaves: Sequence[Tensor]) -> int:
+    """Return how many bytes of a message a sample takes."""
+    return _places(leaves)[1]
+
+
+def _stamped(width: int) -> int:
+    """Return the width with room for a stamp; 16 is the widest dtype's alignment."""
+    return _round_up(width + 8, 16 if width % 16 == 0 else 8)
+
+
+def _round_up(number: int, step: int) -> int:
+    return -(-number // step) * step
+
+
+# On a CPU, memory for each group's largest message. Not on a GPU, whose allocator does as much.
+_buffers: "WeakKeyDictionary[Any, Tensor]" = WeakKeyDictionary()
+
+
+def _take_buffer(world: World, size: int, device: torch.device) -> Tensor:
+    """Return at least `size` bytes that nobody else uses until they are kept again."""
+    buffer = _buffers.pop(world.group, None) if device.type == "cpu" else None
+    if buffer is None or len(buffer) < size:
+        with torch.inference_mode(False):
+            buffer = torch.empty(size, dtype=torch.uint8, device=device)
+    return buffer
+
+
+def _keep_buffer(world: World, buffer: Tensor) -> None:
+    if buffer.device.type == "cpu":
+        _buffers[world.group] = buffer
+
+
+def _move_in_graph(call: str, route: Route, world: World, leaves: Sequence[Tensor]) -> list[Tensor]:
+    """Move leaves by operations that the compiler can trace."""
+    leaving = [leaf.index_select(0, route.send_order).contiguous() for leaf in leaves]
+    received = exchange.exchange_samples(
+        _pack(leaving), route.send_splits, route.receive_splits, world, call
+    )
+    return _unpack(received, leaves, route.place_order)
 
 
 def _pack(leaves: Sequence[Tensor]) -> Tensor:

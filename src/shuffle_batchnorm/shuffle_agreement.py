@@ -28,6 +28,12 @@ class Terms(NamedTuple):
     step: int
 
 
+def stamp(terms: Terms) -> int:
+    """Return an int64 that is the same for the same terms, in every process."""
+    digest = hashlib.blake2b(repr(terms).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, signed=True)
+
+
 def agree(
     terms: Terms, n: int, error: Exception | None, world: World, device: torch.device
 ) -> tuple[tuple[int, ...], int]:
