@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from . import exchange, shuffle_agreement
 from .exchange import ProcessGroupLike, World
 from .habits import Form, expected_form, note_form
-from .moves import OtherStampError, move_nothing, move_samples, width_of
+from .moves import OtherStampError, move_nothing, move_samples, stamped_width
 from .permutations import Key, Route, is_stratified, make_route, stratified_route
 from .shuffle_agreement import (
     GENERATOR,
@@ -209,7 +209,7 @@ def _agree_and_move(
     their terms travels with the samples. If not, or at a first time, by a header before it.
     """
     tensors = [leaf for leaf in leaves if leaf is not None]
-    form = Form(terms.call, n, width_of(tensors)) if error is None else None
+    form = Form(terms.call, n, stamped_width(tensors)) if error is None else None
     expected = expected_form(world) if world.size > 1 else None
     if expected is not None:
         if form == expected:

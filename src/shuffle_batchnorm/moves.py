@@ -30,7 +30,7 @@ def move_samples(
 def move_nothing(call: str, world: World, n: int, width: int, device: torch.device) -> None:
     """Take part in a stamped message of n samples, `width` bytes each, that this rank has not."""
     splits = (n // world.size,) * world.size
-    sent = torch.zeros(n, _stamped(width), dtype=torch.uint8, device=device)
+    sent = torch.zeros(n, width, dtype=torch.uint8, device=device)
     exchange.exchange_samples(sent, splits, splits, world, call)
 
 
@@ -92,8 +92,7 @@ def _move_bytes(
     memory that is kept for the next call, and what is received becomes the result.
     """
     n = len(route.send_order)
-    places, width = _places(leaves)
-    width = width if stamp is None else _stamped(width)
+    places, width = _places(leaves, stamped=stamp is not None)
     buffer = _take_buffer(world, n * width, leaves[0].device)
     sent = buffer[: n * width].view(n, width)
     for place, leaf in zip(places, leaves, strict=True):
@@ -130,24 +129,22 @@ def _move_bytes(
     return tuple(moved)
 
 
-def _places(leaves: Sequence[Tensor]) -> tuple[list[slice], int]:
+def stamped_width(leaves: Sequence[Tensor]) -> int:
+    """Return how many bytes of a stamped message a sample takes."""
+    return _places(leaves, stamped=True)[1]
+
+
+def _places(leaves: Sequence[Tensor], *, stamped: bool) -> tuple[list[slice], int]:
     """Return where each leaf's bytes are in a sample's, aligned to its dtype; and how many."""
     places, end = [], 0
     for leaf in leaves:
         start = _round_up(end, leaf.dtype.itemsize)
         end = start + leaf.shape[1:].numel() * leaf.dtype.itemsize
         places.append(slice(start, end))
-    return places, _round_up(end, max(leaf.dtype.itemsize for leaf in leaves))
-
-
-def width_of(leaves: Sequence[Tensor]) -> int:
-    """Return how many bytes of a message a sample takes."""
-    return _places(leaves)[1]
-
-
-def _stamped(width: int) -> int:
-    """Return the width with room for a stamp; 16 is the widest dtype's alignment."""
-    return _round_up(width + 8, 16 if width % 16 == 0 else 8)
+    alignment = max(leaf.dtype.itemsize for leaf in leaves)
+    if stamped:  # the last 8 bytes
+        return places, _round_up(end + 8, max(alignment, 8))
+    return places, _round_up(end, alignment)
 
 
 def _round_up(number: int, step: int) -> int:
