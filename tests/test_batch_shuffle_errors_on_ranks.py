@@ -11,11 +11,14 @@ from torch import Tensor, nn
 
 from ranks import run_on_ranks
 from shuffle_batchnorm import (
+    ShuffleBatchNorm,
     ShuffledEncoder,
     batch_shuffle,
     batch_unshuffle,
     set_shuffle_state,
 )
+from shuffle_batchnorm.permutations import Key, make_route
+from shuffle_batchnorm.shuffle_plan import ShufflePlan
 
 SECONDS = 1.5  # less than the patience of a waiting rank: the header told it
 
@@ -61,7 +64,35 @@ def _plan_of_another_group(bad: bool) -> Any:
     return batch_shuffle(_x(), plan=other if bad else mine, process_group=dist.group.WORLD)
 
 
+def _nested(bad: bool) -> Any:
+    return batch_shuffle(_x().to_sparse() if bad else _x())
+
+
+def _meta(bad: bool) -> Any:
+    return batch_shuffle(_x().to("meta") if bad else _x())
+
+
+def _number_as_generator(bad: bool) -> Any:
+    generator: Any = 3 if bad else torch.Generator().manual_seed(0)
+    return batch_shuffle(_x(), generator=generator)
+
+
+def _index_as_plan(bad: bool) -> Any:
+    plans: list[Any] = [batch_shuffle(_x())[1], torch.arange(6)]
+    return batch_shuffle(_x(), plan=plans[bad])
+
+
+def _detached(bad: bool) -> Any:
+    shuffled, plan = batch_shuffle(_x())
+    restored = batch_unshuffle(shuffled, plan)
+    return batch_unshuffle(restored.detach()[:] if bad else shuffled, plan)
+
+
 REJECTED = {
+    _nested: r"batch_shuffle: expected dense tensors \(or None\), got torch.sparse_coo in leaf 0",
+    _meta: r"batch_shuffle: expected dense tensors \(or None\), got meta in leaf 0",
+    _number_as_generator: "batch_shuffle: generator must be a torch.Generator, got int",
+    _detached: r"batch_unshuffle: leaf 0, shape \(6, 2\), was unshuffled with this plan already",
     _scalar: r"batch_shuffle: leaf 0 is a scalar \(torch.float32\)",
     _text: r"batch_shuffle: expected dense tensors \(or None\), got str in leaf 1",
     _nothing: "batch_shuffle: the batch has no tensor",
@@ -69,6 +100,7 @@ REJECTED = {
     _features_of_another_size: r"batch_unshuffle: batch of 5 samples; the plan is for 6",
     _plan_of_another_size: r"batch_shuffle: batch of 5 samples; the plan is for 6",
     _twice: r"batch_unshuffle: leaf 0, shape \(6, 2\), was unshuffled with this plan already",
+    _index_as_plan: "batch_shuffle: plan must be what batch_shuffle returned, got Tensor",
     _plan_of_another_group: r"batch_shuffle: the plan is of rank 1 of 3 in group '.+'; the call",
 }
 
@@ -142,6 +174,15 @@ def _source(other: bool) -> Any:
     return batch_shuffle(_x(), plan=plan if other else None)
 
 
+def _sizes_of_plans(other: bool) -> Any:
+    """Plans of one key, for other sizes, of which this rank's is the same."""
+    world = batch_shuffle(_x())[1].world
+    sizes = (4 if other else 6, *(6,) * (world.size - 1))
+    key = Key(5, 5)
+    plan = ShufflePlan(world, sizes, key, make_route(key, sizes, world.rank))
+    return batch_unshuffle(_x(), plan)
+
+
 def _older_plan(other: bool) -> Any:
     plans = [batch_shuffle(_x())[1] for _ in range(2)]
     return batch_unshuffle(_x(), plans[0 if other else 1])
@@ -171,7 +212,8 @@ DISAGREEMENTS = {
     _gradient: r"needs_gradient: \[False\] on rank 0, \[True\] on rank 1",
     _call: "call: batch_shuffle on rank 0, batch_unshuffle on rank 1",
     _generator: r"seed: \d+ on rank 0, \d+ on rank 1",
-    _source: "order: the group's state on rank 0, a plan on rank 1",
+    _source: "order: the group's state on rank 0, a plan for 6 samples per rank on rank 1",
+    _sizes_of_plans: r"order: a plan for 6 samples per rank on rank 0, a plan for \(4, 6",
     _older_plan: r"step: \d+ on rank 0, \d+ on rank 1",
     _state: "step: 4 on rank 0, 5 on rank 1",
     _only_one_state: "order: a new seed on rank 0, the group's state on rank 1",
@@ -191,29 +233,73 @@ def test_ranks_that_disagree_all_say_so(function: Any, world_size: int, before: 
 
 
 class _Breaks(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, communicates: bool) -> None:
         super().__init__()
-        self.norm = nn.BatchNorm1d(2)
+        self.norm = ShuffleBatchNorm(2, mode="swap") if communicates else nn.BatchNorm1d(2)
+        self.bad = False
 
     def forward(self, x: Tensor) -> Tensor:
-        if dist.get_rank() == 1:
-            raise ValueError("out of luck")
         y: Tensor = self.norm(x)
+        if self.bad:
+            raise ValueError("out of luck")
         return y
 
 
-def _encoder_breaks() -> str:
-    with pytest.raises((ValueError, RuntimeError)) as caught:
-        ShuffledEncoder(_Breaks())(_x())
-    return str(caught.value)
+def _encoder_breaks(before: int, communicates: bool) -> list[str]:
+    network, texts = _Breaks(communicates), list[str]()
+    encoder = ShuffledEncoder(network)
+    for _ in range(before):
+        encoder(_x())
+    for _ in range(3):
+        network.bad = not texts and dist.get_rank() == 1
+        try:
+            encoder(_x())
+        except (ValueError, RuntimeError) as error:
+            texts.append(str(error))
+        else:
+            texts.append("went on")
+    return texts
 
 
-def test_an_encoder_that_raises_on_one_rank_ends_the_others() -> None:
+@BEFORE
+def test_an_encoder_that_raises_on_one_rank_leaves_all_in_step(before: int) -> None:
     """Catches peers that wait in batch_unshuffle for a rank whose encoder raised."""
-    texts = run_on_ranks(3, _encoder_breaks, fresh=True)
-    assert texts[1] == "out of luck"
-    for text in (texts[0], texts[2]):
-        assert text == "batch_unshuffle: rank 1 stopped: ShuffledEncoder: out of luck"
+    results = run_on_ranks(3, _encoder_breaks, before, communicates=False)
+    assert results[1] == ["out of luck", "went on", "went on"]
+    rejected = "batch_unshuffle: rank 1 rejected its batch: out of luck"
+    assert results[0] == results[2] == [rejected, "went on", "went on"]
+
+
+@BEFORE
+def test_an_encoder_that_raises_between_exchanges_ends_the_group(before: int) -> None:
+    """Catches ranks that go on out of step, each with the messages of another step."""
+    results = run_on_ranks(3, _encoder_breaks, before, communicates=True, fresh=True)
+    assert results[1][0] == "out of luck"
+    stopped = "batch_unshuffle: rank 1 stopped: ShuffledEncoder: out of luck"
+    assert [results[0][0], results[2][0]] == [stopped, stopped]
+    for rank, texts in enumerate(results):
+        for text in texts[1:]:
+            assert "the process group is out of step since an exchange was left" in text, rank
+
+
+def _no_plan() -> list[str]:
+    plan, texts = batch_shuffle(_x())[1], list[str]()
+    for attempt in range(2):
+        bad: Any = None if dist.get_rank() == 1 and not attempt else plan
+        try:
+            batch_unshuffle(_x(), bad)
+        except (TypeError, RuntimeError) as error:
+            texts.append(str(error))
+    return texts
+
+
+def test_a_call_without_a_plan_ends_the_others() -> None:
+    """Catches a rank that raises before it knows its peers, and then gets their last message."""
+    first, second = run_on_ranks(2, _no_plan, fresh=True)
+    message = "batch_unshuffle: plan must be what batch_shuffle returned, got NoneType"
+    assert second[0] == message
+    assert first[0] == f"batch_unshuffle: rank 1 stopped: {message}"
+    assert all("the process group is out of step" in texts[1] for texts in (first, second))
 
 
 def _outside() -> str:

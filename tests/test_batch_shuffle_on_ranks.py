@@ -9,6 +9,7 @@ import torch.distributed as dist
 from meters import Message, PeakMemory, received_messages
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 import truth
@@ -23,8 +24,8 @@ from shuffle_batchnorm import (
     moves,
     set_shuffle_state,
 )
-from shuffle_batchnorm.batch_shuffle import ShufflePlan
 from shuffle_batchnorm.permutations import Key, Route, samples_sent_to
+from shuffle_batchnorm.shuffle_plan import ShufflePlan
 
 
 def _tree(n: int, rank: int) -> dict[str, Any]:
@@ -166,6 +167,17 @@ def test_under_ddp_gradients_are_averages() -> None:
     torch.testing.assert_close(first, wanted, rtol=1e-10, atol=1e-10)
 
 
+def _peak(run: Any) -> int:
+    """Return the most bytes that are allocated at once, of five times."""
+    peak = 0
+    for _ in range(5):
+        moves._buffers.clear()  # what is kept for the next call counts
+        with PeakMemory() as memory:
+            run()
+        peak = max(peak, memory.peak)
+    return peak
+
+
 def _costs() -> tuple[list[Message], list[Message], list[Message], float, int]:
     x = torch.randn(32, 3, 32, 32, requires_grad=True)
     two = {"x": x, "y": torch.arange(32)}
@@ -178,12 +190,11 @@ def _costs() -> tuple[list[Message], list[Message], list[Message], float, int]:
         shuffled = batch_shuffle(two, process_group=group)[0]["x"]
     with received_messages() as backward:
         shuffled.sum().backward()
-    moves._buffers.clear()  # what is kept for the next call counts
-    peak = 0
-    for _ in range(5):
-        with torch.no_grad(), PeakMemory() as memory:
-            batch_shuffle(x)
-        peak = max(peak, memory.peak)
+    last = x.detach().to(memory_format=torch.channels_last)
+    peaks = [_peak(lambda: batch_shuffle(x.detach())), _peak(lambda: batch_shuffle(last))]
+    total = batch_shuffle(x)[0].sum()  # whose gradient is expanded, not a tensor of its own
+    peaks.append(_peak(lambda: torch.autograd.grad(total, x, retain_graph=True)))
+    peak = max(peaks)
     return first, forward, backward, peak / x.nbytes, x.nbytes + two["y"].nbytes
 
 
@@ -228,6 +239,53 @@ def test_what_a_loop_repeats_takes_one_message(program: str, period: list[int]) 
     for counts in run_on_ranks(2, _messages_per_call, program, 12):
         assert counts[-len(period) :] == period
         assert 3 not in counts  # a wrong guess: a message for nothing, the header, the samples
+
+
+def _two_plans(program: str) -> None:
+    rank = dist.get_rank()
+    even, uneven = (batch_shuffle(torch.randn(n, 2))[1] for n in (4, 4 + 2 * rank))
+    for letter in program:
+        plan = even if letter == "e" else uneven
+        x = torch.randn(plan.sizes[rank], 2)
+        shuffled = batch_shuffle(x, plan=plan)[0]
+        assert torch.equal(batch_unshuffle(shuffled, plan), x)
+
+
+def test_a_habit_of_even_batches_does_not_take_an_uneven_plan_for_one() -> None:
+    """Catches a rank whose batch has the usual size while its peer's has not: gloo aborts."""
+    run_on_ranks(2, _two_plans, "eeeeeueeuu")
+
+
+def _keep_results() -> None:
+    results, expected = [], []
+    for _ in range(10):
+        x = torch.randn(4, 3)
+        shuffled, plan = batch_shuffle(x)
+        results += [shuffled, batch_unshuffle(shuffled.add_(1), plan)]
+        expected += [result.clone() for result in results[-2:]]
+    for result, value in zip(results, expected, strict=True):
+        assert torch.equal(result, value)
+
+
+def test_results_keep_their_values() -> None:
+    """Catches a result in the memory that the next message is packed in."""
+    run_on_ranks(2, _keep_results)
+
+
+def _checkpointed() -> str:
+    x = _inputs([4, 4])[dist.get_rank()].requires_grad_()
+    encoder = ShuffledEncoder(_network())
+    y: Tensor = checkpoint(encoder, x, use_reentrant=False)
+    with pytest.raises(RuntimeError) as caught:
+        y.sum().backward()
+    batch_shuffle(x)  # the ranks are in step
+    return str(caught.value)
+
+
+def test_a_shuffle_inside_a_checkpoint_is_refused() -> None:
+    """Catches a recomputation with another permutation, whose gradients are of other samples."""
+    for text in run_on_ranks(2, _checkpointed):
+        assert text.startswith("batch_shuffle: an activation checkpoint repeats this shuffle")
 
 
 def test_a_wrong_guess_is_made_ever_more_rarely() -> None:
@@ -288,12 +346,21 @@ def _sampled(length: int, drop_last: bool) -> int:
     return sum(map(len, seen)) // 3
 
 
-@pytest.mark.parametrize(("world_size", "drop_last"), [(2, True), (2, False), (3, True)])
-def test_the_sampler_loads_what_the_shuffle_would_send(world_size: int, drop_last: bool) -> None:
+@pytest.mark.parametrize(
+    ("world_size", "length", "drop_last", "read"),
+    [
+        (2, 29, True, 24),
+        (2, 29, False, 29),
+        (3, 29, True, 24),
+        (2, 63, False, 63),  # the last step has (4, 3) samples: one rank has as many as ever
+        (3, 25, False, 24),  # one sample is left for three ranks
+    ],
+)
+def test_the_sampler_loads_what_the_shuffle_would_send(
+    world_size: int, length: int, drop_last: bool, read: int
+) -> None:
     """Catches a key loaded on the wrong rank or at the wrong place, and a repeated epoch."""
-    read = sum(run_on_ranks(world_size, _sampled, 29, drop_last))
-    per_step = 4 * world_size
-    assert read == 2 * (29 // per_step * per_step if drop_last else 29)
+    assert sum(run_on_ranks(world_size, _sampled, length, drop_last)) == 2 * read
 
 
 def _no_grad() -> None:

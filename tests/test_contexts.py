@@ -19,6 +19,7 @@ from shuffle_batchnorm import (
     synchronize_running_stats,
 )
 from shuffle_batchnorm.mixing import MODES
+from shuffle_batchnorm.process_groups import World
 
 
 def _model(**kwargs: Any) -> nn.Sequential:
@@ -215,7 +216,7 @@ def _numbers_sent() -> list[int]:
     other.running_mean = shared.running_mean  # one tensor in two layers
     sent, all_sum = [], exchange.all_sum
 
-    def spy(row: Tensor, world: exchange.World) -> Tensor:
+    def spy(row: Tensor, world: World) -> Tensor:
         sent.append(row.numel())
         return all_sum(row, world)
 

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import exchange
-from .exchange import CALL, World
+from . import exchange, notices
 from .kernels.rows import accumulation_dtype
 from .mixing import Options
+from .process_groups import CALL, World
 
 
 class Wire(NamedTuple):
@@ -100,9 +100,9 @@ def agree(
         Exception: `error` on the rank that has one; RuntimeError that quotes it on its peers;
             ValueError on all ranks if they disagree.
     """
-    key = (exchange.serial(world), options, wire)
+    key = (notices.serial(world), options, wire)
     if options.mode == "local":
-        exchange.note_local(world, wire.channels)
+        notices.note_local(world, wire.channels)
     else:
         terms = {"channels": wire.channels, "dtype": dtype, **options._asdict()}
         refusal = (

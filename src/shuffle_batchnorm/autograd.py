@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from . import kernels
-from .exchange import CALL, World
 from .mixing import Plan
+from .process_groups import CALL, World
 from .statistics import mix_gradients, unpack
 
 

@@ -7,54 +7,40 @@ samples; see ``docs/batch_shuffle.md`` for when to choose which.
 import contextlib
 import re
 import weakref
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from . import exchange, shuffle_agreement
-from .exchange import ProcessGroupLike, World
+from . import notices, process_groups, shuffle_agreement
+from .batch_checks import (
+    SHUFFLE,
+    UNSHUFFLE,
+    check_fit,
+    check_leaves,
+    check_not_returned,
+    check_process_group,
+    check_sources,
+    not_a_plan,
+    raise_alone,
+)
 from .habits import Form, expected_form, note_form
 from .moves import OtherStampError, move_nothing, move_samples, stamped_width
-from .permutations import Key, Route, is_stratified, make_route, stratified_route
+from .permutations import Key, is_stratified, make_route, stratified_route
+from .process_groups import ProcessGroupLike, World
 from .shuffle_agreement import (
     GENERATOR,
     NEW_SEED,
-    PLAN,
     STATE,
     Terms,
     agree,
     stamp,
 )
+from .shuffle_plan import ShufflePlan, describe
 
 Tree = Any  # a tensor, or tensors and None in tuples, lists, dicts, ...
-
-SHUFFLE, UNSHUFFLE = "batch_shuffle", "batch_unshuffle"
-
-
-@dataclass(frozen=True, eq=False)
-class ShufflePlan:
-    """Where one shuffle sends the samples of this rank; what `batch_unshuffle` needs to undo it.
-
-    It can be used for any number of batches of the same sizes, whatever their other dimensions
-    and dtypes. It belongs to its process group and to this process.
-
-    Attributes:
-        world: the ranks.
-        sizes: the batch size of every rank.
-        key: seed and step of the permutation.
-        route: this rank's part.
-    """
-
-    world: World
-    sizes: tuple[int, ...]
-    key: Key
-    route: Route
-    # What this plan has brought back and somebody still holds: it must not be brought back twice.
-    _returned: "list[weakref.ref[Tensor]]" = field(default_factory=list, repr=False)
 
 
 def batch_shuffle(
@@ -112,23 +98,23 @@ def batch_shuffle(
         >>> batch_unshuffle(features, plan).flatten().tolist()
         [0.0, 10.0, 20.0, 30.0, 40.0, 50.0, 60.0, 70.0]
     """
-    _check_plan(SHUFFLE, plan)
-    exchange.check_process_group(SHUFFLE, process_group)
-    if plan is not None and process_group is None:
+    check_process_group(SHUFFLE, process_group)
+    if isinstance(plan, ShufflePlan) and process_group is None:
         world = plan.world
     else:
-        world = exchange.resolve(process_group, SHUFFLE)
+        world = process_groups.resolve(process_group, SHUFFLE)
     leaves, spec = pytree.tree_flatten(batch)
     if torch.compiler.is_compiling():
         return _shuffle_in_graph(leaves, spec, world, plan)
 
-    key, order = _choose_key(world, generator, plan)
     n, error = 0, None
+    key, order = _choose_key(world, generator, plan)
     try:
-        n = _check_leaves(SHUFFLE, leaves)
+        check_sources(plan, generator)
+        n = check_leaves(SHUFFLE, leaves, world)
         if plan is not None:
-            _check_fit(SHUFFLE, n, world, plan, generator)
-    except (TypeError, ValueError) as caught:
+            check_fit(SHUFFLE, n, world, plan)
+    except (TypeError, ValueError, RuntimeError) as caught:
         error = caught
     terms = _terms(SHUFFLE, order, leaves, spec, key)
 
@@ -137,8 +123,8 @@ def batch_shuffle(
         route = make_route(agreed, sizes, world.rank).to(_device(leaves, world))
         return ShufflePlan(world, sizes, agreed, route)
 
-    find = find_plan if plan is None else lambda *_: plan
-    moved, plan = _agree_and_move(terms, leaves, n, error, world, find)
+    known = plan if isinstance(plan, ShufflePlan) else find_plan
+    moved, plan = _agree_and_move(terms, leaves, n, error, world, known)
     if order in (STATE, NEW_SEED):
         shuffle_agreement.keep_state(world, Key(plan.key.seed, plan.key.step + 1))
     return _unflatten(moved, leaves, spec), plan
@@ -171,28 +157,37 @@ def batch_unshuffle(batch: Tree, plan: ShufflePlan) -> Tree:
         >>> batch_unshuffle({"features": torch.rand(4, 16)}, plan)["features"].shape
         torch.Size([4, 16])
     """
-    if plan is None:
-        raise TypeError(f"{UNSHUFFLE}: plan must be what {SHUFFLE} returned, got None")
-    _check_plan(UNSHUFFLE, plan)
+    if not isinstance(plan, ShufflePlan):
+        # Which group the others wait in is not known here.
+        raise_alone(UNSHUFFLE, TypeError(not_a_plan(UNSHUFFLE, plan)))
     world = plan.world
     leaves, spec = pytree.tree_flatten(batch)
     if torch.compiler.is_compiling():
-        _check_fit(UNSHUFFLE, _check_leaves(UNSHUFFLE, leaves), world, plan)
-        tensors = [leaf for leaf in leaves if leaf is not None]
-        return _unflatten(_move(UNSHUFFLE, tensors, plan), leaves, spec)
+        check_fit(UNSHUFFLE, check_leaves(UNSHUFFLE, leaves, world), world, plan)
+        return _unflatten(_move(UNSHUFFLE, _tensors(leaves), plan), leaves, spec)
 
     n, error = 0, None
     try:
-        n = _check_leaves(UNSHUFFLE, leaves)
-        _check_fit(UNSHUFFLE, n, world, plan)
-        _check_not_returned(leaves, plan)
+        n = check_leaves(UNSHUFFLE, leaves, world)
+        check_fit(UNSHUFFLE, n, world, plan)
+        check_not_returned(leaves, plan)
     except (TypeError, ValueError) as caught:
         error = caught
-    terms = _terms(UNSHUFFLE, PLAN, leaves, spec, plan.key)
-    moved, _ = _agree_and_move(terms, leaves, n, error, world, lambda *_: plan)
+    terms = _terms(UNSHUFFLE, describe(plan), leaves, spec, plan.key)
+    moved, _ = _agree_and_move(terms, leaves, n, error, world, plan)
     alive = [ref for ref in plan._returned if ref() is not None]
     plan._returned[:] = alive + [weakref.ref(leaf) for leaf in moved]
     return _unflatten(moved, leaves, spec)
+
+
+def reject(plan: ShufflePlan, error: Exception) -> NoReturn:
+    """Take part in the `batch_unshuffle` for which this rank has no batch, and raise its error.
+
+    Communication: as `batch_unshuffle`; the ranks stay in step.
+    """
+    terms = Terms(UNSHUFFLE, describe(plan), "", "", "", int(plan.key.seed), int(plan.key.step))
+    _agree_and_move(terms, [], 0, error, plan.world, plan)
+    raise error
 
 
 def _agree_and_move(
@@ -201,32 +196,52 @@ def _agree_and_move(
     n: int,
     error: Exception | None,
     world: World,
-    find_plan: Callable[[tuple[int, ...], int], ShufflePlan],
+    plan: ShufflePlan | Callable[[tuple[int, ...], int], ShufflePlan],
 ) -> tuple[tuple[Tensor, ...], ShufflePlan]:
-    """Move the tensors among the leaves by a plan that is found from sizes and seed.
+    """Move the tensors among the leaves by a plan, or one that is found from sizes and seed.
 
     If the ranks call as they did the last time round, they agree by the message itself: a hash of
     their terms travels with the samples. If not, or at a first time, by a header before it.
     """
-    tensors = [leaf for leaf in leaves if leaf is not None]
-    form = Form(terms.call, n, stamped_width(tensors)) if error is None else None
-    expected = expected_form(world) if world.size > 1 else None
-    if expected is not None:
-        if form == expected:
-            plan = find_plan((n,) * world.size, terms.seed)
+
+    def find(sizes: tuple[int, ...], seed: int) -> ShufflePlan:
+        return plan if isinstance(plan, ShufflePlan) else plan(sizes, seed)
+
+    if world.size == 1:
+        if error is not None:
+            raise error
+        found = find((n,), terms.seed)
+        return _move(terms.call, _tensors(leaves), found), found
+
+    device = _device(leaves, world)
+    fits = error is None and (not isinstance(plan, ShufflePlan) or is_stratified(plan.sizes))
+    form = Form(terms.call, n, stamped_width(_tensors(leaves))) if fits and n else None
+    expected = expected_form(world)
+    with _in_step(world):
+        if expected is not None and form == expected:
+            found = find((n,) * world.size, terms.seed)
             with contextlib.suppress(OtherStampError):
-                moved = _move(terms.call, tensors, plan, stamp(terms))
+                moved = _move(terms.call, _tensors(leaves), found, stamp(terms))
                 note_form(world, form)
-                return moved, plan
-        else:
-            _, n_expected, width = expected
-            move_nothing(terms.call, world, n_expected, width, _device(leaves, world))
-    sizes, seed = agree(terms, n, error, world, _device(leaves, world))
-    plan = find_plan(sizes, seed)
-    moved = _move(terms.call, tensors, plan)
-    if world.size > 1:
-        note_form(world, form if n and is_stratified(sizes) else None)
-    return moved, plan
+                return moved, found
+        elif expected is not None:
+            move_nothing(terms.call, world, expected.n, expected.width, device)
+    sizes, seed = agree(terms, n, error, world, device)
+    with _in_step(world):
+        found = find(sizes, seed)
+        moved = _move(terms.call, _tensors(leaves), found)
+    note_form(world, form if is_stratified(sizes) else None)
+    return moved, found
+
+
+@contextlib.contextmanager
+def _in_step(world: World) -> Iterator[None]:
+    """Give up the group if this rank alone can't go through with what all are doing."""
+    try:
+        yield
+    except Exception as error:
+        notices.break_off(world, str(error))
+        raise
 
 
 def _move(
@@ -238,6 +253,10 @@ def _move(
     return move_samples(call, route, plan.world, tensors, stamp)
 
 
+def _tensors(leaves: list[Any]) -> list[Tensor]:
+    return [leaf for leaf in leaves if leaf is not None]
+
+
 def _unflatten(moved: Sequence[Tensor], leaves: list[Any], spec: Any) -> Tree:
     new = iter(moved)
     return pytree.tree_unflatten([None if leaf is None else next(new) for leaf in leaves], spec)
@@ -247,9 +266,9 @@ def _shuffle_in_graph(
     leaves: list[Any], spec: Any, world: World, plan: ShufflePlan | None
 ) -> tuple[Tree, ShufflePlan]:
     """Shuffle inside a compiled graph: no header, stratified, with the step as a tensor."""
-    n = _check_leaves(SHUFFLE, leaves)
+    n = check_leaves(SHUFFLE, leaves, world)
     if plan is not None:
-        _check_fit(SHUFFLE, n, world, plan)
+        check_fit(SHUFFLE, n, world, plan)
     elif n % world.size:
         raise ValueError(
             f"{SHUFFLE}: under torch.compile the batch must be divisible by the number of ranks, "
@@ -260,17 +279,16 @@ def _shuffle_in_graph(
         device = _device(leaves, world)
         route = stratified_route(key, n, world.size, world.rank, device)
         plan = ShufflePlan(world, (n,) * world.size, key, route, [])
-    tensors = [leaf for leaf in leaves if leaf is not None]
-    return _unflatten(_move(SHUFFLE, tensors, plan), leaves, spec), plan
+    return _unflatten(_move(SHUFFLE, _tensors(leaves), plan), leaves, spec), plan
 
 
 def _choose_key(
     world: World, generator: torch.Generator | None, plan: ShufflePlan | None
 ) -> tuple[Key, str]:
     """Return the key of this call and where it comes from."""
-    if plan is not None:
-        return plan.key, PLAN
-    if generator is not None:
+    if isinstance(plan, ShufflePlan):
+        return plan.key, describe(plan)
+    if isinstance(generator, torch.Generator):
         # Drawn before anything can fail, so that the ranks' generators stay in step.
         drawn = torch.randint(2**62, (), generator=generator, device=generator.device)
         return Key(int(drawn), 0), GENERATOR
@@ -301,77 +319,6 @@ def _needs_gradient(leaf: Any) -> bool:
 def _device(leaves: list[Any], world: World) -> torch.device:
     tensors = (leaf for leaf in leaves if isinstance(leaf, Tensor))
     tensor = next(tensors, None)
-    return exchange.default_device(world) if tensor is None else tensor.device
-
-
-def _check_plan(call: str, plan: Any) -> None:
-    if plan is not None and not isinstance(plan, ShufflePlan):
-        error = TypeError(
-            f"{call}: plan must be what {SHUFFLE} returned, got {type(plan).__name__}"
-        )
-        if not torch.compiler.is_compiling():
-            # Which group the others wait in is not known here.
-            exchange.report_failure(exchange.resolve(None, call), str(error))
-        raise error
-
-
-def _check_leaves(call: str, leaves: list[Any]) -> int:
-    """Return N, or raise what makes this rank's batch unacceptable."""
-    tensors: list[Tensor] = []
-    for k, leaf in enumerate(leaves):
-        if leaf is None:
-            continue
-        if not isinstance(leaf, Tensor) or leaf.layout != torch.strided:
-            kind = leaf.layout if isinstance(leaf, Tensor) else type(leaf).__name__
-            raise TypeError(f"{call}: expected dense tensors (or None), got {kind} in leaf {k}")
-        if leaf.ndim == 0:
-            raise ValueError(
-                f"{call}: leaf {k} is a scalar ({leaf.dtype}); every tensor needs a leading "
-                "dimension N, its samples"
-            )
-        tensors.append(leaf)
-        if leaf.shape[0] != tensors[0].shape[0]:
-            raise ValueError(
-                f"{call}: tensors disagree on the number of samples: {tensors[0].shape[0]} in "
-                f"shape {tuple(tensors[0].shape)}, {leaf.shape[0]} in shape {tuple(leaf.shape)}"
-            )
-        if leaf.device != tensors[0].device:
-            raise ValueError(
-                f"{call}: tensors are on different devices: {tensors[0].device} and {leaf.device}"
-            )
-    if not tensors:
-        raise ValueError(f"{call}: the batch has no tensor")
-    return tensors[0].shape[0]
-
-
-def _check_fit(
-    call: str,
-    n: int,
-    world: World,
-    plan: ShufflePlan,
-    generator: torch.Generator | None = None,
-) -> None:
-    """Raise a ValueError if a plan can't be used for a batch of n samples."""
-    if generator is not None:
-        raise ValueError(f"{call}: plan says where samples go; generator must be None then")
-    if plan.world != world:
-        raise ValueError(
-            f"{call}: the plan is of rank {plan.world.rank} of {plan.world.size} in group "
-            f"{plan.world.name!r}; the call is of rank {world.rank} of {world.size} in group "
-            f"{world.name!r}"
-        )
-    if n != plan.sizes[plan.world.rank]:
-        raise ValueError(
-            f"{call}: batch of {n} samples; the plan is for {plan.sizes[plan.world.rank]} samples "
-            f"on rank {plan.world.rank} (all ranks: {plan.sizes})"
-        )
-
-
-def _check_not_returned(leaves: list[Any], plan: ShufflePlan) -> None:
-    returned = {id(leaf) for leaf in (ref() for ref in plan._returned) if leaf is not None}
-    for k, leaf in enumerate(leaves):
-        if leaf is not None and (id(leaf) in returned or id(leaf._base) in returned):
-            raise ValueError(
-                f"{UNSHUFFLE}: leaf {k}, shape {tuple(leaf.shape)}, was unshuffled with this plan "
-                "already; unshuffle what was computed from the shuffled batch, and once"
-            )
+    if tensor is None:
+        return process_groups.default_device(world)
+    return process_groups.usable_device(world, tensor.device)

@@ -6,11 +6,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from . import exchange
-from .exchange import ProcessGroupLike
+from . import exchange, process_groups
 from .kernels.rows import accumulation_dtype
 from .mixing import Options, check_options
 from .modules import ShuffleBatchNorm, StatisticsRecord
+from .process_groups import ProcessGroupLike
 
 
 @contextmanager
@@ -92,8 +92,8 @@ def synchronize_running_stats(module: nn.Module, process_group: ProcessGroupLike
         module: a model or layer; every submodule with ``running_mean`` and ``running_var``.
         process_group: None for all ranks, a ProcessGroup or a 1-D DeviceMesh.
     """
-    exchange.check_process_group("synchronize_running_stats", process_group)
-    world = exchange.resolve(process_group)
+    process_groups.check_process_group("synchronize_running_stats", process_group)
+    world = process_groups.resolve(process_group)
     if world.size == 1:
         return
     named = (getattr(m, n, None) for m in module.modules() for n in ("running_mean", "running_var"))

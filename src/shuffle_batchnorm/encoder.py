@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
-from . import exchange
-from .batch_shuffle import Tree, batch_shuffle, batch_unshuffle
-from .exchange import ProcessGroupLike
+from . import notices, process_groups
+from .batch_shuffle import Tree, batch_shuffle, batch_unshuffle, reject
+from .process_groups import ProcessGroupLike, World
 
 CALL = "ShuffledEncoder"
 
@@ -64,7 +64,7 @@ class ShuffledEncoder(nn.Module):
         super().__init__()
         if not isinstance(encoder, nn.Module):
             raise TypeError(f"{CALL}: encoder must be a module, got {type(encoder).__name__}")
-        exchange.check_process_group(CALL, process_group)
+        process_groups.check_process_group(CALL, process_group)
         # Not a submodule, which would put a prefix before every name: it shares its registries.
         for name in _SHARED:
             self.__dict__[name] = encoder.__dict__[name]
@@ -83,11 +83,16 @@ class ShuffledEncoder(nn.Module):
         leaves, spec = pytree.tree_flatten((args, kwargs))
         shuffled, plan = batch_shuffle(_without_constants(leaves), process_group=self.process_group)
         args, kwargs = pytree.tree_unflatten(_with_constants(shuffled, leaves), spec)
+        compiling = torch.compiler.is_compiling()
+        begun = 0 if compiling else notices.exchanges(plan.world)
         try:
             outputs = self.encoder(*args, **kwargs)
         except Exception as error:
-            if not torch.compiler.is_compiling():
-                exchange.report_failure(plan.world, f"{CALL}: {error}")
+            if compiling:
+                raise
+            if notices.exchanges(plan.world) == begun:
+                reject(plan, error)  # the peers are in batch_unshuffle, or will be
+            notices.break_off(plan.world, f"{CALL}: {error}")  # they may be in any layer
             raise
         leaves, spec = pytree.tree_flatten(outputs)
         restored = batch_unshuffle(_without_constants(leaves), plan)
@@ -95,10 +100,10 @@ class ShuffledEncoder(nn.Module):
 
     def _warn_if_it_does_nothing(self) -> None:
         layers = [m for m in self.encoder.modules() if isinstance(m, _BatchNorm)]
-        world = exchange.resolve(self.process_group, CALL)
+        world = process_groups.resolve(self.process_group, CALL)
         if not layers:
             reason = "the encoder has no batch norm layer, so the company of a sample is no matter"
-        elif all(map(_is_synchronised, layers)):
+        elif all(_is_synchronised(layer, world) for layer in layers):
             reason = (
                 "all batch norm layers of the encoder are synchronised, so every sample is "
                 "normalised with all samples wherever it is; use nn.BatchNorm layers"
@@ -116,6 +121,11 @@ class ShuffledEncoder(nn.Module):
         """Set training mode, here and in the encoder."""
         self.training = mode
         self.encoder.train(mode)
+        return self
+
+    def apply(self, fn: Any) -> Self:
+        """Apply a function to every module of the encoder and to the encoder itself."""
+        self.encoder.apply(fn)
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
@@ -167,8 +177,11 @@ _SHARED = (
 )
 
 
-def _is_synchronised(layer: _BatchNorm) -> bool:
-    return isinstance(layer, nn.SyncBatchNorm) or getattr(layer, "mode", None) == "sync"
+def _is_synchronised(layer: _BatchNorm, world: World) -> bool:
+    """Whether a layer's statistics are those of all the samples that are shuffled."""
+    if not isinstance(layer, nn.SyncBatchNorm) and getattr(layer, "mode", None) != "sync":
+        return False
+    return process_groups.resolve(layer.process_group, CALL).size >= world.size
 
 
 def _virtual_groups(layer: _BatchNorm) -> int:

@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import exchange, kernels
+from . import kernels, notices, process_groups
 from .agreement import Agreed, agree, check_input, wire_of
 from .autograd import Normalise
-from .exchange import CALL, ProcessGroupLike, World
 from .kernels.rows import constant
 from .mixing import Options, Plan, check_options, make_plan
+from .process_groups import CALL, ProcessGroupLike, World
 from .statistics import (
     Statistics,
     check_counts,
@@ -97,7 +97,7 @@ def shuffle_batch_norm(
     """
     options = Options(mode, groups, offset, blocks)
     check_options(CALL, options)
-    exchange.check_process_group(CALL, process_group)
+    process_groups.check_process_group(CALL, process_group)
     if not training:
         return F.batch_norm(input, running_mean, running_var, weight, bias, False, 0.0, eps)
     return normalise(
@@ -132,7 +132,7 @@ def normalise(
 ) -> Normalised:
     """Normalise with batch statistics and update the running ones. See `shuffle_batch_norm`."""
     check_options(CALL, options)
-    world = exchange.resolve(process_group)
+    world = process_groups.resolve(process_group)
     plan = make_plan(options, world.size, world.rank)
     _warn_if_nothing_is_shuffled(options, plan)
     parameters = {
@@ -189,14 +189,14 @@ def _accept(
     wire = wire_of(input, parameters, num_features)
     tensors = [t for t in (input, *parameters.values()) if isinstance(t, Tensor)]
     device = tensors[-1].device if tensors else torch.device("cpu")
-    if (exchange.serial(world), options, wire) not in agreed:
+    if (notices.serial(world), options, wire) not in agreed:
         dtype = str(getattr(input, "dtype", None))
         agree(world, options, wire, dtype, error, agreed, device)
     elif error is not None:
         # The peers are about to exchange statistics: take part, so that they learn of it.
         mix(rejection(plan, wire.channels, wire.dtype, device), plan, world)
         if options.mode != "local":
-            exchange.report_failure(world, str(error))
+            notices.report_failure(world, str(error))
         raise error
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
-from .exchange import World
+from .process_groups import World
 
 _MEMORY = 4  # calls that a guess is made from: enough for two shuffles, then two unshuffles
 _MOST_GUESSES = 64

@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import exchange
+from . import process_groups
 from .agreement import Agreed, check_input
 from .convert import convert, revert
-from .exchange import ProcessGroupLike
 from .functional import is_recomputation, normalise
 from .mixing import Options, check_options
+from .process_groups import ProcessGroupLike
 from .statistics import own_statistics, per_sample_statistics
 
 
@@ -113,7 +113,7 @@ class ShuffleBatchNorm(_BatchNorm):
 
     def _configure(self, process_group: ProcessGroupLike, options: Options) -> None:
         check_options(type(self).__name__, options)
-        exchange.check_process_group(type(self).__name__, process_group)
+        process_groups.check_process_group(type(self).__name__, process_group)
         self.process_group = process_group
         self.mode, self.groups, self.offset, self.blocks = options
         self._forget()
@@ -229,7 +229,7 @@ class ShuffleBatchNorm(_BatchNorm):
         """
         options = Options(mode, groups, offset, blocks)
         check_options("convert_shuffle_batchnorm", options)
-        exchange.check_process_group("convert_shuffle_batchnorm", process_group)
+        process_groups.check_process_group("convert_shuffle_batchnorm", process_group)
 
         return convert(
             module, cls, lambda layer: layer._configure(process_group, options), options.mode

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from . import exchange
-from .exchange import World
 from .permutations import Route
+from .process_groups import World
 
 
 def move_samples(
@@ -97,9 +97,9 @@ def _move_bytes(
     sent = buffer[: n * width].view(n, width)
     for place, leaf in zip(places, leaves, strict=True):
         if leaf.numel():
-            # The order on the wire is that of a contiguous tensor.
-            samples = leaf.contiguous().view(n, -1)
-            torch.index_select(samples, 0, route.send_order, out=sent[:, place].view(leaf.dtype))
+            # In the order of a contiguous tensor: that of other ranks' leaves may differ.
+            samples = sent[:, place].view(leaf.dtype).view(leaf.shape)
+            torch.index_select(leaf, 0, route.send_order, out=samples)
     if stamp is not None:
         sent.view(torch.int64)[:, -1] = stamp
     received = exchange.exchange_samples(sent, route.send_splits, route.receive_splits, world, call)

@@ -5,10 +5,10 @@ from typing import Any
 
 from torch.utils.data import Dataset, Sampler
 
-from . import exchange
-from .batch_shuffle import ShufflePlan
-from .exchange import ProcessGroupLike
+from . import process_groups
 from .permutations import DATA_SET, Key, make_route, permutation, samples_sent_to
+from .process_groups import ProcessGroupLike
+from .shuffle_plan import ShufflePlan
 
 CALL = "ShuffledPairSampler"
 
@@ -35,7 +35,7 @@ class ShuffledPairSampler(Sampler[list[tuple[int, int]]]):
         seed: of the order of the samples and of the shuffles; the same on all ranks.
         shuffle: put the data set in a new order every epoch.
         drop_last: leave out the last, smaller batch; otherwise its samples are dealt to the ranks
-            as evenly as they go.
+            as evenly as they go, unless there are fewer than ranks.
         process_group: None for all ranks, a ProcessGroup or a 1-D DeviceMesh.
 
     Yields:
@@ -68,12 +68,12 @@ class ShuffledPairSampler(Sampler[list[tuple[int, int]]]):
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"{CALL}: batch_size must be at least 1, got {batch_size}")
-        exchange.check_process_group(CALL, process_group)
+        process_groups.check_process_group(CALL, process_group)
         self.dataset = _Pairs(dataset)
         self.batch_size, self.seed, self.epoch = batch_size, seed, 0
         self.shuffle, self.drop_last = shuffle, drop_last
         # Workers get a copy of the dataset only, so a group may stay here.
-        self._world = exchange.resolve(process_group, CALL)
+        self._world = process_groups.resolve(process_group, CALL)
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch, on all ranks, before the loader is iterated: another order, and plans."""
@@ -81,9 +81,9 @@ class ShuffledPairSampler(Sampler[list[tuple[int, int]]]):
 
     def __len__(self) -> int:
         """Return the number of steps in an epoch."""
-        per_step = self.batch_size * self._world.size
-        total = len(self.dataset)
-        return total // per_step if self.drop_last else -(-total // per_step)
+        steps, left = divmod(len(self.dataset), self.batch_size * self._world.size)
+        # A rank without a sample would have nothing to collate.
+        return steps + (not self.drop_last and left >= self._world.size)
 
     def plan(self, step: int) -> ShufflePlan:
         """Return the plan of a step of this epoch, to give to `batch_unshuffle`."""

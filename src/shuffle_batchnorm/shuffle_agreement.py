@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import exchange
-from .exchange import ProcessGroupLike, World
+from . import exchange, process_groups
 from .permutations import Key
+from .process_groups import ProcessGroupLike, World
 
 NEW_SEED, STATE, GENERATOR, PLAN = "a new seed", "the group's state", "a generator", "a plan"
 
@@ -39,7 +39,7 @@ def agree(
 ) -> tuple[tuple[int, ...], int]:
     """Check that all ranks call alike; return their batch sizes and rank 0's seed.
 
-    Communication: 72 bytes from every rank to every rank; an all_gather of 1 KiB before an error.
+    Communication: 72 bytes from every rank to every rank; an all_gather of 2 KiB before an error.
 
     Raises:
         Exception: `error` on the rank that has one; RuntimeError that quotes it on its peers;
@@ -125,11 +125,11 @@ def next_key_in_graph(world: World) -> Key:
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _agree_while_tracing(name: str) -> int:
     """Agree on a seed, if the group has none, while its ranks trace their first shuffle."""
-    world = exchange.find_world(name)
+    world = process_groups.find_world(name)
     if find_state(world) is None:
         seed = new_seed()
         if world.size > 1:
-            device = exchange.default_device(world)
+            device = process_groups.default_device(world)
             seed = exchange.gather_numbers([seed], device, world, "batch_shuffle")[0][0]
         keep_state(world, Key(seed, 0))
     return 0
@@ -160,8 +160,8 @@ def get_shuffle_state(process_group: ProcessGroupLike = None) -> tuple[int, int]
         True
     """
     call = "get_shuffle_state"
-    exchange.check_process_group(call, process_group)
-    state = find_state(exchange.resolve(process_group, call))
+    process_groups.check_process_group(call, process_group)
+    state = find_state(process_groups.resolve(process_group, call))
     return None if state is None else (int(state.seed), int(state.step))
 
 
@@ -184,8 +184,8 @@ def set_shuffle_state(
         ValueError: a number is out of range.
     """
     call = "set_shuffle_state"
-    exchange.check_process_group(call, process_group)
-    world = exchange.resolve(process_group, call)
+    process_groups.check_process_group(call, process_group)
+    world = process_groups.resolve(process_group, call)
     if state is None:
         _states.pop(world.name, None)
         return

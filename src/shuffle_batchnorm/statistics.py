@@ -10,10 +10,10 @@ from typing import NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from . import exchange, kernels
-from .exchange import CALL, World
+from . import exchange, kernels, notices
 from .kernels.rows import constant, counts, per_sample
 from .mixing import Plan, block_sizes
+from .process_groups import CALL, World
 
 _REJECTED = -1.0  # the count in the rows of a rank that could not accept its input
 
@@ -165,7 +165,7 @@ def check_counts(
 def _fail(count: Tensor, row: int, plan: Plan, world: World, shape: torch.Size) -> NoReturn:
     error = _count_error(count, row, plan, shape)
     if plan.mode != "local":
-        exchange.report_failure(world, str(error))
+        notices.report_failure(world, str(error))
     raise error
 
 

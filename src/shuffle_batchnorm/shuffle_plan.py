@@ -1,0 +1,38 @@
+"""ShufflePlan: where one shuffle sends the samples of a rank."""
+
+import weakref
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from .permutations import Key, Route
+from .process_groups import World
+from .shuffle_agreement import PLAN
+
+
+@dataclass(frozen=True, eq=False)
+class ShufflePlan:
+    """Where one shuffle sends the samples of this rank; what `batch_unshuffle` needs to undo it.
+
+    It can be used for any number of batches of the same sizes, whatever their other dimensions
+    and dtypes. It belongs to its process group and to this process.
+
+    Attributes:
+        world: the ranks.
+        sizes: the batch size of every rank.
+        key: seed and step of the permutation.
+        route: this rank's part.
+    """
+
+    world: World
+    sizes: tuple[int, ...]
+    key: Key
+    route: Route
+    # What this plan has brought back and somebody still holds: it must not be brought back twice.
+    _returned: "list[weakref.ref[Tensor]]" = field(default_factory=list, repr=False)
+
+
+def describe(plan: ShufflePlan) -> str:
+    """Return what a plan is in an agreement: two of one key can be of different sizes."""
+    sizes = plan.sizes[0] if len(set(plan.sizes)) == 1 else plan.sizes
+    return f"{PLAN} for {sizes} samples per rank"
