@@ -29,7 +29,7 @@ class Batch(NamedTuple):
     Attributes:
         images: ``[S]``, numbers of images in the pool.
         places: ``[keys]``, where in the batch the keys looked at are, pass by pass.
-        fresh: for each pass the images ``[S]``: keys at their places, others from outside the batch.
+        fresh: for each pass the images ``[S]``: the keys in place, all others not in the batch.
     """
 
     images: Tensor
