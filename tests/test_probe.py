@@ -20,12 +20,12 @@ from shuffle_batchnorm import LeakReport, measure_leak
 
 __all__ = ["one_thread"]  # a fixture
 
-SMALL = dict(batch_size=16, batches=16, keys_per_batch=8, keys_per_pass=8)
+SMALL: dict[str, Any] = dict(batch_size=16, batches=16, keys_per_batch=8, keys_per_pass=8)
 
 
 def _probe(encoder: Signature, pool: Tensor, seed: int = 0, **sizes: Any) -> LeakReport:
     generator = torch.Generator().manual_seed(seed)
-    options = {**SMALL, "generator": generator, **sizes}
+    options: dict[str, Any] = {**SMALL, "generator": generator, **sizes}
     return measure_leak(encoder.query, encoder.key, pool, None, encoder.queue, **options)
 
 
@@ -43,7 +43,7 @@ def test_total_leak() -> None:
     """Keys that are known by their batch alone."""
     report = _probe(Signature(1.0), pool_of_ids(64))
     assert (report.as_trained, report.fresh, report.leak) == (1, 0, 1)
-    assert report.interval == (pytest.approx(1 - 3 / 128, abs=1e-3), 1)
+    assert report.interval == pytest.approx((1 - 3 / 128, 1), abs=1e-3)
 
 
 def test_keys_that_change_without_consequence_leave_the_rule_of_three() -> None:
@@ -56,7 +56,7 @@ def test_keys_that_change_without_consequence_leave_the_rule_of_three() -> None:
 @pytest.mark.parametrize("keys_per_pass", [1, 4])
 @pytest.mark.parametrize(("exposed", "known"), [(0.4, 0.3), (0.8, 0.5)])
 def test_partial_leak(exposed: float, known: float, keys_per_pass: int) -> None:
-    sizes = dict(batches=64, keys_per_pass=keys_per_pass)
+    sizes: dict[str, Any] = dict(batches=64, keys_per_pass=keys_per_pass)
     report = _probe(Signature(exposed), pool_of_ids(2000, known), **sizes)
     low, high = report.interval
     assert low <= (1 - known) * exposed <= high
@@ -64,17 +64,19 @@ def test_partial_leak(exposed: float, known: float, keys_per_pass: int) -> None:
     assert report.fresh == pytest.approx(known, abs=0.06)
 
 
-@pytest.mark.parametrize("batches", [8, 24])
+@pytest.mark.parametrize("batches", [8, 16])
 def test_the_interval_covers_at_its_rate(batches: int) -> None:
     """Catches an interval from keys instead of batches (it covers in 45 to 60 %), among others.
 
-    Each run has its own images. 300 runs at 95 %: a standard deviation is 1.3 points.
+    Each run has its own images. 200 runs at 95 %: a standard deviation is 1.5 points.
     """
-    exposed, known, runs = 0.5, 0.3, 300
+    exposed, known, runs = 0.5, 0.3, 200
     covered = 0
     for run in range(runs):
         pool = pool_of_ids(200, known, seed=run)
-        sizes = dict(batches=batches, resamples=500, keys_per_batch=4, keys_per_pass=4)
+        sizes: dict[str, Any] = dict(
+            batches=batches, resamples=500, keys_per_batch=4, keys_per_pass=4
+        )
         low, high = _probe(Signature(exposed), pool, seed=run, **sizes).interval
         covered += low <= (1 - known) * exposed <= high
     tolerance = 3 * sqrt(0.05 * 0.95 / runs)
@@ -88,7 +90,7 @@ def test_a_deep_network_in_closed_form(queue_length: int) -> None:
     encoder = deep_pairs(channels, depth=20, groups=16)
     images = torch.randn(1000, channels).double()
     queue = torch.randn(queue_length, channels).double().sign() if queue_length else None
-    sizes = dict(batch_size=32, batches=64, keys_per_batch=keys, keys_per_pass=keys)
+    sizes: dict[str, Any] = dict(batch_size=32, batches=64, keys_per_batch=keys, keys_per_pass=keys)
     report = measure_leak(encoder, encoder, images, None, queue, **sizes)
     fresh = accuracy_of_pairs(channels, queue_length or keys - 1)
     low, high = report.interval
@@ -102,9 +104,9 @@ def _noisy(x: Tensor) -> Tensor:
     return x + 0.1 * torch.randn_like(x)
 
 
-def _convolutional_leak(query: str, key: str, queue_length: int, **sizes: Any) -> LeakReport:
+def _convolutional_leak(queries: str, keys: str, queue_length: int, **sizes: Any) -> LeakReport:
     """The leak of a network as initialised, with 16 groups of four samples."""
-    encoders = [convolutional(mode, groups=16) for mode in (query, key)]
+    encoders = [convolutional(mode, groups=16) for mode in (queries, keys)]
 
     def normalised(encoder: nn.Module) -> Any:
         return lambda x: F.normalize(encoder(x), dim=1)
@@ -115,8 +117,9 @@ def _convolutional_leak(query: str, key: str, queue_length: int, **sizes: Any) -
         with torch.no_grad():
             batches = [images[torch.randperm(256)[:64]] for _ in range(queue_length // 64)]
             queue = torch.cat([normalised(encoders[1])(_noisy(x)) for x in batches])
-    options = dict(batch_size=64, batches=16, keys_per_batch=16, keys_per_pass=16) | sizes
-    return measure_leak(*map(normalised, encoders), images, _noisy, queue, **options)
+    options: dict[str, Any] = dict(batches=16, keys_per_batch=16, keys_per_pass=16) | sizes
+    query, key = map(normalised, encoders)
+    return measure_leak(query, key, images, _noisy, queue, batch_size=64, **options)
 
 
 @pytest.mark.parametrize("queue_length", [0, 128])
@@ -130,7 +133,7 @@ def test_local_leaks_and_regroup_does_not(queue_length: int) -> None:
 
 def test_sync_leaks_to_a_queue() -> None:
     """With a queue of other batches the whole batch is the signature; in it, keys share it."""
-    sizes = dict(batches=12, keys_per_batch=8, keys_per_pass=1)
+    sizes: dict[str, Any] = dict(batches=12, keys_per_batch=8, keys_per_pass=1)
     queued = _convolutional_leak("sync", "sync", 128, **sizes)
     assert queued.interval[0] > 0.02, str(queued)
 
@@ -163,7 +166,7 @@ def test_keys_are_encoded_in_their_places_in_the_same_augmentation() -> None:
         return torch.stack([x[:, 0], torch.rand(len(x))], dim=1)
 
     images = torch.stack([torch.arange(60.0), torch.zeros(60)], dim=1)
-    sizes = dict(batch_size=16, batches=2, keys_per_batch=8, keys_per_pass=2)
+    sizes: dict[str, Any] = dict(batch_size=16, batches=2, keys_per_batch=8, keys_per_pass=2)
     measure_leak(record(queries), record(keys), images, augment, torch.ones(3, 2), **sizes)
     assert (images[:, 0] == torch.arange(60)).all()
     assert (len(queries), len(keys)) == (2, 2 * (1 + 4))

@@ -55,11 +55,6 @@ def check_sizes(call: str, sizes: Sizes, world_size: int) -> None:
         raise ValueError(f"{call}: keys_per_batch {keys} is larger than batch_size {batch}")
     if keys % kept:
         raise ValueError(f"{call}: keys_per_batch {keys} is not divisible by keys_per_pass {kept}")
-    if sizes.passes > batch // kept:
-        raise ValueError(
-            f"{call}: keys_per_batch {keys} takes {sizes.passes} passes of {kept} evenly spread "
-            f"keys; in batch_size {batch} there are only {batch // kept}"
-        )
     if pool < 2 * batch - kept:
         raise ValueError(
             f"{call}: {pool} images are too few for fresh company: a batch of {batch} and "
