@@ -1,0 +1,1 @@
+"""Train MoCo without the leak, measure the leak, show the picture; needs the extra ``train``."""
