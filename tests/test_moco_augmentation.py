@@ -65,9 +65,9 @@ def test_random_state_follows_from_the_step_alone() -> None:
     images, seen = _images(4, 1, 16), []
     key = (1, 2, 3, 4, 5)
     others = [tuple(v + (i == place) for i, v in enumerate(key)) for place in range(5)]
-    for numbers in (key, *others, (1, 2, 34, 5, 0), (1, 23, 4, 5, 0), key):
+    for seed, epoch, step, rank, view in (key, *others, (1, 2, 34, 5, 0), (1, 23, 4, 5, 0), key):
         torch.rand(3)
-        with step_random_state(*numbers):
+        with step_random_state(seed, epoch, step, rank, view):
             seen.append(_view("digits", images))
     torch.testing.assert_close(seen[0], seen[-1], rtol=0, atol=0)
     assert len(torch.stack(seen[:-1]).flatten(1).unique(dim=0)) == len(seen) - 1

@@ -112,7 +112,8 @@ class _Strange(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         features = self.pool(self.conv(images))
-        return self.classifier(features.flatten(1)) if self.ends_flat else features
+        output: Tensor = self.classifier(features.flatten(1)) if self.ends_flat else features
+        return output
 
 
 def _get_model(name: str, weights: None) -> nn.Module:
