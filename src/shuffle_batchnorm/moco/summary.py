@@ -6,7 +6,6 @@ network that gives NaN has a leak of 0, and that would look like a cure.
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -196,21 +195,6 @@ def tidy(record: Record) -> Record:
     """A record that strict JSON can hold; `diverged` keeps what its NaNs meant."""
     cleaned: Record = finite(record)
     return cleaned | {"diverged": True} if diverged(record) else cleaned
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a file that is whole or not there, whatever happens meanwhile."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with beside.open("w", encoding="utf-8") as file:
-            json.dump(value, file, indent=1, allow_nan=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def read_json(path: Path) -> Any:
