@@ -64,6 +64,11 @@ def ratios(record: Record) -> dict[float, float]:
     }
 
 
+def radius_of(record: Record) -> float | None:
+    """The spectral radius of a run's mixing, from the record or its stability."""
+    return number({**(record.get("stability") or {}), **record}, "spectral_radius")
+
+
 def geometric_mean(values: list[float]) -> float:
     """The mean that belongs on a logarithmic axis."""
     return math.exp(fmean(math.log(value) for value in values))
@@ -210,11 +215,12 @@ def draw_bars(axes: Axes, records: Sequence[Record], *, upright: bool) -> None:
             axes.barh(place, one.leak.mean, height=0.62, **bar)
             axes.errorbar(one.leak.mean, place, xerr=error, **ends)
             axes.scatter(dots, places, **dot)
-    names = [wrapped(bn) for bn in bns]
+    width = max(8, 44 // len(bns)) if upright else 22
+    names = [wrapped(bn, width) for bn in bns]
     room = (-0.6, len(bns) - 0.4)
     if upright:
         axes.axhline(0, color=INK, linewidth=1, zorder=1)
-        axes.set_xticks(range(len(bns)), [name.replace("-", "-\n") for name in names])
+        axes.set_xticks(range(len(bns)), names)
         axes.set(xlim=room)
         axes.grid(visible=False, axis="x")
     else:
@@ -267,7 +273,7 @@ def draw_stability(records: Sequence[Record]) -> Figure | None:
         axes.yaxis.set_minor_locator(NullLocator())
 
     def words(bn: str) -> str:
-        radii = [number(record, "spectral_radius") for record in runs[bn]]
+        radii = [radius_of(record) for record in runs[bn]]
         known = [radius for radius in radii if radius is not None]
         return f": {max(known):.2f}" if known else ""
 
