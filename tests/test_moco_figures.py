@@ -99,6 +99,9 @@ def test_the_end_of_a_run_that_diverged_has_a_cross_and_a_note() -> None:
         (cross,) = [line for line in axes.lines if line.get_marker() == "x"]
         assert np.asarray(cross.get_xdata()).tolist() == [4]
     assert words(figure) == ["swap (1 of 2 diverged)"]
+    runs = [made_up_record("local"), diverged_record("swap")]
+    for draw in (draw_leak, draw_leak_and_cure):  # a bar that is not there is no leak of zero
+        assert "diverged" in [text.get_text() for text in drawn(draw(runs))[0].texts]
 
 
 def test_stability_is_logarithmic_and_names_the_radius() -> None:

@@ -194,21 +194,23 @@ def draw_bars(axes: Axes, records: Sequence[Record], *, upright: bool) -> None:
     summaries = summarise(records)
     bns = [one.bn for one in summaries]
     for place, one in enumerate(summaries):
+        above: dict[str, Any] = dict(textcoords="offset points", ha="center", va="bottom")
         if one.leak is None:
+            if upright:  # else it stands at the right
+                axes.annotate("diverged" if one.diverged else "?", (place, 0), (0, 5), **above)
             continue
         style, error = look(one.bn, bns), whiskers(one.leak)
         dots = seeds_of(records, one.bn)
         places = [place + step for step in spread_out(len(dots), 0.36)]
         dot: dict[str, Any] = dict(
-            s=16, facecolor="white", edgecolor=style.colour, linewidth=1.1, zorder=4
+            s=16, facecolor="white", edgecolor=style.colour, linewidth=1.1, zorder=3
         )
         bar: dict[str, Any] = dict(color=style.colour, alpha=0.75, zorder=2)
-        ends: dict[str, Any] = dict(fmt="none", ecolor=INK, capsize=4, linewidth=1.3, zorder=3)
+        ends: dict[str, Any] = dict(fmt="none", ecolor=INK, capsize=4, linewidth=1.3, zorder=4)
         if upright:
             axes.bar(place, one.leak.mean, width=0.62, **bar)
             axes.errorbar(place, one.leak.mean, yerr=error, **ends)
             top = max([0, one.leak.mean, one.leak.high or 0, *dots])
-            above: dict[str, Any] = dict(textcoords="offset points", ha="center", va="bottom")
             axes.annotate(signed(one.leak.mean), (place, top), (0, 5), **above)
             axes.scatter(places, dots, **dot)
         else:
@@ -242,7 +244,7 @@ def draw_leak(records: Sequence[Record]) -> Figure | None:
         axes.text(
             1.03, place, leak_in_words(one), transform=axes.get_yaxis_transform(), va="center"
         )
-    axes.set_title("leak  [95 % interval]", loc="right", x=1.03, ha="left", fontsize=8.5)
+    axes.text(1.03, 1.02, "leak  [95 % interval]", transform=axes.transAxes, weight="bold")
     axes.set_xlabel("leak: pretext accuracy, as trained − amid fresh company")
     axes.tick_params(axis="y", length=0)
     return figure
