@@ -1,5 +1,6 @@
 """From a configuration to a model, and from loaded images to what it takes."""
 
+import inspect
 from typing import Any
 
 import torch
@@ -64,12 +65,13 @@ def parallelise(model: MoCo, place: Place) -> nn.Module:
     """
     if place.world_size == 1:
         return model
-    return DistributedDataParallel(
-        model,
-        device_ids=[place.device] if place.device.type == "cuda" else None,
-        broadcast_buffers=False,  # running statistics are each rank's own
-        gradient_as_bucket_view=True,
-    )
+    # Running statistics are each rank's own. torch 2.13 has another name for it.
+    names = inspect.signature(DistributedDataParallel).parameters
+    new, old = "forward_sync_buffers", "broadcast_buffers"
+    options: dict[str, Any] = {new if new in names else old: False}
+    if place.device.type == "cuda":
+        options["device_ids"] = [place.device]
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, **options)
 
 
 class Views:

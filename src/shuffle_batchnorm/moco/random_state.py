@@ -18,7 +18,9 @@ def get_random_state(device: torch.device) -> State:
 
     # The old generator, because that is the one that other packages draw from.
     numpy: dict[str, Any] = dict(np.random.get_state(legacy=False))  # noqa: NPY002
-    numpy["state"] = {**numpy["state"], "key": torch.from_numpy(numpy["state"]["key"].copy())}
+    # As int64: torch can't send unsigned ones from rank to rank.
+    keys = torch.from_numpy(numpy["state"]["key"].astype("int64"))
+    numpy["state"] = {**numpy["state"], "key": keys}
     version, numbers, gauss_next = random.getstate()
     return {
         "torch": torch.get_rng_state(),
@@ -36,7 +38,10 @@ def set_random_state(state: State, device: torch.device) -> None:
     if state["cuda"] is not None:
         torch.cuda.set_rng_state(state["cuda"], device)
     numpy = state["numpy"]
-    numpy = {**numpy, "state": {**numpy["state"], "key": numpy["state"]["key"].numpy()}}
+    numpy = {
+        **numpy,
+        "state": {**numpy["state"], "key": numpy["state"]["key"].numpy().astype("uint32")},
+    }
     np.random.set_state(numpy)  # noqa: NPY002
     version, numbers, gauss_next = state["python"]
     random.setstate((version, tuple(numbers.tolist()), gauss_next))
