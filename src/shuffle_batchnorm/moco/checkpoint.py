@@ -139,16 +139,16 @@ def load(path: Path) -> State:
             raise zipfile.BadZipFile(f"checksum of {damaged}")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise CheckpointError(f"{CALL}: there is no checkpoint {path}") from None
+        raise CheckpointError(f"checkpoint: {path} does not exist") from None
     except OSError as error:
-        raise CheckpointError(f"{CALL}: can't read {path}: {error.strerror}") from error
+        raise CheckpointError(f"checkpoint: can't read {path}: {error.strerror}") from error
     except Exception as error:  # a byte in the wrong place can mean anything to a parser
-        raise CheckpointError(f"{CALL}: {path} is damaged; {_advice(path)}") from error
+        raise CheckpointError(f"checkpoint: {path} is damaged; {_advice(path)}") from error
     if not isinstance(state, dict) or not state.keys() >= PARTS:
-        raise CheckpointError(f"{CALL}: {path} is not a checkpoint of this trainer")
+        raise CheckpointError(f"checkpoint: {path} is not one of this trainer")
     if state["format"] != FORMAT:
         raise CheckpointError(
-            f"{CALL}: {path} has format {state['format']}, this version reads {FORMAT}"
+            f"checkpoint: {path} has format {state['format']}, this version reads {FORMAT}"
         )
     return state
 

@@ -84,7 +84,9 @@ class StopAgreement:
         return signum
 
     def settle(self) -> int:
-        """Wait for the answer to the last question, so that nothing is under way any more."""
+        """Return the answer to the last question; nothing is under way afterwards."""
+        if self._place.world_size == 1:
+            return self._place.stop.signum
         if self._work is None:
             return 0
         self._work.wait()

@@ -129,7 +129,9 @@ class Trainer:
             self.finish_epoch(epoch)
             if epoch + 1 == self.config.optim.epochs:
                 self.save(LAST)
-        self.stop.settle()
+        signum = self.stop.settle()
+        if signum:
+            self.leave(signum)
         return self.finish()
 
     def train_epoch(self, epoch: int) -> None:
