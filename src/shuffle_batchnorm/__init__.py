@@ -10,21 +10,27 @@ from .encoder import ShuffledEncoder
 from .functional import shuffle_batch_norm
 from .mixing import mixing_matrix, spectral_radius
 from .modules import ShuffleBatchNorm
+from .probe import LeakReport, measure_leak
 from .sampler import ShuffledPairSampler
 from .shuffle_agreement import get_shuffle_state, set_shuffle_state
+from .stability_report import StabilityReport, stability
 
 __all__ = [
+    "LeakReport",
     "ShuffleBatchNorm",
     "ShuffledEncoder",
     "ShuffledPairSampler",
+    "StabilityReport",
     "batch_shuffle",
     "batch_unshuffle",
     "get_shuffle_state",
+    "measure_leak",
     "mixing_matrix",
     "record_statistics",
     "set_shuffle_state",
     "shuffle_batch_norm",
     "shuffle_offset",
     "spectral_radius",
+    "stability",
     "synchronize_running_stats",
 ]

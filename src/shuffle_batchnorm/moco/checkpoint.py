@@ -7,7 +7,6 @@ A folder holds ``last.pt``, the one before it as ``last.previous.pt``, and ``bes
 import fcntl
 import io
 import os
-import random
 import time
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -140,16 +139,16 @@ def load(path: Path) -> State:
             raise zipfile.BadZipFile(f"checksum of {damaged}")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise CheckpointError(f"{CALL}: there is no checkpoint {path}") from None
+        raise CheckpointError(f"checkpoint: {path} does not exist") from None
     except OSError as error:
-        raise CheckpointError(f"{CALL}: can't read {path}: {error.strerror}") from error
+        raise CheckpointError(f"checkpoint: can't read {path}: {error.strerror}") from error
     except Exception as error:  # a byte in the wrong place can mean anything to a parser
-        raise CheckpointError(f"{CALL}: {path} is damaged; {_advice(path)}") from error
+        raise CheckpointError(f"checkpoint: {path} is damaged; {_advice(path)}") from error
     if not isinstance(state, dict) or not state.keys() >= PARTS:
-        raise CheckpointError(f"{CALL}: {path} is not a checkpoint of this trainer")
+        raise CheckpointError(f"checkpoint: {path} is not one of this trainer")
     if state["format"] != FORMAT:
         raise CheckpointError(
-            f"{CALL}: {path} has format {state['format']}, this version reads {FORMAT}"
+            f"checkpoint: {path} has format {state['format']}, this version reads {FORMAT}"
         )
     return state
 
@@ -195,36 +194,6 @@ def check_place(path: Path, state: State, world_size: int, device: str) -> None:
                 f"{CALL}: --resume: {path} was begun with another {what} (was {state[name]}, "
                 f"is {now})"
             )
-
-
-def get_random_state(device: torch.device) -> State:
-    """Return the state of every random number generator of this process, as plain values."""
-    import numpy as np  # comes with the extra; the others come with torch
-
-    # The old generator, because that is the one that other packages draw from.
-    numpy: dict[str, Any] = dict(np.random.get_state(legacy=False))  # noqa: NPY002
-    numpy["state"] = {**numpy["state"], "key": torch.from_numpy(numpy["state"]["key"].copy())}
-    version, numbers, gauss_next = random.getstate()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-        "numpy": numpy,
-        "python": (version, torch.tensor(numbers), gauss_next),
-    }
-
-
-def set_random_state(state: State, device: torch.device) -> None:
-    """Set every random number generator of this process to what `get_random_state` returned."""
-    import numpy as np
-
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None:
-        torch.cuda.set_rng_state(state["cuda"], device)
-    numpy = state["numpy"]
-    numpy = {**numpy, "state": {**numpy["state"], "key": numpy["state"]["key"].numpy()}}
-    np.random.set_state(numpy)  # noqa: NPY002
-    version, numbers, gauss_next = state["python"]
-    random.setstate((version, tuple(numbers.tolist()), gauss_next))
 
 
 def to_cpu(value: Any) -> Any:

@@ -3,7 +3,8 @@
 Every function is called by all ranks in the same order, and does nothing for one rank.
 """
 
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -30,6 +31,26 @@ def broadcast_object(place: Place, value: T) -> T:
     values = [value]
     dist.broadcast_object_list(values, src=0, group=place.control)
     return values[0]
+
+
+def on_rank_0(place: Place, function: Callable[[], T]) -> T:
+    """Call a function on rank 0 only; return what it returns, or raise what it raises, everywhere.
+
+    Files are read and written by one rank, and no rank must go on without what came of it.
+    """
+    value: T | None = None
+    error: Exception | None = None
+    if place.rank == 0:
+        try:
+            value = function()
+        except Exception as caught:
+            error = caught
+            if place.world_size == 1:
+                raise
+    value, error = broadcast_object(place, (value, error))
+    if error is not None:
+        raise error
+    return cast(T, value)
 
 
 def sum_over_ranks(place: Place, numbers: Tensor) -> list[float]:
@@ -63,7 +84,9 @@ class StopAgreement:
         return signum
 
     def settle(self) -> int:
-        """Wait for the answer to the last question, so that nothing is under way any more."""
+        """Return the answer to the last question; nothing is under way afterwards."""
+        if self._place.world_size == 1:
+            return self._place.stop.signum
         if self._work is None:
             return 0
         self._work.wait()

@@ -7,6 +7,7 @@ under torchrun, or in a process group that exists already, this process is one o
 import os
 import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,13 +62,16 @@ def find_device(run: RunConfig, local_rank: int, local_size: int) -> torch.devic
     return torch.device("cuda", local_rank)
 
 
-def launch(function: Callable[..., Any], run: RunConfig, *args: object) -> Any:
+def launch(
+    function: Callable[..., Any], run: RunConfig, *args: object, graceful: bool = True
+) -> Any:
     """Call ``function(place, *args)`` on every rank; return what rank 0, or this one, returned.
 
     Args:
         function: at the top level of a module, since it is pickled by reference.
         run: how many ranks, and where.
         *args: handed to every rank.
+        graceful: the function looks at ``place.stop`` and stops by itself; False ends it at once.
 
     Raises:
         ConfigError: there is no such device.
@@ -75,28 +79,30 @@ def launch(function: Callable[..., Any], run: RunConfig, *args: object) -> Any:
         RankError: a rank died.
         Exception: what a rank raised, the first in time.
     """
+    hear = listening if graceful else lambda: nullcontext(StopRequest())
     if dist.is_initialized():
         rank, size = dist.get_rank(), dist.get_world_size()
         device = find_device(run, int(os.environ.get("LOCAL_RANK", rank)), 1)
-        with listening() as stop:
+        with hear() as stop:
             return _join(function, args, Place(rank, size, device, stop, None))
     if _under_torchrun():
         local_rank = int(os.environ["LOCAL_RANK"])
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1))
         device = find_device(run, local_rank, local_size)
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        with listening() as stop:
+        with hear() as stop:
             place = Place(rank, size, device, stop, None)
             return _meet(function, args, place, "env://", local_size)
     size = world_size(run)
     device = find_device(run, 0, size)
     if size == 1:
-        with listening() as stop:
+        with hear() as stop:
             return _meet(function, args, Place(0, 1, device, stop, None), "", 1)
     # They meet at a file in a folder of their own, not at a port: nobody else can have taken it.
     with tempfile.TemporaryDirectory(prefix="ranks-", ignore_cleanup_errors=True) as folder:
         rendezvous = (Path(folder) / "rendezvous").as_uri()
-        return spawn_ranks(_be_spawned, size, function, args, run, size, rendezvous)
+        work = function, args, run, size, rendezvous
+        return spawn_ranks(_be_spawned, size, *work, graceful=graceful)
 
 
 def _be_spawned(

@@ -23,6 +23,8 @@ from .config import CALL
 _GRACE = 2.0
 # Seconds that ranks have to save and leave after the first of them has.
 _LEAVE = 60.0
+# Seconds after which a second signal is another one.
+_TWICE = 2.0
 
 
 class RankError(RuntimeError):
@@ -49,11 +51,20 @@ class StopRequest:
 
 @contextmanager
 def listening() -> Iterator[StopRequest]:
-    """Note SIGTERM and SIGINT, for the training loop to see between two steps."""
-    stop = StopRequest()
+    """Note SIGTERM and SIGINT, for the training loop to see between two steps.
+
+    A second signal ends the process at once, unless it is the echo of the first: a terminal and
+    torchrun may both send one.
+    """
+    stop, first = StopRequest(), 0.0
 
     def note(signum: int, _frame: object) -> None:
-        stop.signum = stop.signum or signum
+        nonlocal first
+        if not stop.signum:
+            stop.signum, first = signum, time.monotonic()
+        elif time.monotonic() - first > _TWICE:
+            signal.signal(signum, signal.SIG_DFL)
+            signal.raise_signal(signum)
 
     if threading.current_thread() is not threading.main_thread():
         yield stop  # only the main thread may listen
@@ -78,7 +89,8 @@ class _Outcome(NamedTuple):
 class _Family:
     """The processes of all ranks, seen from the one that started them."""
 
-    def __init__(self) -> None:
+    def __init__(self, graceful: bool) -> None:
+        self.graceful = graceful
         self.processes: list[SpawnProcess] = []
         self.pipes: list[Connection] = []
         self.outcomes: dict[int, _Outcome] = {}
@@ -102,7 +114,8 @@ class _Family:
         self.asked.append(signum)
         for process in self.processes:
             if process.is_alive():
-                process.terminate() if len(self.asked) == 1 else process.kill()
+                is_first = self.graceful and len(self.asked) == 1
+                process.terminate() if is_first else process.kill()
 
     def gather(self) -> None:
         """Wait for the ranks; once one has failed, only as long as its peers should need."""
@@ -140,7 +153,7 @@ class _Family:
         errors = {rank: o for rank, o in self.outcomes.items() if o.error is not None}
         if self.asked and (errors or len(self.outcomes) < len(self.processes)):
             words = [str(o.error) for o in errors.values() if isinstance(o.error, Stopped)]
-            raise Stopped(self.asked[0], words[0] if words else f"{CALL}: stopped, nothing saved")
+            raise Stopped(self.asked[0], words[0] if words else f"{CALL}: stopped")
         if errors:
             rank, first = min(errors.items(), key=lambda item: item[1].ended)
             # What a rank says of a peer that died is no more than an echo.
@@ -154,7 +167,9 @@ class _Family:
         return self.outcomes[0].result
 
 
-def spawn_ranks(function: Callable[..., Any], size: int, *args: object) -> Any:
+def spawn_ranks(
+    function: Callable[..., Any], size: int, *args: object, graceful: bool = True
+) -> Any:
     """Call ``function(rank, stop, *args)`` in a process per rank; return what rank 0 returned.
 
     SIGTERM and SIGINT are handed to the ranks, whose `StopRequest` notes them; a second signal
@@ -164,13 +179,14 @@ def spawn_ranks(function: Callable[..., Any], size: int, *args: object) -> Any:
         function: at the top level of a module, since it is pickled by reference.
         size: W, the number of ranks.
         *args: handed to every rank.
+        graceful: let the ranks decide when to stop after a first signal; False ends them.
 
     Raises:
         Stopped: a signal asked for it.
         RankError: a rank died.
         Exception: what a rank raised, the first in time, with its traceback as a note.
     """
-    family = _Family()
+    family = _Family(graceful)
     is_main = threading.current_thread() is threading.main_thread()
     numbers = (signal.SIGTERM, signal.SIGINT) if is_main else ()
     # A terminal's Ctrl-C goes to all processes: the children inherit that it is ignored, and hear
