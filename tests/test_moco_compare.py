@@ -110,9 +110,10 @@ def test_another_configuration_is_refused(tmp_path: Path) -> None:
     compare(CONFIG, ["local"], [0], tmp_path, train=Trainer())
     train = Trainer()
     other = replace(CONFIG, optim=OptimConfig(lr=0.1))
-    for bn in ("local", "regroup"):  # one that was run, and one that has no run yet
+    bns: list[Norm] = ["local", "regroup"]
+    for bn in bns:  # one that was run, and one that has no run yet
         with pytest.raises(ConfigError, match=r"another --lr \(was 0.06, is 0.1\); choose another"):
-            compare(other, [cast("Norm", bn)], [0], tmp_path, train=train)
+            compare(other, [bn], [0], tmp_path, train=train)
     other = replace(CONFIG, run=replace(CONFIG.run, ranks=4))
     with pytest.raises(ConfigError, match=r"another number of ranks \(was 2, is 4\)"):
         compare(other, ["local"], [0], tmp_path, train=train)
@@ -173,6 +174,18 @@ def test_other_ranks_of_torchrun_train_and_are_silent(
     assert train.runs == [("local", 0), ("regroup", 0)]
     assert {path.name for path in tmp_path.iterdir()} == {"runs"}
     assert capsys.readouterr().out == ""
+
+
+def test_ranks_of_torchrun_all_ask_the_trainer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where only the first rank sees the folder, one that skipped a run would leave the others."""
+    compare(CONFIG, ["local"], [0], tmp_path, train=Trainer())
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    train = Trainer()
+    compare(CONFIG, ["local"], [0], tmp_path, train=train)
+    assert train.runs == [("local", 0)]
 
 
 @pytest.mark.parametrize(

@@ -50,8 +50,8 @@ def compare(
     the machine meets all of them and an interrupted comparison is fair. A run that has ended is
     not run again, one that was interrupted goes on, and `results.json` is rewritten after each.
 
-    Communication: that of the runs. Under torchrun all ranks call it, and have to see `output`; the
-    first one writes and prints.
+    Communication: that of the runs. Under torchrun all ranks call it; the first one writes and
+    prints.
 
     Args:
         config: all of a run but its `bn`, `seed`, `output` and `resume`, which are set here.
@@ -72,23 +72,25 @@ def compare(
     train_one = train or default_train()
     plan = planned(config, bns, seeds, output)
     environments = begin(output, plan)
-    first = is_first()
+    first, together = is_first(), "RANK" in os.environ
     records: dict[Path, Record] = {}
-    for one in plan:
-        record = finished(one.run.output)
+    for folder in [run.run.output for run in plan] if first else []:
+        record = finished(folder)
         if record is not None:
-            records[one.run.output] = record
+            records[folder] = record
     for position, one in enumerate(plan, start=1):
-        folder, said = one.run.output, " (had ended before)"
-        if folder not in records:
-            record, said = train_one(one), ""
-            if not first:
-                continue
-            records[folder] = tidy(record)
+        folder = one.run.output
+        had_ended = folder in records
+        # Ranks of torchrun leave it to the trainer, where they agree on what the first one sees.
+        if together or not had_ended:
+            record = train_one(one)
+            if first and not had_ended:
+                records[folder] = tidy(record)
         if first:
             done = [records[run.run.output] for run in plan if run.run.output in records]
             save_json(output / RESULTS, done)
             place = f"[{position}/{len(plan)}] {one.norm.bn}, seed {one.run.seed}: "
+            said = " (had ended before)" if had_ended else ""
             print(f"{place}{run_line(records[folder])}{said}", flush=True)
     if not first:
         return []
