@@ -1,6 +1,9 @@
 """Which runs a comparison starts, in which order, and what it keeps; nothing is trained here."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +23,8 @@ from shuffle_batchnorm.moco.config import (
     RunConfig,
     to_dict,
 )
+from shuffle_batchnorm.moco.launch import Place, Stopped
+from shuffle_batchnorm.moco.spawn import StopRequest
 from shuffle_batchnorm.moco.summary import ResultsError
 
 CONFIG = Config(norm=NormConfig(groups=16), run=RunConfig(ranks=2, device="cpu"))
@@ -66,6 +71,18 @@ def pages(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     return calls
+
+
+@pytest.fixture
+def as_rank(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Makes this process a rank of torchrun that has met the other one."""
+
+    def become(rank: int) -> None:
+        for name, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", 2)):
+            monkeypatch.setenv(name, str(value))
+        monkeypatch.setattr(module, "launch", lambda function, _, *args: function(None, *args))
+
+    return become
 
 
 def results(output: Path) -> list[tuple[str, int]]:
@@ -165,10 +182,9 @@ def test_output_ends_with_table_and_page(
 
 
 def test_other_ranks_of_torchrun_train_and_are_silent(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, as_rank: Callable[[int], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name, value in (("RANK", "1"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "2")):
-        monkeypatch.setenv(name, value)
+    as_rank(1)
     train = Trainer(lambda _: cast("Any", None))  # only the first rank has a record
     assert compare(CONFIG, ["local", "regroup"], [0], tmp_path, train=train) == []
     assert train.runs == [("local", 0), ("regroup", 0)]
@@ -177,15 +193,75 @@ def test_other_ranks_of_torchrun_train_and_are_silent(
 
 
 def test_ranks_of_torchrun_all_ask_the_trainer(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, as_rank: Callable[[int], None]
 ) -> None:
     """Where only the first rank sees the folder, one that skipped a run would leave the others."""
     compare(CONFIG, ["local"], [0], tmp_path, train=Trainer())
-    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "2")):
-        monkeypatch.setenv(name, value)
+    as_rank(0)
     train = Trainer()
     compare(CONFIG, ["local"], [0], tmp_path, train=train)
     assert train.runs == [("local", 0)]
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+import torch, torch.distributed as dist
+from made_up import made_up_record
+from shuffle_batchnorm.moco import compare as module
+from shuffle_batchnorm.moco.config import Config, RunConfig
+from shuffle_batchnorm.moco.launch import launch
+
+module.write_report = lambda output, *_, **__: output
+
+def work(place, config):
+    total = torch.ones(1)
+    dist.all_reduce(total)
+    return made_up_record(config.norm.bn, config.run.seed, leak=total.item())
+
+def train(config):
+    return launch(work, config.run, config)
+
+config = Config(run=RunConfig(device="cpu"))
+module.compare(config, ["local", "regroup"], [0], Path(sys.argv[1]), train=train)
+"""
+
+
+def test_several_runs_under_torchrun(tmp_path: Path) -> None:
+    """A process group per run meets at the addresses of the one before, and nobody is there."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    here = Path(__file__).parent
+    path = os.pathsep.join([str(here), str(here.parent / "src"), os.environ.get("PYTHONPATH", "")])
+    ours = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
+    done = subprocess.run(
+        [sys.executable, *torchrun, str(script), str(tmp_path)],
+        env=os.environ | ours,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert results(tmp_path) == [("local", 0), ("regroup", 0)]
+    assert done.stdout.count("leak 2.000") == 2  # both ranks were there, one spoke
+
+
+def test_a_signal_between_two_runs_is_heard(tmp_path: Path) -> None:
+    """Under torchrun it is noted for the trainer, which isn't there at that moment."""
+    place = Place(0, 2, torch.device("cpu"), StopRequest(), None)
+
+    def change(record: Record) -> Record:
+        place.stop.signum = 15
+        return record
+
+    plan = module.planned(CONFIG, ["local", "regroup"], [0], tmp_path)
+    train = Trainer(change)
+    with pytest.raises(Stopped, match="compare: stopped after run 1 of 2") as caught:
+        module.run_all(place, plan, tmp_path, train)
+    assert caught.value.signum == 15
+    assert train.runs == results(tmp_path) == [("local", 0)]
 
 
 @pytest.mark.parametrize(

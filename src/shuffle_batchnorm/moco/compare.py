@@ -18,7 +18,7 @@ import torch
 
 from .checkpoint import FREE, write_atomically
 from .config import Config, ConfigError, Norm, flag, flat, to_dict, validate
-from .launch import world_size
+from .launch import Place, Stopped, launch, world_size
 from .report import write_report
 from .summary import Record, ResultsError, check_records, read_json, tidy
 from .tables import run_line, text_table
@@ -72,6 +72,31 @@ def compare(
     train_one = train or default_train()
     plan = planned(config, bns, seeds, output)
     environments = begin(output, plan)
+    if "RANK" in os.environ:
+        # One process group for all runs: a second one would meet at the first one's addresses.
+        results: list[Record] = launch(run_all, config.run, plan, output, train_one)
+    else:
+        results = run_all(None, plan, output, train_one)
+    if not is_first():
+        return []
+    page = write_report(
+        output,
+        results,
+        command=command or written_command(config, bns, seeds, output),
+        setup=setup(config, environments),
+    )
+    print(f"\n{text_table(results)}\n\nThe page: {page}", flush=True)
+    return results
+
+
+def run_all(
+    place: Place | None, plan: Sequence[Config], output: Path, train: Train
+) -> list[Record]:
+    """Run what has not ended yet; on the first rank, print and keep every record at once.
+
+    Raises:
+        Stopped: a signal came between two runs; `place` is where it is noted.
+    """
     first, together = is_first(), "RANK" in os.environ
     records: dict[Path, Record] = {}
     for folder in [run.run.output for run in plan] if first else []:
@@ -83,26 +108,18 @@ def compare(
         had_ended = folder in records
         # Ranks of torchrun leave it to the trainer, where they agree on what the first one sees.
         if together or not had_ended:
-            record = train_one(one)
+            record = train(one)
             if first and not had_ended:
                 records[folder] = tidy(record)
         if first:
             done = [records[run.run.output] for run in plan if run.run.output in records]
             save_json(output / RESULTS, done)
-            place = f"[{position}/{len(plan)}] {one.norm.bn}, seed {one.run.seed}: "
+            which = f"[{position}/{len(plan)}] {one.norm.bn}, seed {one.run.seed}: "
             said = " (had ended before)" if had_ended else ""
-            print(f"{place}{run_line(records[folder])}{said}", flush=True)
-    if not first:
-        return []
-    results = check_records([records[run.run.output] for run in plan], str(output / RESULTS))
-    page = write_report(
-        output,
-        results,
-        command=command or written_command(config, bns, seeds, output),
-        setup=setup(config, environments),
-    )
-    print(f"\n{text_table(results)}\n\nThe page: {page}", flush=True)
-    return results
+            print(f"{which}{run_line(records[folder])}{said}", flush=True)
+        if place is not None and place.stop.signum:
+            raise Stopped(place.stop.signum, f"{CALL}: stopped after run {position} of {len(plan)}")
+    return [records[run.run.output] for run in plan] if first else []
 
 
 def default_train() -> Train:

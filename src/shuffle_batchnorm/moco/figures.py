@@ -17,8 +17,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
-from .looks import INK, PAGE, STYLE, Look, look, signed, wrapped
+from .looks import INK, PAGE, STYLE, Look, look, wrapped
 from .summary import Estimate, Record, Summary, by_bn, diverged, number, summarise
+from .tables import written
 
 
 @dataclass(frozen=True)
@@ -163,9 +164,9 @@ def leak_in_words(one: Summary) -> str:
     suffix = f"\n{one.diverged} of {one.runs} diverged" if one.diverged else ""
     if one.leak is None:
         return "diverged" if one.diverged == one.runs else "not measured" + suffix
-    words = signed(one.leak.mean)
+    words = written(one.leak.mean)
     if one.leak.low is not None and one.leak.high is not None:
-        words += f"  [{signed(one.leak.low)}, {signed(one.leak.high)}]"
+        words += f"  [{written(one.leak.low)}, {written(one.leak.high)}]"
     return words + suffix
 
 
@@ -211,7 +212,7 @@ def draw_bars(axes: Axes, records: Sequence[Record], *, upright: bool) -> None:
             axes.bar(place, one.leak.mean, width=0.62, **bar)
             axes.errorbar(place, one.leak.mean, yerr=error, **ends)
             top = max([0, one.leak.mean, one.leak.high or 0, *dots])
-            axes.annotate(signed(one.leak.mean), (place, top), (0, 5), **above)
+            axes.annotate(written(one.leak.mean), (place, top), (0, 5), **above)
             axes.scatter(places, dots, **dot)
         else:
             axes.barh(place, one.leak.mean, height=0.62, **bar)

@@ -74,8 +74,3 @@ def wrapped(bn: str, width: int = 22) -> str:
     """
     lines = textwrap.wrap(bn, width, max_lines=3, placeholder="…")
     return "\n".join(lines).replace("$", r"\$") or "?"
-
-
-def signed(value: float) -> str:
-    """Three places, with a minus sign and not a hyphen."""
-    return f"{value:.3f}".replace("-", "−")
