@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import torch
 
 from made_up import Record, diverged_record, made_up_record
 from shuffle_batchnorm.moco import compare as module
