@@ -259,9 +259,11 @@ def validate(config: Config, world_size: int) -> None:
             f"{CALL}: --warmup-epochs {optim.warmup_epochs} leaves nothing of --epochs "
             f"{optim.epochs}"
         )
-    if config.moco.queue < optim.batch_size:
+    views = 2 if config.moco.symmetric else 1
+    if config.moco.queue < views * optim.batch_size:
+        twice = "twice " if views == 2 else ""
         raise ConfigError(
-            f"{CALL}: --queue {config.moco.queue} is smaller than --batch-size "
+            f"{CALL}: --queue {config.moco.queue} is smaller than {twice}--batch-size "
             f"{optim.batch_size}: it could not hold the keys of one step"
         )
     _validate_groups(config, world_size)

@@ -1,0 +1,103 @@
+"""The command ``shuffle-batchnorm``: train, compare, evaluate, probe; see `commands.py`."""
+
+import contextlib
+import io
+import re
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from .config import ConfigError
+from .launch import is_first
+
+PROGRAM = "shuffle-batchnorm"
+FAILURE, USER_ERROR = 1, 2
+# Packages of the extra `train`; if another one is missing, something else is wrong.
+EXTRA = {"jinja2", "kornia", "matplotlib", "numpy", "PIL", "sklearn", "tqdm", "tyro"}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: what follows the command's name; by default, what this process was given.
+
+    Returns:
+        The exit code: 0; 2 for what the user can mend, after one line on stderr; 1 if a rank died;
+        130 after SIGINT and 143 after SIGTERM.
+    """
+    try:
+        act = _parse(list(sys.argv[1:] if arguments is None else arguments))
+        return act if isinstance(act, int) else _do(act)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRA:
+            raise
+        return _refuse(f'this needs {package}: pip install "shuffle_batchnorm[train]"')
+    except KeyboardInterrupt:
+        return _refuse("stopped", 128 + signal.SIGINT)
+
+
+def _parse(arguments: list[str]) -> Callable[[], None] | int:
+    """Return what to do, or the exit code if there is nothing to do."""
+    import tyro
+
+    from .commands import Command
+
+    said = io.StringIO()
+    parser_options = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
+    try:
+        with contextlib.redirect_stderr(said):
+            wanted: Any = tyro.cli(
+                Command,
+                prog=PROGRAM,
+                description="Train MoCo without the leak, and measure the leak.",
+                args=arguments,
+                config=parser_options,
+            )
+    except SystemExit as end:
+        return _refuse(_one_line(said.getvalue())) if end.code else 0
+    act: Callable[[], None] = wanted.act
+    return act
+
+
+def _do(act: Callable[[], None]) -> int:
+    # Not before the flags are read: --help needs none of it.
+    from .checkpoint import CheckpointError
+    from .images import DataError
+    from .networks import NetworkError
+    from .spawn import RankError, Stopped
+    from .summary import ResultsError
+
+    try:
+        act()
+    except (ConfigError, DataError, NetworkError, CheckpointError, ResultsError) as error:
+        return _refuse(str(error))
+    except Stopped as stopped:
+        return _refuse(str(stopped), 128 + stopped.signum)
+    except RankError as error:
+        return _refuse(str(error), FAILURE)
+    return 0
+
+
+def _refuse(message: str, code: int = USER_ERROR) -> int:
+    """Say in one line why there is no result, once on a machine; return the exit code."""
+    if is_first():
+        print(" ".join(message.split()), file=sys.stderr, flush=True)
+    return code
+
+
+def _one_line(panel: str) -> str:
+    r"""Return the message in the frame that tyro draws around it.
+
+    Example:
+        >>> _one_line("╭─ Invalid choice ─╮\n│ no x │\n│ ──── │\n│ see --help │\n╰────╯")
+        'shuffle-batchnorm: invalid choice: no x; see --help'
+    """
+    lines = re.sub("\x1b\\[[0-9;]*m", "", panel).strip().splitlines()
+    words = [line.strip("╭╮╰╯│─ ") for line in lines]
+    title, rest = words[0].lower(), words[1:]
+    body = " ".join(rest[: rest.index("")] if "" in rest else rest).rstrip(".")
+    message = body if body.lower().startswith(title) else f"{title}: {body}"
+    return f"{PROGRAM}: {message[:1].lower()}{message[1:]}; see --help"

@@ -1,0 +1,173 @@
+"""What the command line can say: one class per command, whose fields are its flags.
+
+The docstrings, and the text below the fields, are what ``--help`` prints.
+"""
+
+import shlex
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+from tyro.conf import Fixed, Positional, Suppress, arg, subcommand
+
+from .config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    Device,
+    MoCoConfig,
+    NetworkConfig,
+    Norm,
+    NormConfig,
+    OptimConfig,
+    RunConfig,
+    from_dict,
+    to_dict,
+)
+
+
+@dataclass(frozen=True)
+class Train(Config):
+    """Train MoCo, or go on with --resume; measure kNN and the leak at the end.
+
+    OUTPUT gets last.pt, best.pt, config.json, log.csv, steps.csv and record.json. SIGINT and
+    SIGTERM save and leave, with exit code 130 and 143.
+    """
+
+    def act(self) -> None:
+        """Do it."""
+        from .trainer import train
+
+        train(from_dict(to_dict(self)))
+
+
+@dataclass(frozen=True)
+class SharedNorm(NormConfig):
+    """Whose batch statistics normalise the keys."""
+
+    bn: Annotated[Norm, Fixed, Suppress] = "regroup"
+
+
+@dataclass(frozen=True)
+class SharedRun(RunConfig):
+    """How and where it runs."""
+
+    output: Path = Path("runs/compare")
+    """Folder for the runs, results.json, the figures and report.html."""
+    seed: Annotated[int, Fixed, Suppress] = 0
+    resume: Annotated[bool, Fixed, Suppress] = True
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Train with several --bn and seeds, in turn, and write one report.
+
+    What has ended is not trained again, and what was interrupted goes on.
+    """
+
+    bn: Annotated[str, arg(metavar="BN,BN,...")] = "local,regroup"
+    """Batch norms of the key encoder: local, sync, swap, regroup, batch-shuffle."""
+    seeds: Annotated[str, arg(metavar="INT,INT,...")] = "0"
+    """Seeds of weights, order, views and queue."""
+    data: DataConfig = field(default_factory=DataConfig)
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    norm: SharedNorm = field(default_factory=SharedNorm)
+    moco: MoCoConfig = field(default_factory=MoCoConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: SharedRun = field(default_factory=SharedRun)
+
+    def act(self) -> None:
+        """Do it."""
+        from .compare import compare
+
+        bns: list[Any] = _list(self.bn)
+        unknown = [bn for bn in bns if bn not in get_args(Norm)]
+        if unknown:
+            raise ConfigError(
+                f"compare: --bn must be of {', '.join(get_args(Norm))}, got {unknown[0]}"
+            )
+        seeds = _list(self.seeds)
+        wrong = [seed for seed in seeds if not seed.isdecimal()]
+        if wrong:
+            raise ConfigError(f"compare: --seeds must be whole numbers, got {wrong[0]}")
+        parts = self.data, self.network, self.norm, self.moco, self.optim, self.run
+        config = from_dict(to_dict(Config(*parts)))
+        command = shlex.join(["shuffle-batchnorm", *sys.argv[1:]])
+        compare(config, bns, [int(seed) for seed in seeds], config.run.output, command=command)
+
+
+@dataclass(frozen=True)
+class _Examine:
+    checkpoint: Positional[Path]
+    """last.pt or best.pt of a run."""
+    ranks: int | None = None
+    """Processes to start (default: as many as trained it); the groups of all stay the same."""
+    device: Device = "auto"
+    """Where to compute; auto takes GPUs if there are enough."""
+    data_path: Path | None = None
+    """Folder or archive of the data set, if it has moved."""
+    json: Path | None = None
+    """Also write the figures to this file."""
+
+
+@dataclass(frozen=True)
+class Evaluate(_Examine):
+    """Tell how good the features in a checkpoint are: kNN and a linear probe."""
+
+    def act(self) -> None:
+        """Do it."""
+        from .examine import evaluate_checkpoint
+
+        where = self.ranks, self.device, self.data_path
+        figures = evaluate_checkpoint(self.checkpoint, *where)
+        knn, linear = figures["knn"], figures["linear"]
+        _tell(self, figures, f"kNN {knn:.4f}, linear probe {linear:.4f}")
+
+
+@dataclass(frozen=True)
+class Probe(_Examine):
+    """Tell how much the keys of a checkpoint leak, and how its activations grow."""
+
+    batches: int = 32
+    """Batches that are drawn."""
+    keys: int = 32
+    """Keys that are looked at in each."""
+
+    def act(self) -> None:
+        """Do it."""
+        from .examine import probe_checkpoint
+
+        where = self.ranks, self.device, self.data_path
+        figures = probe_checkpoint(self.checkpoint, *where, batches=self.batches, keys=self.keys)
+        low, high = figures["leak_interval"]
+        line = (
+            f"leak {figures['leak']:.4f} (95 % interval {low:.4f} to {high:.4f}): top-1 "
+            f"{figures['leak_as_trained']:.4f} as trained, {figures['leak_fresh']:.4f} amid fresh "
+            f"company; scale against local {max(figures['stability']['ratio']):.3g} at most"
+        )
+        _tell(self, figures, line)
+
+
+Command = (
+    Annotated[Train, subcommand("train")]
+    | Annotated[Compare, subcommand("compare")]
+    | Annotated[Evaluate, subcommand("evaluate")]
+    | Annotated[Probe, subcommand("probe")]
+)
+
+
+def _tell(command: _Examine, figures: dict[str, Any], line: str) -> None:
+    from .journal import write_json
+    from .launch import is_first
+
+    if not is_first():
+        return
+    name = type(command).__name__.lower()
+    print(f"{name}: {command.checkpoint}, epoch {figures['epoch']}: {line}", flush=True)
+    if command.json is not None:
+        write_json(command.json, figures)
+
+
+def _list(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]

@@ -1,0 +1,243 @@
+"""What a run writes for people: its configuration, two tables, TensorBoard, a line or a bar.
+
+``log.csv`` has a row per epoch, ``steps.csv`` one per ``--log-every`` steps, ``config.json`` how it
+was started. A run that goes on finds the tables as they were at the checkpoint, whatever was
+written after it.
+"""
+
+import csv
+import importlib.metadata
+import io
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import config as configuration
+from .checkpoint import CheckpointError, write_atomically
+from .config import CALL, Config
+
+Row = Mapping[str, Any]
+EPOCH_COLUMNS = (
+    "epoch",
+    "step",
+    "loss",
+    "pretext_accuracy",
+    "knn",
+    "lr",
+    "samples_per_second",
+    "seconds",
+)
+STEP_COLUMNS = ("step", "epoch", "loss", "pretext_accuracy", "lr", "samples_per_second")
+CONFIG, RECORD, LOG, STEPS = "config.json", "record.json", "log.csv", "steps.csv"
+
+
+class Table:
+    """A CSV file that grows row by row; every row is handed to the system at once.
+
+    Args:
+        path: the file, which is written anew.
+        columns: its header.
+        rows: what it begins with.
+    """
+
+    def __init__(self, path: Path, columns: Sequence[str], rows: Sequence[Row] = ()) -> None:
+        self.path, self.columns = path, columns
+        write_atomically(path, self._lines([dict(zip(columns, columns, strict=True)), *rows]))
+
+    def append(self, row: Row) -> None:
+        """Add a row.
+
+        Raises:
+            CheckpointError: the disk is full, say.
+        """
+        try:
+            with self.path.open("ab") as file:
+                file.write(self._lines([row]))
+        except OSError as error:
+            raise CheckpointError(f"{CALL}: can't write {self.path}: {error.strerror}") from error
+
+    def _lines(self, rows: Sequence[Row]) -> bytes:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, self.columns, lineterminator="\n")
+        writer.writerows(rows)
+        return text.getvalue().encode()
+
+
+class Journal:
+    """The log of one run; only rank 0 has one.
+
+    Args:
+        config: of the run, with its folder.
+        world_size: W.
+        steps: of the whole run.
+        step: how many are done.
+        curve: the epochs that are done.
+    """
+
+    def __init__(
+        self, config: Config, world_size: int, steps: int, step: int, curve: Sequence[Row]
+    ) -> None:
+        self.folder = config.run.output
+        self.steps, self.epochs = steps, config.optim.epochs
+        earlier = _read_steps(self.folder / STEPS, step)
+        self._steps = Table(self.folder / STEPS, STEP_COLUMNS, earlier)
+        self._epochs = Table(self.folder / LOG, EPOCH_COLUMNS, curve)
+        self._board = _tensorboard(self.folder, step) if config.run.tensorboard else None
+        self._bar = _progress_bar(steps, step)
+        write_json(self.folder / CONFIG, _describe(config, world_size, self.folder / CONFIG))
+
+    def on_step(self) -> None:
+        """Count a step."""
+        if self._bar is not None:
+            self._bar.update()
+
+    def on_window(self, row: Row) -> None:
+        """Log the steps since the last row; `row` has `STEP_COLUMNS`."""
+        self._steps.append(row)
+        if self._board is not None:
+            for name in ("loss", "pretext_accuracy", "lr", "samples_per_second"):
+                self._board.add_scalar(f"train/{name}", row[name], row["step"])
+        if self._bar is not None:
+            self._bar.set_postfix_str(_figures(row), refresh=False)
+
+    def on_epoch(self, row: Row) -> None:
+        """Log an epoch; `row` has `EPOCH_COLUMNS`, with None for a kNN that was not due."""
+        self._epochs.append(row)
+        if self._board is not None and row["knn"] is not None:
+            self._board.add_scalar("test/knn", row["knn"], row["step"])
+        if self._bar is not None:
+            self._bar.set_description_str(f"epoch {row['epoch']}/{self.epochs}", refresh=False)
+            return
+        left = (self.steps - row["step"]) * row["seconds"] / row["step"]
+        place = f"[{row['epoch']:>{len(str(self.epochs))}}/{self.epochs}]"
+        self.say(f"{place} {_figures(row)}, {_clock(left)} left")
+
+    def say(self, text: str) -> None:
+        """Print a line, past the bar."""
+        if self._bar is not None:
+            self._bar.clear()
+        print(text, flush=True)
+
+    def close(self) -> None:
+        """Let go of the screen and the files."""
+        if self._bar is not None:
+            self._bar.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a value as JSON, in one step.
+
+    Raises:
+        CheckpointError: the disk is full, say; the old file is as it was.
+    """
+    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Return what `write_json` has written.
+
+    Raises:
+        CheckpointError: there is no such file, or it is damaged.
+    """
+    try:
+        return json.loads(path.read_text())
+    except OSError as error:
+        raise CheckpointError(f"{CALL}: can't read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{CALL}: {path} is damaged; remove it") from error
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what a run depends on."""
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for name in ("shuffle_batchnorm", "kornia", "numpy", "scikit-learn"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _describe(config: Config, world_size: int, path: Path) -> dict[str, Any]:
+    """Return what `config.json` holds; the starts of a run that goes on are kept."""
+    start = {
+        "command": shlex.join(sys.argv),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "commit": _commit(),
+        "processor": platform.processor() or platform.machine(),
+        "cpus": os.cpu_count(),
+    }
+    starts = read_json(path).get("starts", []) if config.run.resume and path.exists() else []
+    return {
+        "config": configuration.to_dict(config),
+        "world_size": world_size,
+        "starts": [*starts, start],
+    }
+
+
+def _commit() -> str | None:
+    """Return the git commit of the library's source, with a plus if it was changed since."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        where = [*git, "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
+        done = subprocess.run(where, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
+
+
+def _read_steps(path: Path, step: int) -> list[Row]:
+    """Return the rows of the steps that are done; a row cut short by a crash is after them."""
+    if step == 0 or not path.exists():
+        return []
+    with path.open(newline="") as file:
+        rows: list[Row] = [
+            row for row in csv.DictReader(file) if None not in row.values() and None not in row
+        ]
+    return [row for row in rows if int(row["step"]) <= step]
+
+
+def _tensorboard(folder: Path, step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    # What was written after the checkpoint is hidden.
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+
+def _progress_bar(steps: int, step: int) -> Any:
+    if not sys.stderr.isatty():
+        return None
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return None
+    return tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True, mininterval=0.2)
+
+
+def _figures(row: Row) -> str:
+    knn = f", kNN {row['knn']:.3f}" if row.get("knn") is not None else ""
+    return (
+        f"loss {row['loss']:.3f}, pretext {row['pretext_accuracy']:.3f}{knn}, "
+        f"{row['samples_per_second']:.0f} samples/s"
+    )
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return (
+        f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
+    )

@@ -1,0 +1,76 @@
+"""How the pictures look: letters, lines, and one colour, line and marker per `--bn`.
+
+The colours are Okabe and Ito's, which colour-blind readers can tell apart; lines and markers serve
+a print in grey.
+"""
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+INK = "#22262b"
+STYLE: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 8.5,
+    "axes.titlesize": 9.5,
+    "axes.titleweight": "bold",
+    "axes.labelsize": 8.5,
+    "legend.fontsize": 8.5,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": "#8a8f98",
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e3e5e8",
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 4.5,
+    "savefig.dpi": 200,
+    "savefig.facecolor": "white",
+    "pdf.fonttype": 42,  # letters stay letters: publishers refuse the other kind
+}
+PAGE = 6.9  # inches: the width of a page's text, and of two columns of most proceedings
+
+
+@dataclass(frozen=True)
+class Look:
+    """How one `--bn` is drawn everywhere."""
+
+    colour: str
+    line: Any
+    marker: str
+
+
+LOOKS = {
+    "local": Look("#6b7079", (0, (5, 1.6)), "o"),
+    "sync": Look("#009e73", (0, (1, 1.2)), "s"),
+    "swap": Look("#d55e00", (0, (6, 1.5, 1, 1.5)), "X"),
+    "regroup": Look("#0072b2", "-", "D"),
+    "batch-shuffle": Look("#e69f00", (0, (3, 1.2, 1, 1.2, 1, 1.2)), "^"),
+}
+OTHERS = (Look("#cc79a7", "-", "v"), Look("#56b4e9", "--", "P"), Look("#8c7a00", "-.", "*"))
+
+
+def look(bn: str, bns: Sequence[str]) -> Look:
+    """The fixed look of a `--bn`, or one of a few for a name that isn't ours."""
+    if bn in LOOKS:
+        return LOOKS[bn]
+    return OTHERS[[name for name in bns if name not in LOOKS].index(bn) % len(OTHERS)]
+
+
+def wrapped(bn: str, width: int = 22) -> str:
+    """A name in at most three lines; a dollar sign is one, and begins no formula.
+
+    Example:
+        >>> print(wrapped("batch-shuffle", 8))
+        batch-
+        shuffle
+    """
+    lines = textwrap.wrap(bn, width, max_lines=3, placeholder="…")
+    return "\n".join(lines).replace("$", r"\$") or "?"

@@ -1,0 +1,51 @@
+"""The learning rate of a step, and what happened between two of them."""
+
+import math
+from typing import NamedTuple
+
+from .config import Config
+
+
+def learning_rate(config: Config, step: int, steps_per_epoch: int) -> float:
+    r"""Return the learning rate of a step: up along a line, then down along a cosine.
+
+    .. math:: \text{lr}(s) = \text{lr} \cdot \min\left(\frac{s + 1}{S_w},
+        \frac{1 + \cos(\pi (s - S_w) / (S - S_w))}{2}\right)
+
+    with the cosine from step :math:`S_w` on, the end of the warm-up, to S, the end of the run.
+
+    Args:
+        config: the run.
+        step: s, counted from 0.
+        steps_per_epoch: of all ranks together.
+
+    Example:
+        >>> config = Config()
+        >>> learning_rate(config, 0, 5), learning_rate(config, 150, 5)
+        (0.06, 0.03)
+    """
+    optim = config.optim
+    warmup = optim.warmup_epochs * steps_per_epoch
+    if step < warmup:
+        return optim.lr * (step + 1) / warmup
+    done = (step - warmup) / (optim.epochs * steps_per_epoch - warmup)
+    return optim.lr * (1 + math.cos(math.pi * done)) / 2
+
+
+class Mark(NamedTuple):
+    """How far a run is: steps, sums of loss and accuracy over steps and ranks, seconds."""
+
+    step: int = 0
+    loss: float = 0.0
+    accuracy: float = 0.0
+    seconds: float = 0.0
+
+    def means_since(self, earlier: "Mark", world_size: int) -> tuple[float, float]:
+        """Return mean loss and accuracy of the steps since another mark."""
+        count = max(1, self.step - earlier.step) * world_size
+        return (self.loss - earlier.loss) / count, (self.accuracy - earlier.accuracy) / count
+
+    def speed_since(self, earlier: "Mark", batch_size: int) -> float:
+        """Return images per second since another mark."""
+        seconds = max(1e-9, self.seconds - earlier.seconds)
+        return (self.step - earlier.step) * batch_size / seconds

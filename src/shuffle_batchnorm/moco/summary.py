@@ -1,0 +1,237 @@
+"""What the runs of a comparison say together: a record is one run, a summary is one `--bn`.
+
+Runs that diverged (a loss or a score that is not finite) are counted and left out of every mean: a
+network that gives NaN has a leak of 0, and that would look like a cure.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import NormalDist, fmean, stdev
+from typing import Any, TypeAlias
+
+from scipy.special import stdtrit  # type: ignore[import-untyped]
+
+Record: TypeAlias = dict[str, Any]
+
+CONFIDENCE = 0.95
+# With fewer seeds than this a spread says too little; the runs' own errors are pooled instead.
+SEEDS_FOR_SPREAD = 3
+SCORES = ("loss", "knn", "pretext_accuracy", "leak")
+
+
+class ResultsError(ValueError):
+    """A file of results, or a list of records, that can't be read as such."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over runs.
+
+    `error` is the standard error, None where it can't be known. `low` and `high` are the 95 %
+    interval, None with it. `from_spread`: the error is that of the runs' own spread.
+    """
+
+    mean: float
+    error: float | None
+    low: float | None
+    high: float | None
+    from_spread: bool
+
+    @property
+    def covers_zero(self) -> bool | None:
+        """Whether the interval holds 0; None without an interval."""
+        if self.low is None or self.high is None:
+            return None
+        return self.low <= 0 <= self.high
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The runs of one `--bn`; an estimate is None where no run that went well has the number."""
+
+    bn: str
+    runs: int
+    diverged: int
+    leak: Estimate | None
+    knn: Estimate | None
+    pretext_accuracy: Estimate | None
+    loss: Estimate | None
+    seconds: Estimate | None
+
+
+def number(record: Record, key: str) -> float | None:
+    """The number under `key` if there is a finite one."""
+    value = record.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if math.isfinite(value) else None
+
+
+def diverged(record: Record) -> bool:
+    """Whether a run ended with a loss or a score that is not finite; none at all is no sign."""
+    if record.get("diverged"):
+        return True
+    values = (record.get(key) for key in SCORES)
+    return any(isinstance(value, float) and not math.isfinite(value) for value in values)
+
+
+def around(mean: float, error: float, half: float, *, from_spread: bool) -> Estimate:
+    """A mean with `half` standard errors on both sides."""
+    return Estimate(mean, error, mean - half * error, mean + half * error, from_spread)
+
+
+def from_spread(values: Sequence[float]) -> Estimate:
+    """Mean of at least two values, the error of it from their spread, Student's interval."""
+    error = stdev(values) / math.sqrt(len(values))
+    half = float(stdtrit(len(values) - 1, (1 + CONFIDENCE) / 2))
+    return around(fmean(values), error, half, from_spread=True)
+
+
+def mean_over_seeds(values: Sequence[float]) -> Estimate | None:
+    """Mean and standard error over seeds; one seed has no error.
+
+    Example:
+        >>> mean_over_seeds([0.5]).error is None
+        True
+        >>> round(mean_over_seeds([0.4, 0.5, 0.6]).error, 4)
+        0.0577
+    """
+    if not values:
+        return None
+    if len(values) == 1:
+        return Estimate(values[0], None, None, None, False)
+    return from_spread(values)
+
+
+def combine_leaks(leaks: Sequence[float], errors: Sequence[float | None]) -> Estimate | None:
+    """The leak over seeds, with a 95 % interval.
+
+    With three seeds or more the error is the seeds' own spread, stdev / sqrt(n), and the interval
+    is Student's with n − 1 degrees of freedom: it holds for a new seed's mean. With fewer it is
+    pooled from the runs' errors, sqrt(Σ error²) / n, and the interval is the normal one: it holds
+    for these runs alone.
+
+    Example:
+        >>> leak = combine_leaks([0.30, 0.28], [0.01, 0.01])
+        >>> round(leak.mean, 3), round(leak.error, 5), leak.from_spread
+        (0.29, 0.00707, False)
+    """
+    if not leaks:
+        return None
+    if len(leaks) >= SEEDS_FOR_SPREAD:
+        return from_spread(leaks)
+    known = [error for error in errors if error is not None]
+    if len(known) < len(leaks):
+        return Estimate(fmean(leaks), None, None, None, False)
+    pooled = math.hypot(*known) / len(leaks)
+    half = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
+    return around(fmean(leaks), pooled, half, from_spread=False)
+
+
+def by_bn(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """The runs of each `--bn`, in the order in which they first come."""
+    found: dict[str, list[Record]] = {}
+    for record in records:
+        found.setdefault(str(record["bn"]), []).append(record)
+    return found
+
+
+def summarise(records: Sequence[Record]) -> list[Summary]:
+    """One summary per `--bn`."""
+    return [summarise_one(bn, runs) for bn, runs in by_bn(records).items()]
+
+
+def summarise_one(bn: str, runs: Sequence[Record]) -> Summary:
+    """The summary of the runs of one `--bn`."""
+    good = [run for run in runs if not diverged(run)]
+
+    def mean(key: str) -> Estimate | None:
+        values = [number(run, key) for run in good]
+        return mean_over_seeds([value for value in values if value is not None])
+
+    measured = [(number(run, "leak"), number(run, "leak_standard_error")) for run in good]
+    pairs = [(leak, error) for leak, error in measured if leak is not None]
+    leak = combine_leaks([leak for leak, _ in pairs], [error for _, error in pairs])
+    scores = {key: mean(key) for key in ("knn", "pretext_accuracy", "loss", "seconds")}
+    return Summary(bn=bn, runs=len(runs), diverged=len(runs) - len(good), leak=leak, **scores)
+
+
+def on_a_par(summaries: Sequence[Summary]) -> set[str]:
+    """Which `--bn` have the highest kNN accuracy, or can't be told from it.
+
+    A mean is on a par with the highest if their difference is below two standard errors of it.
+    Nobody is named where there is nothing to compare, or too few seeds to tell.
+    """
+    ranked = [
+        (one.knn, one.bn)
+        for one in summaries
+        if one.knn is not None and one.runs - one.diverged >= SEEDS_FOR_SPREAD
+    ]
+    if len(ranked) < 2:
+        return set()
+    best = max((knn for knn, _ in ranked), key=lambda knn: knn.mean)
+    return {
+        bn
+        for knn, bn in ranked
+        if best.mean - knn.mean <= 2 * math.hypot(best.error or 0.0, knn.error or 0.0)
+    }
+
+
+def finite(value: Any) -> Any:
+    """`value` with None in the place of every number that JSON has no word for."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(entry) for entry in value]
+    return value
+
+
+def tidy(record: Record) -> Record:
+    """A record that strict JSON can hold; `diverged` keeps what its NaNs meant."""
+    cleaned: Record = finite(record)
+    return cleaned | {"diverged": True} if diverged(record) else cleaned
+
+
+def read_json(path: Path) -> Any:
+    """What a file of JSON holds."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ResultsError(f"report: can't read {path}: {error.strerror}") from error
+    except ValueError as error:  # what is not UTF-8, and what is not JSON
+        raise ResultsError(f"report: {path} is not JSON: {error}") from error
+
+
+def check_records(value: Any, source: str) -> list[Record]:
+    """`value` if it is a list of records, at least one.
+
+    Raises:
+        ResultsError: It is something else; `source` says where it is from.
+    """
+    if not isinstance(value, list):
+        kind = type(value).__name__
+        raise ResultsError(f"report: {source} must be a list of records, is a {kind}")
+    if not value:
+        raise ResultsError(f"report: {source} holds no record, and at least one is needed")
+    for position, record in enumerate(value):
+        if not isinstance(record, dict):
+            kind = type(record).__name__
+            raise ResultsError(f"report: record {position} of {source} is a {kind}, not an object")
+        missing = [key for key in ("bn", "seed") if key not in record]
+        if missing:
+            raise ResultsError(f"report: record {position} of {source} has no {missing[0]!r}")
+    return value
+
+
+def read_results(path: Path) -> list[Record]:
+    """The records of a `results.json`.
+
+    Raises:
+        ResultsError: The file is missing, is not JSON, or is not a list of records.
+    """
+    return check_records(read_json(path), str(path))

@@ -1,0 +1,198 @@
+"""The results in words and numbers: cells, notes, and tables for the terminal and for Markdown."""
+
+from collections.abc import Sequence
+
+from .summary import Estimate, Record, Summary, diverged, number, on_a_par, summarise
+
+HEADER = ("bn", "leak", "95 % interval", "kNN", "pretext accuracy", "loss", "seconds")
+RUN_HEADER = (
+    "bn", "seed", "leak", "95 % interval", "as trained", "fresh", "kNN", "pretext accuracy", "loss",
+    "seconds", "samples/s",
+)  # fmt: skip
+NOTHING = "–"
+DIVERGED = "diverged"
+
+
+def written(value: float | None, places: int = 3) -> str:
+    """A number with its places and a minus sign, or a dash where there is none.
+
+    Example:
+        >>> written(-0.0123), written(None)
+        ('−0.012', '–')
+    """
+    if value is None:
+        return NOTHING
+    text = f"{value:.{places}f}"
+    return text.replace("-", "−") if float(text) else text.removeprefix("-")
+
+
+def with_error(estimate: Estimate | None, places: int = 3) -> str:
+    """A mean ± its standard error, if it has one."""
+    if estimate is None:
+        return NOTHING
+    if estimate.error is None:
+        return written(estimate.mean, places)
+    return f"{written(estimate.mean, places)} ± {written(estimate.error, places)}"
+
+
+def interval(low: float | None, high: float | None) -> str:
+    """An interval in brackets."""
+    return NOTHING if low is None or high is None else f"[{written(low)}, {written(high)}]"
+
+
+def name(one: Summary) -> str:
+    """The `--bn`, and how many of its runs diverged."""
+    return f"{one.bn} ({one.diverged} of {one.runs} diverged)" if one.diverged else one.bn
+
+
+def row(one: Summary) -> tuple[str, ...]:
+    """The cells of one `--bn`, in the order of HEADER."""
+    if one.diverged == one.runs:
+        return (name(one), DIVERGED, NOTHING, *[DIVERGED] * 3, NOTHING)
+    leak = one.leak
+    return (
+        name(one),
+        with_error(leak),
+        interval(leak.low, leak.high) if leak else NOTHING,
+        with_error(one.knn),
+        with_error(one.pretext_accuracy),
+        with_error(one.loss),
+        with_error(one.seconds, 1),
+    )
+
+
+def run_row(record: Record) -> tuple[str, ...]:
+    """The cells of one run, in the order of RUN_HEADER."""
+    bad = diverged(record)
+
+    def cell(key: str, places: int = 3) -> str:
+        value = number(record, key)
+        return DIVERGED if bad and value is None and key in record else written(value, places)
+
+    low, high = own_interval(record)
+    return (
+        str(record["bn"]),
+        str(record["seed"]),
+        DIVERGED if bad else cell("leak"),
+        NOTHING if bad else interval(low, high),
+        cell("leak_as_trained"),
+        cell("leak_fresh"),
+        cell("knn"),
+        cell("pretext_accuracy"),
+        cell("loss"),
+        cell("seconds", 1),
+        cell("samples_per_second", 0),
+    )
+
+
+def own_interval(record: Record) -> tuple[float | None, float | None]:
+    """The interval that a run's probe gave for its leak."""
+    ends = record.get("leak_interval")
+    if not isinstance(ends, list | tuple) or len(ends) != 2:
+        return None, None
+    low, high = dict(end=ends[0]), dict(end=ends[1])
+    return number(low, "end"), number(high, "end")
+
+
+def run_line(record: Record) -> str:
+    """What is printed when a run has ended."""
+    low, high = own_interval(record)
+    numbers = (
+        f"leak {written(number(record, 'leak'))} {interval(low, high)}, "
+        f"kNN {written(number(record, 'knn'))}, "
+        f"pretext accuracy {written(number(record, 'pretext_accuracy'))}"
+    )
+    seconds = f"{written(number(record, 'seconds'), 1)} s"
+    return f"{DIVERGED}, {seconds}" if diverged(record) else f"{numbers}, {seconds}"
+
+
+def count_of_seeds(summaries: Sequence[Summary]) -> str:
+    """'5 seeds', '1 seed', '2 to 5 seeds': the runs that went well, of those that have any."""
+    counts = {one.runs - one.diverged for one in summaries} - {0} or {0}
+    low, high = min(counts), max(counts)
+    words = f"{low}" if low == high else f"{low} to {high}"
+    return f"{words} seed{'' if high == 1 else 's'}"
+
+
+def notes(records: Sequence[Record], mark: str = "bold") -> list[str]:
+    """What the table's numbers are: sentences to stand below it. `mark` is how kNN is marked."""
+    summaries = summarise(records)
+    seeds = count_of_seeds(summaries)
+    said = [f"Mean over {seeds} ± standard error." if seeds != "1 seed" else "One seed each."]
+    ways = {
+        True: "from the spread of the seeds (Student's t)",
+        False: "pooled from the errors of the runs' own probes: it says nothing of other seeds",
+    }
+    known = [one for one in summaries if one.leak is not None and one.leak.error is not None]
+    for spread, words in ways.items():
+        bns = [one.bn for one in known if one.leak and one.leak.from_spread is spread]
+        if bns:
+            of_whom = "" if len(bns) == len(known) else f" of {listed(bns)}"
+            said.append(f"The leak's interval{of_whom} is {words}.")
+    if on_a_par(summaries):
+        said.append(
+            f"kNN in {mark}: the highest mean, and those less than two standard errors of the "
+            "difference below it."
+        )
+    if any(one.diverged for one in summaries):
+        said.append(
+            "Diverged runs, whose loss or score is not finite, are left out of the means: "
+            "their leak says nothing."
+        )
+    return said
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names as a sentence has them.
+
+    Example:
+        >>> listed(["local", "sync", "swap"])
+        'local, sync and swap'
+    """
+    return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else "".join(names)
+
+
+def text_table(records: Sequence[Record]) -> str:
+    """The table for a terminal: one row per `--bn`, then the notes."""
+    summaries = summarise(records)
+    level = on_a_par(summaries)
+    rows = [list(HEADER)]
+    for one in summaries:
+        cells = list(row(one))
+        cells[3] += " *" if one.bn in level else "  " if level else ""
+        rows.append(cells)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if place == 0 else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ).rstrip()
+        for cells in rows
+    ]
+    lines.insert(1, "-" * max(map(len, lines)))
+    said = [sentence.replace("kNN in *", "kNN with *") for sentence in notes(records, "*")]
+    return "\n".join([*lines, "", *said])
+
+
+def markdown_table(records: Sequence[Record]) -> str:
+    """The table for `docs/`, in Markdown: one row per `--bn`, then the notes.
+
+    Args:
+        records: runs, as in `results.json`.
+
+    Example:
+        >>> runs = [dict(bn="local", seed=k, leak=0.3, knn=0.97) for k in range(3)]
+        >>> print(markdown_table(runs).splitlines()[2])
+        | `local` | 0.300 ± 0.000 | [0.300, 0.300] | 0.970 ± 0.000 | – | – | – |
+    """
+    summaries = summarise(records)
+    level = on_a_par(summaries)
+    lines = [f"| {' | '.join(HEADER)} |", f"|{'---|' * len(HEADER)}"]
+    for one in summaries:
+        cells = list(row(one))
+        bn = one.bn.replace("|", "\\|").replace("`", "'")
+        cells[0] = f"`{bn}`{cells[0][len(one.bn) :]}"
+        if one.bn in level:
+            cells[3] = f"**{cells[3]}**"
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", " ".join(notes(records)), ""])
