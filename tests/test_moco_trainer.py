@@ -184,6 +184,7 @@ def test_callers_random_state_stays(tmp_path: Path) -> None:
     assert random.getstate() == before[1]
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")  # of torch's own compiler
 def test_compiled_agrees_with_eager(tmp_path: Path) -> None:
     same = dict(augment="none", precision="float64", epochs=1, groups=4)
     eager, compiled = (
