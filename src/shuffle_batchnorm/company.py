@@ -29,7 +29,7 @@ class Batch(NamedTuple):
     Attributes:
         images: ``[S]``, numbers of images in the pool.
         places: ``[keys]``, where in the batch the keys looked at are, pass by pass.
-        fresh: for each pass the images ``[S]``: keys at their places, others from outside the batch.
+        fresh: for each pass the images ``[S]``: the keys in place, all others not in the batch.
     """
 
     images: Tensor
@@ -55,11 +55,6 @@ def check_sizes(call: str, sizes: Sizes, world_size: int) -> None:
         raise ValueError(f"{call}: keys_per_batch {keys} is larger than batch_size {batch}")
     if keys % kept:
         raise ValueError(f"{call}: keys_per_batch {keys} is not divisible by keys_per_pass {kept}")
-    if sizes.passes > batch // kept:
-        raise ValueError(
-            f"{call}: keys_per_batch {keys} takes {sizes.passes} passes of {kept} evenly spread "
-            f"keys; in batch_size {batch} there are only {batch // kept}"
-        )
     if pool < 2 * batch - kept:
         raise ValueError(
             f"{call}: {pool} images are too few for fresh company: a batch of {batch} and "

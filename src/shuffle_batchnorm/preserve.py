@@ -158,8 +158,11 @@ def derive_seed(*parts: object) -> int:
 
 
 def seed_all(seed: int) -> None:
-    """Set the random states of torch, Python and NumPy, if it is loaded."""
-    torch.manual_seed(seed)
+    """Set the random states of torch (CPU and CUDA), Python and NumPy, if it is loaded."""
+    # torch.manual_seed puts a call on a list, with its whole stack, for a CUDA that never starts.
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(seed)
     random.seed(seed)
     numpy = sys.modules.get("numpy")
     if numpy is not None:

@@ -210,14 +210,12 @@ class _Probe:
         own = ((batch.places >= first) & (batch.places < first + self._each)).nonzero().flatten()
         rows = batch.places[own] - first
         try:
-            found = self._encode(batch, number, rows)
+            found, refused = self._encode(batch, number, rows)
         except Exception as error:
             exchange.report_failure(self.world, f"{CALL}: {error}")
             raise
-        # Only here, because the peers have waited in the callables for this rank to go on.
-        refused = found if isinstance(found, Exception) else None
-        width = 0 if isinstance(found, Exception) else found.shape[-1]
-        probe_checks.settle(CALL, {"features": width}, refused, self.world)
+        # Not before: the callables of all ranks may have to wait for one another.
+        probe_checks.settle(CALL, {"features": found.shape[-1]}, refused, self.world)
         queries, trained, *passes = found
         amid_fresh = torch.stack(passes)[own // self.sizes.keys_per_pass, range(len(own))]
         outcome = torch.zeros(3, self.sizes.keys, dtype=torch.float64, device="cpu")
@@ -226,10 +224,10 @@ class _Probe:
         outcome[2, own] = (trained != amid_fresh).any(dim=1).double()
         return outcome
 
-    def _encode(self, batch: Batch, number: int, rows: Tensor) -> Tensor | Exception:
+    def _encode(self, batch: Batch, number: int, rows: Tensor) -> tuple[Tensor, Exception | None]:
         """Return features ``[2 + passes, rows, D]``: queries, keys as trained, keys of each pass.
 
-        What is wrong with them is returned as well, after all calls.
+        What is wrong with them is returned as well, after all calls, in place of an error.
         """
         parts = (number, self.world.rank)
         width = None if self.queue is None else self.queue.shape[1]
@@ -257,7 +255,7 @@ class _Probe:
             fresh_view = self._view(images, *parts, k)
             columns = kept.view(-1, *[1] * (key_view.ndim - 1))
             call("encode_key", self.encode_key, torch.where(columns, key_view, fresh_view))
-        return refused or torch.stack(found)
+        return (torch.empty(0, device="cpu") if refused else torch.stack(found)), refused
 
     @property
     def _each(self) -> int:
