@@ -50,9 +50,9 @@ class MoCo(nn.Module):
     ``symmetric`` also takes queries of the second view and keys of the first, against the same
     queue, and enqueues both sets of keys; the second pass of the keys has another offset.
 
-    Under DistributedDataParallel the gradient is that of the mean over all ranks' samples. Pass it
-    ``broadcast_buffers=False``: the queue is the same everywhere already, and running statistics
-    are each rank's own.
+    Under DistributedDataParallel the gradient is that of the mean over all ranks' samples. Let it
+    send no buffers: the queue is the same everywhere already, and running statistics are each
+    rank's own.
 
     Communication: one all_gather of the keys, ``N * dim`` numbers per rank, twice that if
     symmetric; and that of the encoders' layers.
@@ -161,9 +161,11 @@ class MoCo(nn.Module):
         A tie of the positive with a negative is no hit: a collapsed encoder scores 0, not 1.
         """
         # bfloat16 can't tell similarities apart once they are divided by T.
+        wide = torch.promote_types(queries.dtype, torch.float32)
+        queries, keys, negatives = (t.to(wide) for t in (queries, keys, negatives))
         with torch.autocast(queries.device.type, enabled=False):
             positive = (queries * keys).sum(1, keepdim=True)
-            negative = queries @ negatives.to(queries.dtype).T
+            negative = queries @ negatives.T
             logits = torch.cat([positive, negative], dim=1) / self.temperature
             target = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
             loss = F.cross_entropy(logits, target)

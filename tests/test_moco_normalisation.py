@@ -1,0 +1,54 @@
+"""--bn: which batch norm the two encoders get."""
+
+import pytest
+import torch
+from torch import nn
+
+from shuffle_batchnorm import ShuffleBatchNorm, ShuffledEncoder
+from shuffle_batchnorm.moco.config import Norm, NormConfig
+from shuffle_batchnorm.moco.networks import NetworkError
+from shuffle_batchnorm.moco.normalisation import normalise_key, normalise_query
+
+
+def _encoder() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.BatchNorm1d(12))
+
+
+@pytest.mark.parametrize(
+    ("bn", "query", "key"),
+    [
+        ("local", "local", "local"),
+        ("sync", "sync", "sync"),
+        ("swap", "local", "swap"),
+        ("regroup", "local", "regroup"),
+        ("batch-shuffle", "local", "local"),
+    ],
+)
+def test_modes(bn: Norm, query: str, key: str) -> None:
+    norm = NormConfig(bn=bn, groups=4, blocks=2, offset=3)
+    encoders = normalise_query(_encoder(), norm), normalise_key(_encoder(), norm)
+    for encoder, mode in zip(encoders, (query, key), strict=True):
+        layers = [m for m in encoder.modules() if isinstance(m, ShuffleBatchNorm)]
+        options = [(m.mode, m.groups, m.blocks, m.offset) for m in layers]
+        assert options == [(mode, 4, 2, 3)] * 2
+    assert isinstance(encoders[1], ShuffledEncoder) == (bn == "batch-shuffle")
+    assert not isinstance(encoders[0], ShuffledEncoder)
+
+
+def test_batch_shuffle_mixes_the_groups_of_one_rank() -> None:
+    """Catches a shuffle around layers whose group is the whole batch, which does nothing."""
+    x = torch.randn(8, 1, 4, 4)
+    norm = NormConfig(bn="batch-shuffle", groups=4)
+    query, key = normalise_query(_encoder(), norm), normalise_key(_encoder(), norm)
+    assert not torch.allclose(query(x), key(x), atol=1e-3)
+    torch.testing.assert_close(query.eval()(x), key.eval()(x), atol=0.5, rtol=0.5)
+
+
+def test_another_kind_of_batch_norm_is_refused() -> None:
+    class Own(nn.BatchNorm2d):
+        pass
+
+    with pytest.raises(NetworkError, match=r"^train: --bn regroup: .*Own") as caught:
+        normalise_key(nn.Sequential(Own(3)), NormConfig())
+    assert "\n" not in str(caught.value)
