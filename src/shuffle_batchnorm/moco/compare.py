@@ -8,7 +8,7 @@ import json
 import os
 import platform
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,7 +18,7 @@ import torch
 
 from .checkpoint import FREE, write_atomically
 from .config import Config, ConfigError, Norm, flag, flat, to_dict, validate
-from .launch import world_size
+from .launch import Place, Stopped, launch, world_size
 from .report import write_report
 from .summary import Record, ResultsError, check_records, read_json, tidy
 from .tables import run_line, text_table
@@ -26,7 +26,8 @@ from .tables import run_line, text_table
 Train: TypeAlias = Callable[[Config], Record]
 
 CALL = "compare"
-BEGUN, RESULTS, RECORD = "comparison.json", "results.json", "record.json"
+BEGUN, RESULTS = "comparison.json", "results.json"
+CONFIG, RECORD = "config.json", "record.json"  # what the trainer writes for a run
 PACKAGES = ("shuffle_batchnorm", "torch", "kornia", "numpy", "scikit-learn")
 # What differs from run to run in one comparison.
 VARIED = {"bn", "seed"}
@@ -49,8 +50,8 @@ def compare(
     the machine meets all of them and an interrupted comparison is fair. A run that has ended is
     not run again, one that was interrupted goes on, and `results.json` is rewritten after each.
 
-    Communication: that of the runs. Under torchrun all ranks call it, and have to see `output`; the
-    first one writes and prints.
+    Communication: that of the runs. Under torchrun all ranks call it; the first one writes and
+    prints.
 
     Args:
         config: all of a run but its `bn`, `seed`, `output` and `resume`, which are set here.
@@ -68,39 +69,64 @@ def compare(
             any is), or a folder with a comparison of another configuration.
         ResultsError: a run's record can't be read.
     """
-    if train is None:
-        from .trainer import train
+    train_one = train or default_train()
     plan = planned(config, bns, seeds, output)
-    begin(output, config)
-    first = os.environ.get("RANK", "0") == "0"  # torchrun's; spawned ranks are not here
-    records: dict[Path, Record] = {}
-    for one in plan:
-        record = finished(one.run.output)
-        if record is not None:
-            records[one.run.output] = record
-    for position, one in enumerate(plan, start=1):
-        folder, said = one.run.output, " (had ended before)"
-        if folder not in records:
-            record, said = train(one), ""
-            if not first:
-                continue
-            records[folder] = tidy(record)
-        if first:
-            done = [records[run.run.output] for run in plan if run.run.output in records]
-            save_json(output / RESULTS, done)
-            place = f"[{position}/{len(plan)}] {one.norm.bn}, seed {one.run.seed}: "
-            print(f"{place}{run_line(records[folder])}{said}", flush=True)
-    if not first:
+    environments = begin(output, plan)
+    if "RANK" in os.environ:
+        # One process group for all runs: a second one would meet at the first one's addresses.
+        results: list[Record] = launch(run_all, config.run, plan, output, train_one)
+    else:
+        results = run_all(None, plan, output, train_one)
+    if not is_first():
         return []
-    results = check_records([records[run.run.output] for run in plan], str(output / RESULTS))
     page = write_report(
         output,
         results,
         command=command or written_command(config, bns, seeds, output),
-        setup=setup(config, read_json(output / BEGUN)["environments"]),
+        setup=setup(config, environments),
     )
     print(f"\n{text_table(results)}\n\nThe page: {page}", flush=True)
     return results
+
+
+def run_all(
+    place: Place | None, plan: Sequence[Config], output: Path, train: Train
+) -> list[Record]:
+    """Run what has not ended yet; on the first rank, print and keep every record at once.
+
+    Raises:
+        Stopped: a signal came between two runs; `place` is where it is noted.
+    """
+    first, together = is_first(), "RANK" in os.environ
+    records: dict[Path, Record] = {}
+    for folder in [run.run.output for run in plan] if first else []:
+        record = finished(folder)
+        if record is not None:
+            records[folder] = record
+    for position, one in enumerate(plan, start=1):
+        folder = one.run.output
+        had_ended = folder in records
+        # Ranks of torchrun leave it to the trainer, where they agree on what the first one sees.
+        if together or not had_ended:
+            record = train(one)
+            if first and not had_ended:
+                records[folder] = tidy(record)
+        if first:
+            done = [records[run.run.output] for run in plan if run.run.output in records]
+            save_json(output / RESULTS, done)
+            which = f"[{position}/{len(plan)}] {one.norm.bn}, seed {one.run.seed}: "
+            said = " (had ended before)" if had_ended else ""
+            print(f"{which}{run_line(records[folder])}{said}", flush=True)
+        if place is not None and place.stop.signum:
+            raise Stopped(place.stop.signum, f"{CALL}: stopped after run {position} of {len(plan)}")
+    return [records[run.run.output] for run in plan] if first else []
+
+
+def default_train() -> Train:
+    """The trainer; imported when it is needed, since a finished comparison needs none of it."""
+    from .trainer import train
+
+    return train
 
 
 def planned(
@@ -138,51 +164,75 @@ def planned(
     return runs
 
 
-def begin(output: Path, config: Config) -> None:
+def is_first() -> bool:
+    """Whether this is the process that writes and prints: torchrun starts others beside it."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def begin(output: Path, plan: Sequence[Config]) -> list[dict[str, Any]]:
     """Note what a comparison is begun with, or see that it is the same as before.
 
+    Returns:
+        The environments that it has run in so far.
+
     Raises:
-        ConfigError: the folder has a comparison of another configuration, or runs of who knows
-            which.
+        ConfigError: the folder has a comparison, or runs, of another configuration.
     """
     path = output / BEGUN
-    ranks = world_size(config.run)
     now: dict[str, Any] = {
-        "config": to_dict(config),
-        "world_size": ranks,
+        "config": to_dict(plan[0]),
+        "world_size": world_size(plan[0].run),
         "environments": [environment()],
     }
     if path.exists():
-        before = read_json(path)
-        if not isinstance(before, dict) or not before.keys() >= now.keys():
-            raise ConfigError(f"{CALL}: {path} is not what a comparison was begun with")
-        changes = list(changed(before, now))
-        if changes:
-            raise ConfigError(
-                f"{CALL}: {output} was begun with another {', '.join(changes)}; "
-                "choose another --output"
-            )
-        seen = before["environments"]
+        before = begun(path)
+        refuse_changes(path, before, now, VARIED)
+        seen = before.get("environments", [])
         now["environments"] = seen + [one for one in now["environments"] if one not in seen]
-    elif any(output.glob(f"runs/*/{RECORD}")):
-        raise ConfigError(
-            f"{CALL}: {output} has runs, but no {BEGUN} says what they are; choose another --output"
-        )
-    if os.environ.get("RANK", "0") == "0":
+    for run in plan:  # a run that has ended is not started, so that the trainer can't look
+        of_run = run.run.output / CONFIG
+        if of_run.exists():
+            refuse_changes(of_run, begun(of_run), now | {"config": to_dict(run)}, set())
+    if is_first():
         save_json(path, now)
+    return list(now["environments"])
 
 
-def changed(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
-    """What differs and makes runs incomparable: '--lr (was 0.06, is 0.1)'."""
+def begun(path: Path) -> dict[str, Any]:
+    """What a comparison, or a run, was begun with.
+
+    Raises:
+        ConfigError: the file is something else.
+    """
+    before = read_json(path)
+    if not isinstance(before, dict) or not before.keys() >= {"config", "world_size"}:
+        raise ConfigError(f"{CALL}: {path} does not say what was begun; choose another --output")
+    return before
+
+
+def refuse_changes(
+    path: Path, before: dict[str, Any], now: dict[str, Any], varied: set[str]
+) -> None:
+    """Refuse to put runs together that can't be compared.
+
+    Raises:
+        ConfigError: names all flags that differ.
+    """
     old, new = (
         {name: value for part in side["config"].values() for name, value in part.items()}
         for side in (before, now)
     )
-    for name in {**new, **old}:
-        if name not in FREE | VARIED and old.get(name) != new.get(name):
-            yield f"{flag(name)} (was {old.get(name)}, is {new.get(name)})"
+    changes = [
+        f"{flag(name)} (was {old.get(name)}, is {new.get(name)})"
+        for name in {**new, **old}
+        if name not in FREE | varied and old.get(name) != new.get(name)
+    ]
     if before["world_size"] != now["world_size"]:
-        yield f"number of ranks (was {before['world_size']}, is {now['world_size']})"
+        changes.append(f"number of ranks (was {before['world_size']}, is {now['world_size']})")
+    if changes:
+        raise ConfigError(
+            f"{CALL}: {path} was begun with another {', '.join(changes)}; choose another --output"
+        )
 
 
 def finished(folder: Path) -> Record | None:

@@ -17,8 +17,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
-from .looks import INK, PAGE, STYLE, Look, look, signed, wrapped
+from .looks import INK, PAGE, STYLE, Look, look, wrapped
 from .summary import Estimate, Record, Summary, by_bn, diverged, number, summarise
+from .tables import written
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,11 @@ def ratios(record: Record) -> dict[float, float]:
         for place, value in enumerate(values, start=1)
         if isinstance(value, int | float) and math.isfinite(value) and value > 0
     }
+
+
+def radius_of(record: Record) -> float | None:
+    """The spectral radius of a run's mixing, from the record or its stability."""
+    return number({**(record.get("stability") or {}), **record}, "spectral_radius")
 
 
 def geometric_mean(values: list[float]) -> float:
@@ -158,9 +164,9 @@ def leak_in_words(one: Summary) -> str:
     suffix = f"\n{one.diverged} of {one.runs} diverged" if one.diverged else ""
     if one.leak is None:
         return "diverged" if one.diverged == one.runs else "not measured" + suffix
-    words = signed(one.leak.mean)
+    words = written(one.leak.mean)
     if one.leak.low is not None and one.leak.high is not None:
-        words += f"  [{signed(one.leak.low)}, {signed(one.leak.high)}]"
+        words += f"  [{written(one.leak.low)}, {written(one.leak.high)}]"
     return words + suffix
 
 
@@ -189,32 +195,35 @@ def draw_bars(axes: Axes, records: Sequence[Record], *, upright: bool) -> None:
     summaries = summarise(records)
     bns = [one.bn for one in summaries]
     for place, one in enumerate(summaries):
+        above: dict[str, Any] = dict(textcoords="offset points", ha="center", va="bottom")
         if one.leak is None:
+            if upright:  # else it stands at the right
+                axes.annotate("diverged" if one.diverged else "?", (place, 0), (0, 5), **above)
             continue
         style, error = look(one.bn, bns), whiskers(one.leak)
         dots = seeds_of(records, one.bn)
         places = [place + step for step in spread_out(len(dots), 0.36)]
         dot: dict[str, Any] = dict(
-            s=16, facecolor="white", edgecolor=style.colour, linewidth=1.1, zorder=4
+            s=16, facecolor="white", edgecolor=style.colour, linewidth=1.1, zorder=3
         )
         bar: dict[str, Any] = dict(color=style.colour, alpha=0.75, zorder=2)
-        ends: dict[str, Any] = dict(fmt="none", ecolor=INK, capsize=4, linewidth=1.3, zorder=3)
+        ends: dict[str, Any] = dict(fmt="none", ecolor=INK, capsize=4, linewidth=1.3, zorder=4)
         if upright:
             axes.bar(place, one.leak.mean, width=0.62, **bar)
             axes.errorbar(place, one.leak.mean, yerr=error, **ends)
             top = max([0, one.leak.mean, one.leak.high or 0, *dots])
-            above: dict[str, Any] = dict(textcoords="offset points", ha="center", va="bottom")
-            axes.annotate(signed(one.leak.mean), (place, top), (0, 5), **above)
+            axes.annotate(written(one.leak.mean), (place, top), (0, 5), **above)
             axes.scatter(places, dots, **dot)
         else:
             axes.barh(place, one.leak.mean, height=0.62, **bar)
             axes.errorbar(one.leak.mean, place, xerr=error, **ends)
             axes.scatter(dots, places, **dot)
-    names = [wrapped(bn) for bn in bns]
+    width = max(8, 44 // len(bns)) if upright else 22
+    names = [wrapped(bn, width) for bn in bns]
     room = (-0.6, len(bns) - 0.4)
     if upright:
         axes.axhline(0, color=INK, linewidth=1, zorder=1)
-        axes.set_xticks(range(len(bns)), [name.replace("-", "-\n") for name in names])
+        axes.set_xticks(range(len(bns)), names)
         axes.set(xlim=room)
         axes.grid(visible=False, axis="x")
     else:
@@ -236,7 +245,7 @@ def draw_leak(records: Sequence[Record]) -> Figure | None:
         axes.text(
             1.03, place, leak_in_words(one), transform=axes.get_yaxis_transform(), va="center"
         )
-    axes.set_title("leak  [95 % interval]", loc="right", x=1.03, ha="left", fontsize=8.5)
+    axes.text(1.03, 1.02, "leak  [95 % interval]", transform=axes.transAxes, weight="bold")
     axes.set_xlabel("leak: pretext accuracy, as trained − amid fresh company")
     axes.tick_params(axis="y", length=0)
     return figure
@@ -267,7 +276,7 @@ def draw_stability(records: Sequence[Record]) -> Figure | None:
         axes.yaxis.set_minor_locator(NullLocator())
 
     def words(bn: str) -> str:
-        radii = [number(record, "spectral_radius") for record in runs[bn]]
+        radii = [radius_of(record) for record in runs[bn]]
         known = [radius for radius in radii if radius is not None]
         return f": {max(known):.2f}" if known else ""
 

@@ -64,11 +64,13 @@ def look(bn: str, bns: Sequence[str]) -> Look:
     return OTHERS[[name for name in bns if name not in LOOKS].index(bn) % len(OTHERS)]
 
 
-def wrapped(bn: str) -> str:
-    """A long name in several lines."""
-    return "\n".join(textwrap.wrap(bn, 22, break_on_hyphens=True)) or bn
+def wrapped(bn: str, width: int = 22) -> str:
+    """A name in at most three lines; a dollar sign is one, and begins no formula.
 
-
-def signed(value: float) -> str:
-    """Three places, with a minus sign and not a hyphen."""
-    return f"{value:.3f}".replace("-", "−")
+    Example:
+        >>> print(wrapped("batch-shuffle", 8))
+        batch-
+        shuffle
+    """
+    lines = textwrap.wrap(bn, width, max_lines=3, placeholder="…")
+    return "\n".join(lines).replace("$", r"\$") or "?"
