@@ -32,8 +32,10 @@ def test_defaults_are_valid_on_one_rank_and_several() -> None:
         (
             {"batch_size": 32, "groups": 16},
             2,
-            ("--batch-size 32 over 2 ranks x 16 groups = 32 leaves 1 image per group; batch "
-            "statistics need 2 or more"),
+            (
+                "--batch-size 32 over 2 ranks x 16 groups = 32 leaves 1 image per group; batch "
+                "statistics need 2 or more"
+            ),
         ),
         (
             {"queue": 127},
@@ -43,26 +45,34 @@ def test_defaults_are_valid_on_one_rank_and_several() -> None:
         (
             {"queue": 255, "symmetric": True},
             1,
-            ("--queue 255 is smaller than twice --batch-size 128: it could not hold the keys of "
-            "one step"),
+            (
+                "--queue 255 is smaller than twice --batch-size 128: it could not hold the keys of "
+                "one step"
+            ),
         ),
         (
             {"groups": 1},
             1,
-            ("--bn regroup needs 2 groups or more over all ranks, but --groups 1 on 1 rank is one: "
-            "use --groups 8, or more ranks"),
+            (
+                "--bn regroup needs 2 groups or more over all ranks, but --groups 1 on 1 rank is "
+                "one: use --groups 8, or more ranks"
+            ),
         ),
         (
             {"groups": 1, "bn": "batch-shuffle"},
             1,
-            ("--bn batch-shuffle needs 2 groups or more over all ranks, but --groups 1 on 1 rank "
-            "is one: use --groups 8, or more ranks"),
+            (
+                "--bn batch-shuffle needs 2 groups or more over all ranks, but --groups 1 on 1 "
+                "rank is one: use --groups 8, or more ranks"
+            ),
         ),
         (
             {"offset": 64, "bn": "swap"},
             2,
-            ("--offset 64 goes round the 32 groups and ends where it began: --bn swap would do "
-            "nothing"),
+            (
+                "--offset 64 goes round the 32 groups and ends where it began: --bn swap would do "
+                "nothing"
+            ),
         ),
         ({"blocks": 1}, 1, "--blocks 1 leaves every group together: --bn regroup needs 2 or more"),
         ({"warmup_epochs": 2}, 1, "--warmup-epochs 2 leaves nothing of --epochs 2"),
