@@ -14,7 +14,7 @@ import tyro
 
 from moco_runs import COMMAND, run, small_config, train_quickly
 from ranks import run_on_ranks
-from shuffle_batchnorm.moco import commands, compare, trainer
+from shuffle_batchnorm.moco import commands, compare, examine, trainer
 from shuffle_batchnorm.moco.checkpoint import PARTS
 from shuffle_batchnorm.moco.cli import main
 from shuffle_batchnorm.moco.config import Config, flag, flat
@@ -170,6 +170,18 @@ def test_evaluate_and_probe(checkpoint: Path, capsys: pytest.CaptureFixture[str]
     evaluated, probed = capsys.readouterr().out.splitlines()
     assert evaluated.startswith(f"evaluate: {checkpoint}, epoch 1: kNN 0.")
     assert probed.startswith(f"probe: {checkpoint}, epoch 1: leak ")
+
+
+def test_all_groups_are_kept_on_other_ranks(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Config] = []
+    monkeypatch.setattr(
+        examine, "launch", lambda _at, _run, _what, config, *_, **__: seen.append(config)
+    )
+    for ranks in (None, 1, 4):
+        examine.evaluate_checkpoint(checkpoint, ranks)
+    assert [(c.run.ranks, c.norm.groups) for c in seen] == [(2, 16), (1, 32), (4, 8)]
 
 
 @pytest.mark.parametrize(

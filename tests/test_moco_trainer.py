@@ -93,6 +93,7 @@ def crash_at(steps: Sequence[int], config: Config) -> Record:
             del left[0]
             raise Crash
         take_step(trainer, *args)
+        torch.rand(()), random.random()  # as a network with dropout would
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "train_step", step_or_crash)
@@ -107,7 +108,7 @@ def crash_at(steps: Sequence[int], config: Config) -> Record:
 def test_crash_on_three_ranks(bn: str, tmp_path: Path) -> None:
     """At step 0, between checkpoints, at an epoch's first step; ranks' sums have an order here."""
     config = small_config(tmp_path / "a", bn=bn, groups=2, batch_size=96, save_every=4)
-    unbroken = run_on_ranks(3, train_quickly, config)
+    unbroken = run_on_ranks(3, crash_at, (), config)
     config = replace(config, run=replace(config.run, output=tmp_path / "b"))
     broken = run_on_ranks(3, crash_at, (0, 6, 14), config)
     assert differences(without_times(unbroken), without_times(broken)) == []
@@ -117,7 +118,7 @@ def test_crash_on_three_ranks(bn: str, tmp_path: Path) -> None:
 def test_crash_without_a_rank_to_ask(tmp_path: Path) -> None:
     """One rank, without a process group, with a symmetric loss and a warm-up."""
     config = small_config(tmp_path / "a", symmetric=True, warmup_epochs=1, save_every=3)
-    train_quickly(config)
+    crash_at((), config)
     crash_at((1, 10, 21), replace(config, run=replace(config.run, output=tmp_path / "b")))
     assert_same_run(tmp_path / "a", tmp_path / "b")
 
