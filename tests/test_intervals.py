@@ -39,6 +39,13 @@ def test_the_standard_error_is_that_of_the_mean_of_batches() -> None:
     assert low < 0.3 < high < 0.3 + 3 * error
 
 
+def test_few_batches_have_the_interval_of_student() -> None:
+    """Of values from a normal distribution; the factor sqrt(b / (b - 1)) is 7 % here."""
+    values = 0.1 * torch.special.ndtri((torch.arange(8).double() + 0.5) / 8)
+    error, (low, high) = batch_interval(values, 10**6, confidence=0.95, resamples=20000, seed=0)
+    assert (high - low) / 2 == pytest.approx(student_quantile(0.95, 7) * error, rel=0.03)
+
+
 def test_what_no_key_has_shown_may_still_be_there() -> None:
     low, high = _interval(torch.zeros(8, dtype=torch.float64), keys=100)
     assert -low == high == pytest.approx(0.0295, abs=1e-4)  # 0.95^100 is small, 0.97^100 is 5 %

@@ -67,13 +67,22 @@ def test_scales_are_root_mean_squares_and_their_ratio() -> None:
     layers = [ShuffleBatchNorm(1, eps=0, groups=2), ShuffleBatchNorm(1, groups=2)]
     layers[1].weight.data.zero_()
     x = torch.tensor([[0.0], [2.0], [3.0], [7.0]])
-    report = stability(nn.Sequential(*layers), x)
+    report = stability(nn.Sequential(*layers).eval(), x)  # it runs in training mode all the same
     # Group 1 has mean 1 and deviation 1, group 2 mean 5 and deviation 2.
     rms = ((2.5**2 + 1.5**2 + 2**2 + 6**2) / 4) ** 0.5
     expected = ((rms, 0.0), (1.0, 0.0), (rms, 1.0))
     found = (report.scale, report.local_scale, report.ratio)
     for one, other in zip(found, expected, strict=True):
         assert one == pytest.approx(other)
+
+
+def test_the_second_run_is_local_in_every_layer() -> None:
+    modes: list[tuple[str, int]] = []
+    model = nn.Sequential(*(ShuffleBatchNorm(2, mode=mode) for mode in ("sync", "swap")))
+    for layer in model:
+        layer.register_forward_pre_hook(lambda layer, _: modes.append((layer.mode, layer.offset)))
+    stability(model, torch.randn(4, 2))
+    assert modes == [("sync", 1), ("swap", 1), ("local", 1), ("local", 1)]
 
 
 def test_a_layer_used_twice_counts_twice_and_an_unused_one_not() -> None:
