@@ -4,11 +4,16 @@ import inspect
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
+from shuffle_batchnorm import exchange
+
 from .augmentation import make_augmentation, step_random_state
-from .config import Config
+from .config import CALL, Config
 from .images import Images
 from .launch import Place
 from .model import MoCo
@@ -71,7 +76,34 @@ def parallelise(model: MoCo, place: Place) -> nn.Module:
     options: dict[str, Any] = {new if new in names else old: False}
     if place.device.type == "cuda":
         options["device_ids"] = [place.device]
-    return DistributedDataParallel(model, gradient_as_bucket_view=True, **options)
+    parallel = DistributedDataParallel(model, gradient_as_bucket_view=True, **options)
+    if place.device.type == "cpu" and place.world_size > 2:
+        parallel.register_comm_hook(exchange.resolve(None), _average_in_rank_order)
+    return parallel
+
+
+def _average_in_rank_order(
+    world: exchange.World,
+    bucket: dist.GradBucket,  # type: ignore[name-defined]
+) -> Future[Tensor]:
+    """Average a bucket of gradients ``[K]`` over the ranks, always in the same order.
+
+    gloo adds up in another order at every place of a bucket, and DistributedDataParallel deals the
+    gradients to other buckets after the first step: a resumed run would differ in the last bits.
+
+    Communication: each rank sends 1 / W of the bucket to every other, and gets as much back.
+    """
+    gradients, size = bucket.buffer(), world.size
+    padded = F.pad(gradients, (0, -len(gradients) % size)).view(size, -1)
+    ones = (1,) * size
+    first, *others = exchange.exchange_samples(padded, ones, ones, world, CALL)
+    total = first.clone()
+    for other in others:
+        total += other
+    everyones = exchange.gather(total / size, world, CALL).view(-1)
+    done: Future[Tensor] = Future()
+    done.set_result(everyones[: len(gradients)])
+    return done
 
 
 class Views:

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import re
 import signal
 import sys
@@ -95,9 +96,11 @@ def _one_line(panel: str) -> str:
         >>> _one_line("╭─ Invalid choice ─╮\n│ no x │\n│ ──── │\n│ see --help │\n╰────╯")
         'shuffle-batchnorm: invalid choice: no x; see --help'
     """
-    lines = re.sub("\x1b\\[[0-9;]*m", "", panel).strip().splitlines()
-    words = [line.strip("╭╮╰╯│─ ") for line in lines]
-    title, rest = words[0].lower(), words[1:]
-    body = " ".join(rest[: rest.index("")] if "" in rest else rest).rstrip(".")
-    message = body if body.lower().startswith(title) else f"{title}: {body}"
+    text = re.sub(r"\x1b\[[0-9;]*m", "", panel).translate(dict.fromkeys(map(ord, "╭╮╰╯│─"), " "))
+    # Without the frame, or where there is none, a rule is a line of dashes or an empty one.
+    lines = [re.sub("^-+$", "", line.strip()) for line in text.splitlines()]
+    title, *rest = itertools.dropwhile(lambda line: not line, lines)
+    body_on = itertools.dropwhile(lambda line: not line, rest)
+    body = " ".join(itertools.takewhile(bool, body_on)).rstrip(".")
+    message = body if body.lower().startswith(title.lower()) else f"{title.lower()}: {body}"
     return f"{PROGRAM}: {message[:1].lower()}{message[1:]}; see --help"

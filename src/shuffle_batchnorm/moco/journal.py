@@ -160,7 +160,7 @@ def read_json(path: Path) -> Any:
 
 def versions() -> dict[str, str]:
     """Return the versions of what a run depends on."""
-    found = {"python": platform.python_version(), "torch": torch.__version__}
+    found = {"python": platform.python_version(), "torch": str(torch.__version__)}
     for name in ("shuffle_batchnorm", "kornia", "numpy", "scikit-learn"):
         try:
             found[name] = importlib.metadata.version(name)

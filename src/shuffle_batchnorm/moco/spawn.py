@@ -153,7 +153,10 @@ class _Family:
         errors = {rank: o for rank, o in self.outcomes.items() if o.error is not None}
         if self.asked and (errors or len(self.outcomes) < len(self.processes)):
             words = [str(o.error) for o in errors.values() if isinstance(o.error, Stopped)]
-            raise Stopped(self.asked[0], words[0] if words else f"{CALL}: stopped")
+            # The ranks got SIGTERM, whatever came here.
+            name = signal.Signals(self.asked[0]).name
+            words = [word.replace(signal.SIGTERM.name, name) for word in words]
+            raise Stopped(self.asked[0], words[0] if words else f"{CALL}: stopped by {name}")
         if errors:
             rank, first = min(errors.items(), key=lambda item: item[1].ended)
             # What a rank says of a peer that died is no more than an echo.

@@ -1,0 +1,152 @@
+"""Checkpoints: whole or not there, and an error that says what to do."""
+
+import errno
+import os
+import resource
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from shuffle_batchnorm.moco import checkpoint
+from shuffle_batchnorm.moco.checkpoint import PARTS, CheckpointError, folder_lock, load, save
+
+
+def state(value: float) -> dict[str, Any]:
+    parts: dict[str, Any] = dict.fromkeys(PARTS)
+    return parts | {"format": checkpoint.FORMAT, "model": {"w": torch.full((1000,), value)}}
+
+
+def weight(path: Path) -> float:
+    return float(load(path)["model"]["w"][0])
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_keeps_the_one_before(tmp_path: Path) -> None:
+    for value in (1.0, 2.0, 3.0):
+        save(tmp_path / "last.pt", state(value))
+    save(tmp_path / "best.pt", state(4.0))
+    found = {name: weight(tmp_path / name) for name in names(tmp_path)}
+    assert found == {"last.pt": 3.0, "last.previous.pt": 2.0, "best.pt": 4.0}
+
+
+def test_a_file_system_without_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, "no links here")
+
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    save(tmp_path / "last.pt", state(1.0))
+    save(tmp_path / "last.pt", state(2.0))
+    assert weight(tmp_path / "last.pt") == 2.0
+    assert weight(tmp_path / "last.previous.pt") == 1.0
+    # The moment between its two renamings.
+    (tmp_path / "last.pt").unlink()
+    assert checkpoint.find(tmp_path) == tmp_path / "last.previous.pt"
+
+
+@pytest.mark.parametrize("moment", ["write", "sync", "replace"])
+def test_full_disk_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    path = tmp_path / "last.pt"
+    save(path, state(1.0))
+    save(path, state(2.0))
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if moment == "write":  # the system really stops in the middle of the file
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
+    elif moment == "sync":
+        monkeypatch.setattr(os, "fsync", full)
+    else:
+        monkeypatch.setattr(checkpoint, "_keep", full)
+    try:
+        with pytest.raises(CheckpointError) as refusal:
+            save(path, state(3.0))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    reason = "File too large" if moment == "write" else "No space left on device"
+    expected = f"train: can't write {path}: {reason}; the last.pt before it is untouched"
+    assert str(refusal.value) == expected
+    assert names(tmp_path) == {"last.pt", "last.previous.pt"}
+    assert [weight(tmp_path / n) for n in ("last.pt", "last.previous.pt")] == [2.0, 1.0]
+
+
+def cut(data: bytes) -> bytes:
+    return data[: len(data) // 2]
+
+
+def flip(data: bytes) -> bytes:
+    place = data.index(torch.full((4,), 2.0).numpy().tobytes())
+    return data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
+
+
+@pytest.mark.parametrize(
+    "damage", [cut, flip, lambda _: b"", lambda _: b"not a checkpoint", lambda d: d[:-1]]
+)
+def test_damaged(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+    path = tmp_path / "last.pt"
+    save(path, state(1.0))
+    save(path, state(2.0))
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(CheckpointError) as refusal:
+        load(path)
+    advice = "to go on from last.previous.pt, put that in its place"
+    assert str(refusal.value) == f"checkpoint: {path} is damaged; {advice}"
+    assert weight(tmp_path / "last.previous.pt") == 1.0
+
+
+def test_damaged_with_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "last.pt").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="remove it to start from the beginning"):
+        load(tmp_path / "last.pt")
+
+
+def test_no_checkpoint_of_ours(tmp_path: Path) -> None:
+    path = tmp_path / "last.pt"
+    with pytest.raises(CheckpointError, match=r"last\.pt does not exist"):
+        load(path)
+    torch.save({"w": torch.ones(3)}, path)
+    with pytest.raises(CheckpointError, match="is not one of this trainer"):
+        load(path)
+    torch.save(state(1.0) | {"format": 99}, path)
+    with pytest.raises(CheckpointError, match="has format 99, this version reads 1"):
+        load(path)
+
+
+def test_runs_no_code_of_a_file(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
+            return os.system, (f"touch {tmp_path}/evil",)
+
+    torch.save(state(1.0) | {"curve": Evil()}, tmp_path / "last.pt")
+    with pytest.raises(CheckpointError, match="damaged"):
+        load(tmp_path / "last.pt")
+    assert not (tmp_path / "evil").exists()
+
+
+def test_torch_reads_it_too(tmp_path: Path) -> None:
+    save(tmp_path / "last.pt", state(1.0))
+    assert zipfile.is_zipfile(tmp_path / "last.pt")
+    assert torch.load(tmp_path / "last.pt", weights_only=True).keys() == PARTS
+
+
+def test_one_run_per_folder(tmp_path: Path) -> None:
+    (tmp_path / "last.pt.1.tmp").write_bytes(b"left by a run that was killed")
+    with folder_lock(tmp_path):
+        assert not list(tmp_path.glob("*.tmp"))
+        with (
+            pytest.raises(CheckpointError, match="another run is writing to"),
+            folder_lock(tmp_path, patience=0.1),
+        ):
+            pass
+    with folder_lock(tmp_path):
+        pass
