@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from shuffle_batchnorm import ShuffleBatchNorm
-from shuffle_batchnorm.exchange import all_sum, resolve
+from shuffle_batchnorm.exchange import all_sum
+from shuffle_batchnorm.process_groups import resolve
 
 
 @pytest.fixture(autouse=True)

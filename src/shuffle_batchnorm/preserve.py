@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import exchange
+from . import process_groups
 from .encoder import ShuffledEncoder
-from .exchange import World
+from .process_groups import World
 from .shuffle_agreement import get_shuffle_state, set_shuffle_state
 
 # What a call may change in a module besides its buffers: flags, the options of a ShuffleBatchNorm,
@@ -86,7 +86,7 @@ def walk(roots: Iterable[nn.Module]) -> dict[str, nn.Module]:
 def shuffle_worlds(modules: Iterable[nn.Module], world: World) -> list[World]:
     """Return the groups, among them `world`, in which the modules may shuffle samples."""
     groups = [m.process_group for m in modules if isinstance(m, ShuffledEncoder)]
-    worlds = [world, *(exchange.resolve(group, "ShuffledEncoder") for group in groups)]
+    worlds = [world, *(process_groups.resolve(group, "ShuffledEncoder") for group in groups)]
     return list({found.name: found for found in worlds}.values())
 
 

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import exchange, probe_checks
+from . import notices, probe_checks, process_groups
 from .company import Batch, Sizes, check_sizes, draw_batch, find_hits, take
-from .exchange import ProcessGroupLike, World
 from .intervals import batch_interval
 from .preserve import derive_seed, find_roots, preserved, seed_all, shuffle_worlds, walk
+from .process_groups import ProcessGroupLike, World
 from .shuffle_agreement import set_shuffle_state
 from .stability_report import StabilityReport, stability
 
@@ -142,8 +142,8 @@ def measure_leak(
         >>> report.leak == report.as_trained - report.fresh
         True
     """
-    exchange.check_process_group(CALL, process_group)
-    world = exchange.resolve(process_group, CALL)
+    process_groups.check_process_group(CALL, process_group)
+    world = process_groups.resolve(process_group, CALL)
     seed, error = 0, None
     if generator is not None:
         # Drawn before anything can fail, so that the ranks' generators stay in step.
@@ -212,7 +212,7 @@ class _Probe:
         try:
             found, refused = self._encode(batch, number, rows)
         except Exception as error:
-            exchange.report_failure(self.world, f"{CALL}: {error}")
+            notices.report_failure(self.world, f"{CALL}: {error}")
             raise
         # Not before: the callables of all ranks may have to wait for one another.
         probe_checks.settle(CALL, {"features": found.shape[-1]}, refused, self.world)

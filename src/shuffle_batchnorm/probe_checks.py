@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import exchange
-from .exchange import World
+from . import exchange, process_groups
+from .process_groups import World
 
 # At most six bytes of JSON each, which leaves room for the terms in exchange.ANSWER_BYTES.
 _QUOTE = 200
@@ -27,7 +27,7 @@ def settle(call: str, terms: Mapping[str, object], error: Exception | None, worl
     if world.size > 1:
         refusal = None if error is None else str(error)[:_QUOTE]
         answer = json.dumps([{} if refusal else dict(terms), refusal])
-        texts = exchange.gather_texts(answer, exchange.default_device(world), world, call)
+        texts = exchange.gather_texts(answer, process_groups.default_device(world), world, call)
         answers = [json.loads(text) for text in texts]
     if error is not None:
         raise error
@@ -126,5 +126,5 @@ def total(row: Tensor, world: World) -> Tensor:
     """
     if world.size == 1:
         return row
-    flat = row.flatten().to(exchange.default_device(world))
+    flat = row.flatten().to(process_groups.default_device(world))
     return exchange.all_sum(flat, world).to(row.device).view(row.shape)

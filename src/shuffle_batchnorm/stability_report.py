@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import exchange
-from .exchange import ProcessGroupLike, World
+from . import notices, process_groups
 from .mixing import Options
 from .modules import ShuffleBatchNorm
 from .preserve import preserved, seed_all, shuffle_worlds, walk
 from .probe_checks import settle, total
+from .process_groups import ProcessGroupLike, World
 from .shuffle_agreement import set_shuffle_state
 
 CALL = "stability"
@@ -83,8 +83,8 @@ def stability(
         >>> stability(nn.Sequential(*layers), torch.randn(16, 4)).spectral_radius
         2.0
     """
-    exchange.check_process_group(CALL, process_group)
-    world = exchange.resolve(process_group, CALL)
+    process_groups.check_process_group(CALL, process_group)
+    world = process_groups.resolve(process_group, CALL)
     error: Exception | None = None
     found: dict[str, nn.Module] = {}
     kind = type(model).__name__
@@ -116,7 +116,7 @@ def stability(
                 with _recording(layers, calls):
                     model(*arguments)
             except Exception as failure:
-                exchange.report_failure(world, f"{CALL}: {failure}")
+                notices.report_failure(world, f"{CALL}: {failure}")
                 raise
             runs.append((calls, _scales(list(layers), calls, world)))
     (calls, scales), (_, local_scales) = runs
@@ -150,7 +150,7 @@ def _recording(layers: Mapping[str, ShuffleBatchNorm], calls: dict[str, _Calls])
             seen.squares += float(output.double().square().sum())
             seen.numbers += output.numel()
             options = Options(layer.mode, layer.groups, layer.offset, layer.blocks)
-            ranks = exchange.resolve(layer.process_group, CALL).size
+            ranks = process_groups.resolve(layer.process_group, CALL).size
             seen.radius = max(seen.radius, _radius(options, ranks, len(output) // layer.groups))
 
         return hook

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
-from shuffle_batchnorm import exchange
+from shuffle_batchnorm import exchange, process_groups
 
 from .augmentation import make_augmentation, step_random_state
 from .config import CALL, Config
@@ -78,12 +78,12 @@ def parallelise(model: MoCo, place: Place) -> nn.Module:
         options["device_ids"] = [place.device]
     parallel = DistributedDataParallel(model, gradient_as_bucket_view=True, **options)
     if place.device.type == "cpu" and place.world_size > 2:
-        parallel.register_comm_hook(exchange.resolve(None), _average_in_rank_order)
+        parallel.register_comm_hook(process_groups.resolve(None), _average_in_rank_order)
     return parallel
 
 
 def _average_in_rank_order(
-    world: exchange.World,
+    world: process_groups.World,
     bucket: dist.GradBucket,  # type: ignore[name-defined]
 ) -> Future[Tensor]:
     """Average a bucket of gradients ``[K]`` over the ranks, always in the same order.

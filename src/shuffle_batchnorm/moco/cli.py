@@ -15,7 +15,7 @@ from .launch import is_first
 PROGRAM = "shuffle-batchnorm"
 FAILURE, USER_ERROR = 1, 2
 # Packages of the extra `train`; if another one is missing, something else is wrong.
-EXTRA = {"jinja2", "kornia", "matplotlib", "numpy", "PIL", "sklearn", "tqdm", "tyro"}
+EXTRA = {"jinja2", "kornia", "matplotlib", "numpy", "PIL", "scipy", "sklearn", "tqdm", "tyro"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -82,7 +82,7 @@ class MoCoConfig:
     """Keys of earlier steps that a query is told apart from."""
     momentum: float = 0.99
     """Share of the key encoder that stays at each step."""
-    temperature: float = 0.1
+    temperature: float = 0.07
     """Divides the cosine similarities."""
     symmetric: bool = False
     """Use each view once as query and once as key."""
@@ -98,7 +98,7 @@ class OptimConfig:
     """Passes over the data."""
     batch_size: int = 256
     """Images per step, over all ranks."""
-    lr: float = 0.06
+    lr: float = 0.12
     """Learning rate after the warm-up; it falls to 0 along a cosine, step by step."""
     sgd_momentum: float = 0.9
     """Momentum of SGD."""

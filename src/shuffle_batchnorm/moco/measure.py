@@ -113,8 +113,12 @@ def check_pool(config: Config, images: Images, world_size: int) -> None:
 
 
 def keys_per_pass(config: Config, world_size: int, keys: int) -> int:
-    """Return how many of the keys can be probed at once without two of them in one normaliser."""
-    if config.norm.bn not in ("local", "regroup"):
+    """Return how many of the keys can be probed at once, each in another group.
+
+    A query that is normalised in its own group knows nothing of the other groups' keys, whatever
+    normalises these. One that is normalised with all samples knows of all keys.
+    """
+    if config.norm.bn == "sync":
         return 1
     return math.gcd(world_size * config.norm.groups, keys)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import NormalDist, fmean, stdev
 from typing import Any, TypeAlias
 
-from scipy.special import stdtrit  # type: ignore[import-untyped]
+from scipy.special import stdtrit
 
 Record: TypeAlias = dict[str, Any]
 
