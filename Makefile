@@ -12,7 +12,7 @@ STAMP := $(VENV)/.setup
 # The machine with a GPU may have torch in a Python of its own and no .venv.
 GPU_PYTHON ?= $(if $(wildcard $(STAMP)),$(BIN)/python,$(PYTHON))
 
-.PHONY: help setup demo test lint format bench bench-shuffle gpu-check docs clean
+.PHONY: help setup demo test lint format bench bench-shuffle bench-trainer compare gpu-check docs clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -26,8 +26,9 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $@
 
-demo: setup ## two ranks exchange their statistics and print them
+demo: setup ## the seed's check on two ranks, then MoCo with and without the leak
 	$(BIN)/python main.py --gpu 0,1 --shuffle --epochs 10
+	$(BIN)/shuffle-batchnorm compare --bn local,regroup --ranks 2 --groups 16 --device cpu --output runs/demo
 
 test: setup ## run every test, and the examples in the docstrings
 	$(BIN)/python -m pytest $(ARGS)
@@ -46,6 +47,13 @@ bench: setup ## measure the layer against its peers
 
 bench-shuffle: setup ## measure batch_shuffle against an all_gather of all samples
 	$(BIN)/python benchmarks/bench_batch_shuffle.py $(ARGS)
+
+bench-trainer: setup ## measure what the trainer adds to a step
+	$(BIN)/python benchmarks/bench_trainer.py $(ARGS)
+
+compare: setup ## the comparison of docs/comparison.md: 25 runs, about half an hour on two cores
+	$(BIN)/shuffle-batchnorm compare --bn local,sync,swap,regroup,batch-shuffle --seeds 0,1,2,3,4 \
+		--ranks 2 --groups 16 --device cpu --output runs/digits $(ARGS)
 
 # No setup: it runs with whichever Python has torch, pytest and pytest-timeout (GPU_PYTHON=...).
 gpu-check: ## run the tests marked gpu
