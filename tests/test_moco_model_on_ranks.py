@@ -16,7 +16,7 @@ from shuffle_batchnorm.moco.model import MoCo
 from shuffle_batchnorm.moco.networks import make_encoder
 from shuffle_batchnorm.moco.normalisation import normalise_key, normalise_query
 
-_GROUPS, _BATCH, _STEPS = 6, 36, 4
+_GROUPS, _BATCH, _STEPS = 6, 36, 3
 
 
 def _no_buffers() -> dict[str, Any]:

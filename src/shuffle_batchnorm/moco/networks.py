@@ -1,7 +1,6 @@
 """The networks: a small one for digits, ResNet-18 and -50, any of timm's and torchvision's."""
 
 import importlib
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -122,7 +121,7 @@ def make_backbone(
 
 
 class SmallNet(nn.Module):
-    """Four convolutions with batch norm, ``[N, c, 16, 16]`` to ``[N, 64]`` in a moment.
+    """Six convolutions with batch norm: an epoch of digits takes a second or less on a CPU.
 
     Args:
         channels: c of the images.
@@ -132,15 +131,16 @@ class SmallNet(nn.Module):
     """
 
     FEATURES = 64
+    # Output channels and strides. Deep enough to learn to cheat, where it is possible, at the
+    # features' expense: with four of these layers it does less harm.
+    _LAYERS = ((16, 1), (32, 2), (32, 1), (64, 2), (64, 1), (FEATURES, 1))
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        widths = (channels, 16, 32, 64, self.FEATURES)
         layers: list[nn.Module] = []
-        for depth, (inputs, outputs) in enumerate(pairwise(widths)):
-            stride = 2 if 0 < depth < 3 else 1
-            convolution = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
-            layers += [convolution, nn.BatchNorm2d(outputs), nn.ReLU()]
+        for width, stride in self._LAYERS:
+            layers += [_convolution(channels, width, 3, stride), nn.BatchNorm2d(width), nn.ReLU()]
+            channels = width
         self.layers = nn.Sequential(*layers)
 
     def forward(self, images: Tensor) -> Tensor:
