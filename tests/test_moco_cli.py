@@ -12,7 +12,7 @@ import pytest
 import torch
 import tyro
 
-from moco_runs import COMMAND, run, small_config, train_quickly
+from moco_runs import small_config, train_quickly
 from ranks import run_on_ranks
 from shuffle_batchnorm.moco import commands, compare, examine, trainer
 from shuffle_batchnorm.moco.checkpoint import PARTS
@@ -85,13 +85,25 @@ def test_flag_parser_with_and_without_a_frame(
     assert refusal(capsys, "train", "--bn") == f"{expected} values; see --help"
 
 
-def test_refused_by_a_spawned_rank(tmp_path: Path) -> None:
-    """The error crosses from one process to another; and nothing else is on stderr."""
+def test_refused_by_a_spawned_rank(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The error crosses from one process to another, and they add nothing of their own."""
     words = ["--dataset", "cifar10", "--data-path", str(tmp_path), "--ranks", "2"]
-    out, err = run(*COMMAND, "train", *words, "--output", str(tmp_path / "run"), code=2)
+    assert main(["train", *words, "--device", "cpu", "--output", str(tmp_path / "run")]) == 2
+    out, err = capfd.readouterr()
     assert out == ""
     assert err.startswith("train: --data-path ")
     assert len(err.splitlines()) == 1
+
+
+def test_one_rank_of_torchrun_says_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in (("RANK", "3"), ("WORLD_SIZE", "4"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    assert main(["train", "--queue", "1"]) == 2
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert "--queue 1 is smaller" in refusal(capsys, "train", "--queue", "1")
 
 
 def test_refused_checkpoint(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:

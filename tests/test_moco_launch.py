@@ -64,14 +64,6 @@ def test_torchrun_on_two_nodes_agrees(in_one_group: Any, tmp_path: Path) -> None
     assert differences(read(tmp_path), in_one_group) == []
 
 
-def test_torchrun_tells_of_a_wrong_flag_once(tmp_path: Path) -> None:
-    start = (*TORCHRUN, "--standalone", "--nproc-per-node", "2", "-m", "shuffle_batchnorm")
-    flags = ("train", "--batch-size", "250", "--groups", "16", "--output", str(tmp_path))
-    [(_, stderr)] = finish((*start, *flags))
-    assert stderr.count("train: --batch-size 250 is not divisible by 2 ranks") == 1
-    assert "exitcode  : 2" in stderr  # torchrun's own report
-
-
 def test_one_rank_has_no_process_group() -> None:
     place: Place = launch(lambda place: place, RunConfig(device="cpu", ranks=1))
     assert (place.rank, place.world_size, place.control) == (0, 1, None)

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -55,19 +56,22 @@ def alive(folder: Path) -> list[int]:
     ]
 
 
-def parent(function: str, folder: Path) -> tuple[str, ...]:
-    """The command of a process that spawns two ranks; exit code 128 + signal if it was stopped."""
-    code = (
-        "import sys; sys.path[:0] = sys.argv[3:]\n"
-        "import test_moco_spawn as t\n"
-        "try: t.spawn_ranks(getattr(t, sys.argv[1]), 2, sys.argv[2])\n"
-        "except t.Stopped as stopped: print(stopped); sys.exit(128 + stopped.signum)\n"
-    )
-    return (sys.executable, "-c", code, function, str(folder), str(ROOT / "tests"))
+def when_all_run(folder: Path, count: int, do: Callable[[], None]) -> threading.Thread:
+    """Do something in a thread once so many ranks run."""
+
+    def wait_and_do() -> None:
+        until = time.monotonic() + 60
+        while len(alive(folder)) < count and time.monotonic() < until:
+            time.sleep(0.01)
+        do()
+
+    thread = threading.Thread(target=wait_and_do)
+    thread.start()
+    return thread
 
 
 def test_returns_what_rank_0_returned() -> None:
-    assert spawn_ranks(multiply, 2, 3) == 15
+    assert spawn_ranks(multiply, 1, 3) == 15
 
 
 def test_one_error_ends_all() -> None:
@@ -83,33 +87,39 @@ def test_death_is_told_from_its_echo() -> None:
         spawn_ranks(die, 2)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signal_reaches_the_ranks_once(tmp_path: Path, number: signal.Signals) -> None:
-    with started(*parent("wait_for_stop", tmp_path)) as process:
-        wait_until(lambda: len(alive(tmp_path)) == 2, process)
-        os.killpg(process.pid, number)  # to all of them, as from a terminal
-        stdout, stderr = process.communicate(timeout=60)
-        assert process.returncode == 128 + number, stderr
-    assert stdout.startswith(f"train: stopped by {number.name} on rank")
-    assert stderr == ""
+def test_signal_reaches_the_ranks(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    thread = when_all_run(tmp_path, 2, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(Stopped, match="train: stopped by SIGINT on rank") as stopped:
+        spawn_ranks(wait_for_stop, 2, str(tmp_path))
+    assert stopped.value.signum == signal.SIGINT
+    thread.join()
     assert alive(tmp_path) == []
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_second_signal_means_it(tmp_path: Path) -> None:
-    with started(*parent("ignore_stop", tmp_path)) as process:
-        wait_until(lambda: len(alive(tmp_path)) == 2, process)
-        process.send_signal(signal.SIGINT)
+    def twice() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.5)
-        assert process.poll() is None
-        process.send_signal(signal.SIGINT)
-        process.communicate(timeout=30)
-        assert process.returncode == 130
+        assert alive(tmp_path)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = when_all_run(tmp_path, 1, twice)
+    with pytest.raises(Stopped, match="stopped by SIGTERM"):
+        spawn_ranks(ignore_stop, 1, str(tmp_path))
+    thread.join()
     assert alive(tmp_path) == []
 
 
 def test_ranks_die_with_their_parent(tmp_path: Path) -> None:
-    with started(*parent("ignore_stop", tmp_path)) as process:
-        wait_until(lambda: len(alive(tmp_path)) == 2, process)
+    code = (
+        "import sys; sys.path.append(sys.argv[2])\n"
+        "import test_moco_spawn as t\n"
+        "t.spawn_ranks(t.ignore_stop, 1, sys.argv[1])\n"
+    )
+    with started(sys.executable, "-c", code, str(tmp_path), str(ROOT / "tests")) as process:
+        wait_until(lambda: len(alive(tmp_path)) == 1, process)
         process.kill()
         process.wait()
         until = time.monotonic() + 20

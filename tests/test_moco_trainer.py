@@ -71,11 +71,11 @@ def test_interrupted_run_ends_bit_identical(unbroken: Path, tmp_path: Path) -> N
         _, stderr = process.communicate(timeout=60)
         assert process.returncode == 130, stderr
         assert re.fullmatch(r"train: stopped by SIGINT after step \d+ of 22.*--resume.*\n", stderr)
-    with started(*command, "--save-every", "2") as process:
+    with started(*command, "--save-every", "2", "--workers", "1") as process:
         wait_until(logged(len(rows(tmp_path / "steps.csv")) + 2), process)
         wait_until(lambda: any(tmp_path.glob("last.pt.*.tmp")), process)
         process.kill()
-    run(*command, "--workers", "1", "--save-every", "5")
+    run(*command, "--save-every", "5")
     assert_same_run(unbroken, tmp_path)
 
 
@@ -186,7 +186,9 @@ def test_callers_random_state_stays(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")  # of torch's own compiler
-def test_compiled_agrees_with_eager(tmp_path: Path) -> None:
+def test_compiled_agrees_with_eager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Without what is measured at the end, for which it would be compiled again.
+    monkeypatch.setattr(Trainer, "finish", lambda trainer: trainer.curve[-1])
     same = dict(augment="none", precision="float64", epochs=1, groups=4)
     eager, compiled = (
         train_quickly(small_config(tmp_path / str(choice), compile=choice, **same))
@@ -196,13 +198,13 @@ def test_compiled_agrees_with_eager(tmp_path: Path) -> None:
         assert eager[column] == pytest.approx(compiled[column], rel=1e-7), column
 
 
-@pytest.mark.parametrize("changes", [{"precision": "bf16"}, {"channels_last": True}])
-def test_variants_train(tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_variants_train(tmp_path: Path) -> None:
     plain = train_quickly(small_config(tmp_path / "plain", epochs=1))
-    variant = train_quickly(small_config(tmp_path / "variant", epochs=1, **changes))
-    assert variant["loss"] == pytest.approx(plain["loss"], rel=0.02)
-    assert variant["loss"] != plain["loss"] or "channels_last" in changes
-    assert all(map(math.isfinite, variant["leak_interval"]))
+    for changes in ({"precision": "bf16"}, {"channels_last": True}):
+        variant = train_quickly(small_config(tmp_path / next(iter(changes)), epochs=1, **changes))
+        assert variant["loss"] == pytest.approx(plain["loss"], rel=0.02)
+        assert variant["loss"] != plain["loss"], "the flag did nothing"
+        assert all(map(math.isfinite, variant["leak_interval"]))
 
 
 def test_finished_run_is_not_run_again(unbroken: Path) -> None:

@@ -43,11 +43,7 @@ class Evaluation:
 
     def __init__(self, config: Config, images: Images, views: Views, place: Place) -> None:
         self.images, self.views, self.place = images, views, place
-        workers = config.data.workers
-        # Kept: worker processes take seconds to start.
-        self.train, self.test = (
-            self._loader(part, workers) for part in (images.train, images.test)
-        )
+        self.workers = config.data.workers
 
     def knn(self, model: MoCo) -> float:
         """Return the share of held-out images whose nearest neighbours give them their label."""
@@ -64,10 +60,11 @@ class Evaluation:
             self.place, -1.0 if parts is None else linear_probe(*parts[0], *parts[1])
         )
 
-    def _loader(self, part: Any, workers: int) -> DataLoader[Any]:
+    def _loader(self, part: Any) -> DataLoader[Any]:
         share = range(self.place.rank, len(part), self.place.world_size)
         batches = [[share[i] for i in b] for b in whole_batches(len(share), EVALUATION_BATCH)]
-        return make_loader(part, batches, workers)
+        # Made anew each time, or its workers would stay beside those of the training.
+        return make_loader(part, batches, self.workers)
 
     def _features(self, model: MoCo) -> tuple[Features, Features] | None:
         """Return features and labels of both parts on rank 0, None elsewhere."""
@@ -75,8 +72,8 @@ class Evaluation:
         prepare = self.views.as_they_are
         parts = []
         with averaged_running_stats(encoder), self.views.autocast():
-            for loader in (self.train, self.test):
-                part = extract_features(encoder, loader, device, prepare=prepare)
+            for images in (self.images.train, self.images.test):
+                part = extract_features(encoder, self._loader(images), device, prepare=prepare)
                 everyones = gather_objects(self.place, tuple(t.cpu() for t in part))
                 if everyones:
                     features, labels = (
