@@ -32,15 +32,15 @@ def _moco(images: Tensor, features: Tensor) -> None:
     """Every rank gets all samples and keeps its share; the order comes from rank 0."""
     rank, size = dist.get_rank(), dist.get_world_size()
     with torch.no_grad():
-        everything = _gather_all(images)
+        everything = gather_all(images)
         order = torch.randperm(len(everything))
         dist.broadcast(order, src=0)
         back = torch.argsort(order)
         everything[order.view(size, -1)[rank]]
-        _gather_all(features)[back.view(size, -1)[rank]]
+        gather_all(features)[back.view(size, -1)[rank]]
 
 
-def _gather_all(x: Tensor) -> Tensor:
+def gather_all(x: Tensor) -> Tensor:
     parts = [torch.ones_like(x) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, x)
     return torch.cat(parts)

@@ -31,6 +31,15 @@ def interleaved(contestants: Mapping[str, Callable[[], object]], rounds: int) ->
 
     A round is short, so that the machine is as busy for one as for the other.
     """
+    seconds = seconds_of(contestants, rounds)
+    peer = next(iter(seconds.values()))
+    return {name: _timing(times, peer) for name, times in seconds.items()}
+
+
+def seconds_of(
+    contestants: Mapping[str, Callable[[], object]], rounds: int
+) -> dict[str, list[float]]:
+    """Return what each contestant took in each round."""
     for run in contestants.values():
         run()
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
@@ -41,8 +50,7 @@ def interleaved(contestants: Mapping[str, Callable[[], object]], rounds: int) ->
             run()
             _synchronize()
             seconds[name].append(time.perf_counter() - start)
-    peer = next(iter(seconds.values()))
-    return {name: _timing(times, peer) for name, times in seconds.items()}
+    return seconds
 
 
 def _synchronize() -> None:

@@ -1,0 +1,126 @@
+"""The forward pass of a key encoder, shuffled in each of the ways there are, on gloo ranks.
+
+    python benchmarks/bench_key_encoder.py [--world-sizes 2 4] [--networks small resnet18] [--save]
+
+16 images of 3x64x64 per rank, no gradient, one thread per rank. Prints the milliseconds that a way
+adds to plain per-rank batch norm (median and, in brackets, 20 and 80 percent points, round by
+round), its messages and the bytes that it brings to a rank. `--save` writes
+benchmarks/results/key_encoder.json.
+"""
+
+import argparse
+import copy
+import statistics
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from bench_batch_shuffle import gather_all
+from harness import save, seconds_of
+from meters import received_messages
+from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
+
+from shuffle_batchnorm import ShuffleBatchNorm, ShuffledEncoder, batch_shuffle, batch_unshuffle
+from shuffle_batchnorm.moco.networks import make_backbone
+
+IMAGES = (16, 3, 64, 64)
+
+
+def _moco(encoder: nn.Module, images: Tensor) -> Tensor:
+    """Every rank gets all samples, encodes its share, and gets all features."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    everything = gather_all(images)
+    order = torch.randperm(len(everything))
+    dist.broadcast(order, src=0)
+    features = encoder(everything[order.view(size, -1)[rank]])
+    return gather_all(features)[torch.argsort(order).view(size, -1)[rank]]
+
+
+def _contestants(network: str) -> dict[str, Callable[[], Any]]:
+    torch.manual_seed(0)
+    encoder, _ = make_backbone(network, stem="imagenet")
+    images = torch.randn(IMAGES)
+    regrouped = ShuffleBatchNorm.convert_shuffle_batchnorm(copy.deepcopy(encoder), mode="regroup")
+    shuffled = ShuffledEncoder(copy.deepcopy(encoder))
+    plan = batch_shuffle(images)[1]  # as a sampler's, whose images were loaded where they belong
+    return {
+        "local": partial(encoder, images),
+        "regroup": partial(regrouped, images),
+        "batch_shuffle": partial(shuffled, images),
+        "sampler": lambda: batch_unshuffle(encoder(images), plan),
+        "MoCo": partial(_moco, encoder, images),
+    }
+
+
+@torch.no_grad()
+def _measure(rank: int, world_size: int, network: str, rounds: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    meeting = Path(folder, "meet").as_uri()
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world_size)
+    contestants = _contestants(network)
+    together: dict[str, Callable[[], Any]] = {}
+    for name, run in contestants.items():
+        for _ in range(6):  # until the habits of a loop are learned
+            run()
+        together |= {name: run, f"wait after {name}": dist.barrier}
+    seconds = seconds_of(together, rounds)
+    rows = []
+    for name, run in contestants.items():
+        with received_messages() as messages:
+            run()
+        added = [mine - plain for mine, plain in zip(seconds[name], seconds["local"], strict=True)]
+        p20, *_, p80 = statistics.quantiles(added, n=5)
+        rows.append(
+            {
+                "world_size": world_size,
+                "network": network,
+                "name": name,
+                "median": statistics.median(seconds[name]),
+                "added": statistics.median(added),
+                "added_p20": p20,
+                "added_p80": p80,
+                "messages": len(messages),
+                "received": sum(size for _, size in messages),
+            }
+        )
+    if rank == 0:
+        torch.save(rows, Path(folder, "rows"))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--world-sizes", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--networks", nargs="+", default=["small", "resnet18"])
+    parser.add_argument("--rounds", type=int, default=21, help="forward passes each (default 21)")
+    parser.add_argument("--save", action="store_true", help="write the results' JSON")
+    arguments = parser.parse_args()
+
+    results = []
+    print("ranks  network   way            pass ms  added ms                 messages  received KB")
+    for world_size in arguments.world_sizes:
+        for network in arguments.networks:
+            with tempfile.TemporaryDirectory() as folder:
+                spawn(_measure, (world_size, network, arguments.rounds, folder), world_size)
+                rows = torch.load(Path(folder, "rows"))
+            for row in rows:
+                points = (1e3 * row[key] for key in ("added", "added_p20", "added_p80"))
+                added = "{:6.1f} ({:.1f} to {:.1f})".format(*points)
+                print(
+                    f"{world_size:5}  {network:8}  {row['name']:13}  {1e3 * row['median']:7.1f}  "
+                    f"{added:23}  {row['messages']:8}  {row['received'] / 1e3:11.1f}",
+                    flush=True,
+                )
+            results += rows
+    if arguments.save:
+        print(f"wrote {save('key_encoder', results)}")
+
+
+if __name__ == "__main__":
+    main()
