@@ -122,7 +122,6 @@ def next_key_in_graph(world: World) -> Key:
     return Key(seed, step)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _agree_while_tracing(name: str) -> int:
     """Agree on a seed, if the group has none, while its ranks trace their first shuffle."""
     world = process_groups.find_world(name)
@@ -133,6 +132,11 @@ def _agree_while_tracing(name: str) -> int:
             seed = exchange.gather_numbers([seed], device, world, "batch_shuffle")[0][0]
         keep_state(world, Key(seed, 0))
     return 0
+
+
+# As torch.compiler.assume_constant_result marks it, without its import of the whole compiler, which
+# would make this library's take two seconds.
+_agree_while_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def get_shuffle_state(process_group: ProcessGroupLike = None) -> tuple[int, int] | None:
