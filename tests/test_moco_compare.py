@@ -130,7 +130,7 @@ def test_another_configuration_is_refused(tmp_path: Path) -> None:
     other = replace(CONFIG, optim=OptimConfig(lr=0.1))
     bns: list[Norm] = ["local", "regroup"]
     for bn in bns:  # one that was run, and one that has no run yet
-        with pytest.raises(ConfigError, match=r"another --lr \(was 0.06, is 0.1\); choose another"):
+        with pytest.raises(ConfigError, match=r"another --lr \(was 0.12, is 0.1\); choose another"):
             compare(other, [bn], [0], tmp_path, train=train)
     other = replace(CONFIG, run=replace(CONFIG.run, ranks=4))
     with pytest.raises(ConfigError, match=r"another number of ranks \(was 2, is 4\)"):

@@ -52,3 +52,10 @@ def test_another_kind_of_batch_norm_is_refused() -> None:
     with pytest.raises(NetworkError, match=r"^train: --bn regroup: .*Own") as caught:
         normalise_key(nn.Sequential(Own(3)), NormConfig())
     assert "\n" not in str(caught.value)
+
+
+def test_a_network_without_batch_norm_is_refused() -> None:
+    """Catches a flag that does nothing, which is found out when the training is over."""
+    for normalise in (normalise_query, normalise_key):
+        with pytest.raises(NetworkError, match=r"^train: --network has no batch norm layer"):
+            normalise(nn.Sequential(nn.Linear(2, 2)), NormConfig())

@@ -51,6 +51,14 @@ def test_the_interval_of_five_seeds_covers_at_its_rate() -> None:
 
 
 def test_without_errors_there_is_no_interval() -> None:
+    own = combine_leaks([0.0], [0.0], [[-0.003, 0.004]])  # no key changed: not certain either
+    assert own is not None
+    assert (own.low, own.high) == (-0.003, 0.004)
+    both = combine_leaks([0.1, 0.3], [0.03, 0.04], [[0.07, 0.2], [0.26, 0.3]])
+    assert both is not None
+    assert both.low == pytest.approx(0.2 - 0.025)
+    assert both.high == pytest.approx(0.2 + 0.05)
+
     leak = combine_leaks([0.1, 0.3], [0.03, None])
     assert leak is not None
     assert leak.mean == pytest.approx(0.2)

@@ -31,8 +31,9 @@ from ranks import run_on_ranks
 from shuffle_batchnorm.moco import checkpoint
 from shuffle_batchnorm.moco.checkpoint import CheckpointError
 from shuffle_batchnorm.moco.config import Config, ConfigError
+from shuffle_batchnorm.moco.examine import probe_checkpoint
 from shuffle_batchnorm.moco.spawn import Stopped
-from shuffle_batchnorm.moco.summary import check_records
+from shuffle_batchnorm.moco.summary import check_records, summarise
 from shuffle_batchnorm.moco.trainer import Record, Trainer, train
 
 
@@ -229,7 +230,7 @@ def test_record_has_what_the_report_wants(unbroken: Path) -> None:
     ("changes", "message"),
     [
         ({}, "there is a run in .*: go on with it with --resume"),
-        ({"resume": True, "lr": 0.1}, r"another --lr \(was 0.06, is 0.1\)$"),
+        ({"resume": True, "lr": 0.1}, r"another --lr \(was 0.12, is 0.1\)$"),
         ({"resume": True, "bn": "local", "epochs": 3}, r"--bn \(.*\), --epochs \(was 2, is 3\)$"),
         ({"resume": True, "groups": 32}, r"another --groups \(was 16, is 32\)$"),
     ],
@@ -248,3 +249,15 @@ def test_another_number_of_ranks(unbroken: Path, tmp_path: Path) -> None:
 def test_too_few_images(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--batch-size 1024 is more than half of the 1438"):
         train_quickly(small_config(tmp_path, batch_size=1024, queue=1024))
+
+
+def test_a_run_that_diverges_has_a_record_and_is_said_to(tmp_path: Path) -> None:
+    """Catches a training that ends in an error of the probe, and can't be part of a comparison."""
+    record = train_quickly(small_config(tmp_path, epochs=1, lr=1e30))
+    assert record["complete"]
+    assert record["diverged"]
+    assert record["leak"] is None
+    [summary] = summarise([record])
+    assert (summary.runs, summary.diverged) == (1, 1)
+    with pytest.raises(ConfigError, match="the model has diverged"):
+        probe_checkpoint(tmp_path / "last.pt", batches=2, keys=4)

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias, get_args
 
 import torch
 
-from .checkpoint import FREE, write_atomically
+from .checkpoint import FREE, CheckpointError, write_atomically
 from .config import Config, ConfigError, Norm, flag, flat, to_dict, validate
 from .launch import Place, Stopped, launch, world_size
 from .report import write_report
@@ -254,7 +254,10 @@ def finished(folder: Path) -> Record | None:
 
 def save_json(path: Path, value: Any) -> None:
     """Write a file that is whole or the old one, whatever happens meanwhile."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{CALL}: --output {path.parent}: {error.strerror}") from error
     write_atomically(path, f"{json.dumps(value, indent=1, allow_nan=False)}\n".encode())
 
 

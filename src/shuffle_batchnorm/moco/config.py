@@ -65,7 +65,7 @@ class NormConfig:
     """Whose batch statistics normalise the keys."""
 
     bn: Norm = "regroup"
-    """Batch norm of the key encoder; that of the query encoder is local, or sync if this is."""
+    """Batch norm of the key encoder; the query encoder's is local, or sync if this is sync."""
     groups: int = 8
     """Virtual groups in each rank's batch; 1 is one group per rank, as in MoCo."""
     blocks: int = 8

@@ -13,7 +13,7 @@ from .config import Config, ConfigError, Device, from_dict, validate
 from .data import load_data
 from .images import Images
 from .launch import Place, launch, world_size
-from .measure import Evaluation, check_pool, find_leak, find_stability
+from .measure import Evaluation, check_pool, find_leak, find_stability, is_finite, leak_figures
 from .model import MoCo
 from .random_state import own_random_state
 from .session import restore_model
@@ -110,6 +110,8 @@ def _examine(
         images = load_data(config.data)
         model = build_model(config, images, place.device)
         restore_model(model, state, place)
+        if not is_finite(model):
+            raise ConfigError("the model has diverged: not all of its numbers are finite")
         views = Views(config, images, place)
         figures = function(config, model, images, views, place, *args)
     return {"epoch": state["epoch"], "step": state["step"], "bn": config.norm.bn, **figures}
@@ -129,15 +131,11 @@ def _probe(
     batches: int,
     keys: int,
 ) -> Figures:
-    check_pool(config, images, place.world_size)
+    check_pool(config, images, place.world_size, keys)
     if keys > config.optim.batch_size:
         raise ConfigError(f"probe: --keys {keys} is more than the batch, {config.optim.batch_size}")
     report = find_leak(config, model, images, views, place, batches=batches, keys=keys)
     return {
-        "leak": report.leak,
-        "leak_standard_error": report.standard_error,
-        "leak_interval": list(report.interval),
-        "leak_as_trained": report.as_trained,
-        "leak_fresh": report.fresh,
+        **leak_figures(report),
         "stability": find_stability(config, model, images, views, place),
     }

@@ -82,7 +82,8 @@ def launch(
     hear = listening if graceful else lambda: nullcontext(StopRequest())
     if dist.is_initialized():
         rank, size = dist.get_rank(), dist.get_world_size()
-        device = find_device(run, int(os.environ.get("LOCAL_RANK", rank)), 1)
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+        device = find_device(run, int(os.environ.get("LOCAL_RANK", rank)), local_size)
         with hear() as stop:
             return _join(function, args, Place(rank, size, device, stop, None))
     if _under_torchrun():

@@ -25,6 +25,7 @@ from .launch import Place
 from .model import MoCo
 
 EVALUATION_BATCH = 256
+BATCHES, KEYS = 32, 32  # of the leak: batches, and keys looked at in each
 CALL = "train"
 Features = tuple[Tensor, Tensor]
 
@@ -95,14 +96,20 @@ def averaged_running_stats(encoder: nn.Module) -> Iterator[None]:
             buffer.copy_(value)
 
 
-def check_pool(config: Config, images: Images, world_size: int) -> None:
+def is_finite(model: MoCo) -> bool:
+    """Whether all weights and keys are finite; the same on all ranks. Waits for the device."""
+    tensors = [*model.parameters(), model.queue]
+    return bool(torch.stack([torch.isfinite(tensor).all() for tensor in tensors]).all())
+
+
+def check_pool(config: Config, images: Images, world_size: int, keys: int = KEYS) -> None:
     """Refuse a data set that is too small to measure the leak with, before it is trained on.
 
     Raises:
         ConfigError: a batch and its fresh company are more than there is.
     """
     batch, count = config.optim.batch_size, len(images.train)  # type: ignore[arg-type]
-    if 2 * batch - keys_per_pass(config, world_size, batch) > count:
+    if 2 * batch - keys_per_pass(config, world_size, min(keys, batch)) > count:
         raise ConfigError(
             f"{CALL}: --batch-size {batch} is more than half of the {count} images: the leak is "
             "measured with a batch and as many others"
@@ -127,8 +134,8 @@ def find_leak(
     views: Views,
     place: Place,
     *,
-    batches: int = 32,
-    keys: int = 32,
+    batches: int = BATCHES,
+    keys: int = KEYS,
 ) -> LeakReport:
     """Measure the leak of a model against its queue; see `measure_leak`.
 
@@ -144,7 +151,8 @@ def find_leak(
     keys = min(keys, config.optim.batch_size)
 
     def augment(pixels: Tensor) -> Tensor:
-        return views.augmented(pixels.to(place.device))
+        with torch.autocast(place.device.type, enabled=False):  # as in training
+            return views.augmented(pixels.to(place.device))
 
     generator = torch.Generator().manual_seed(config.run.seed)
     with views.autocast():
@@ -161,6 +169,30 @@ def find_leak(
             modules=(model,),
             generator=generator,
         )
+
+
+def leak_figures(report: LeakReport) -> dict[str, Any]:
+    """Return a report as plain values, as they are in a record."""
+    return {
+        "leak": report.leak,
+        "leak_standard_error": report.standard_error,
+        "leak_interval": list(report.interval),
+        "leak_as_trained": report.as_trained,
+        "leak_fresh": report.fresh,
+        "leak_text": str(report),
+    }
+
+
+NOT_MEASURED: dict[str, Any] = dict.fromkeys(
+    (
+        "leak",
+        "leak_standard_error",
+        "leak_interval",
+        "leak_as_trained",
+        "leak_fresh",
+        "leak_text",
+    )
+)
 
 
 def find_stability(

@@ -24,7 +24,7 @@ def normalise_query(encoder: nn.Module, norm: NormConfig) -> nn.Module:
         The encoder.
 
     Raises:
-        NetworkError: a kind of batch norm that can't be converted.
+        NetworkError: a kind of batch norm that can't be converted, or none at all.
 
     Example:
         >>> normalise_query(nn.BatchNorm2d(3), NormConfig(bn="regroup", groups=16)).mode
@@ -48,7 +48,7 @@ def normalise_key(encoder: nn.Module, norm: NormConfig) -> nn.Module:
         that one rank can shuffle among its virtual groups.
 
     Raises:
-        NetworkError: a kind of batch norm that can't be converted.
+        NetworkError: a kind of batch norm that can't be converted, or none at all.
 
     Example:
         >>> normalise_key(nn.BatchNorm2d(3), NormConfig(bn="regroup", groups=16)).mode
@@ -61,8 +61,11 @@ def normalise_key(encoder: nn.Module, norm: NormConfig) -> nn.Module:
 
 def _convert(encoder: nn.Module, norm: NormConfig, mode: str) -> nn.Module:
     try:
-        return ShuffleBatchNorm.convert_shuffle_batchnorm(
+        converted = ShuffleBatchNorm.convert_shuffle_batchnorm(
             encoder, mode=mode, groups=norm.groups, offset=norm.offset, blocks=norm.blocks
         )
     except TypeError as error:
         raise NetworkError(f"{CALL}: --bn {norm.bn}: {error}") from error
+    if not any(isinstance(module, ShuffleBatchNorm) for module in converted.modules()):
+        raise NetworkError(f"{CALL}: --network has no batch norm layer, so --bn would do nothing")
+    return converted

@@ -9,6 +9,7 @@ from typing import Any
 
 import jinja2
 
+from .checkpoint import write_atomically
 from .figures import save_figures
 from .looks import STYLE, look
 from .summary import Estimate, Record, Summary, by_bn, check_records, on_a_par, summarise
@@ -257,11 +258,12 @@ def write_report(
 
     Raises:
         ResultsError: `records` is no list of records, or is empty.
+        CheckpointError: the disk is full, say.
     """
     runs = check_records(records, "records")
     paths = save_figures(output / "figures", runs)
     text = render(runs, pictures(paths, runs), command=command, setup=setup or {})
-    (output / "table.md").write_text(markdown_table(runs), encoding="utf-8")
+    write_atomically(output / "table.md", markdown_table(runs).encode())
     page = output / PAGE_NAME
-    page.write_text(text, encoding="utf-8")
+    write_atomically(page, text.encode())
     return page

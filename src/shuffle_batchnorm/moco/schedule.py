@@ -22,7 +22,7 @@ def learning_rate(config: Config, step: int, steps_per_epoch: int) -> float:
     Example:
         >>> config = Config()
         >>> learning_rate(config, 0, 5), learning_rate(config, 150, 5)
-        (0.06, 0.03)
+        (0.12, 0.06)
     """
     optim = config.optim
     warmup = optim.warmup_epochs * steps_per_epoch

@@ -106,13 +106,18 @@ def mean_over_seeds(values: Sequence[float]) -> Estimate | None:
     return from_spread(values)
 
 
-def combine_leaks(leaks: Sequence[float], errors: Sequence[float | None]) -> Estimate | None:
+def combine_leaks(
+    leaks: Sequence[float],
+    errors: Sequence[float | None],
+    intervals: Sequence[Sequence[float] | None] = (),
+) -> Estimate | None:
     """The leak over seeds, with a 95 % interval.
 
     With three seeds or more the error is the seeds' own spread, stdev / sqrt(n), and the interval
     is Student's with n − 1 degrees of freedom: it holds for a new seed's mean. With fewer it is
-    pooled from the runs' errors, sqrt(Σ error²) / n, and the interval is the normal one: it holds
-    for these runs alone.
+    pooled from the runs' errors, sqrt(Σ error²) / n, and so is each side of the interval from the
+    sides of the runs' own intervals, or where these are not known the normal one: it holds for
+    these runs alone.
 
     Example:
         >>> leak = combine_leaks([0.30, 0.28], [0.01, 0.01])
@@ -127,6 +132,12 @@ def combine_leaks(leaks: Sequence[float], errors: Sequence[float | None]) -> Est
     if len(known) < len(leaks):
         return Estimate(fmean(leaks), None, None, None, False)
     pooled = math.hypot(*known) / len(leaks)
+    own = [interval for interval in intervals if interval and len(interval) == 2]
+    if len(own) == len(leaks):
+        mean, count = fmean(leaks), len(leaks)
+        below = math.hypot(*(at - one[0] for at, one in zip(leaks, own, strict=True))) / count
+        above = math.hypot(*(one[1] - at for at, one in zip(leaks, own, strict=True))) / count
+        return Estimate(mean, pooled, mean - below, mean + above, False)
     half = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
     return around(fmean(leaks), pooled, half, from_spread=False)
 
@@ -152,9 +163,12 @@ def summarise_one(bn: str, runs: Sequence[Record]) -> Summary:
         values = [number(run, key) for run in good]
         return mean_over_seeds([value for value in values if value is not None])
 
-    measured = [(number(run, "leak"), number(run, "leak_standard_error")) for run in good]
-    pairs = [(leak, error) for leak, error in measured if leak is not None]
-    leak = combine_leaks([leak for leak, _ in pairs], [error for _, error in pairs])
+    measured = [run for run in good if number(run, "leak") is not None]
+    leak = combine_leaks(
+        [float(run["leak"]) for run in measured],
+        [number(run, "leak_standard_error") for run in measured],
+        [run.get("leak_interval") for run in measured],
+    )
     scores = {key: mean(key) for key in ("knn", "pretext_accuracy", "loss", "seconds")}
     return Summary(bn=bn, runs=len(runs), diverged=len(runs) - len(good), leak=leak, **scores)
 

@@ -1,5 +1,6 @@
 """The training loop: one run from its configuration to its record, resumed where it was left."""
 
+import math
 import signal
 import time
 from contextlib import ExitStack
@@ -19,7 +20,15 @@ from .data import EpochBatches, load_data, make_loader
 from .images import Images
 from .journal import RECORD
 from .launch import Place, Stopped
-from .measure import Evaluation, check_pool, find_leak, find_stability
+from .measure import (
+    NOT_MEASURED,
+    Evaluation,
+    check_pool,
+    find_leak,
+    find_stability,
+    is_finite,
+    leak_figures,
+)
 from .random_state import get_random_state, own_random_state, seed_all, set_random_state
 from .schedule import Mark, learning_rate
 from .session import find_run, own_buffers, restore_model
@@ -198,8 +207,10 @@ class Trainer:
         """Measure the trained model, and write and return the record."""
         config, last = self.config, self.curve[-1]
         measured = config, self.model, self.images, self.views, self.place
-        leak = find_leak(*measured)
-        scales = find_stability(*measured)
+        diverged = not (math.isfinite(last["loss"]) and is_finite(self.model))
+        # What has no finite features has no leak that could be measured.
+        found = NOT_MEASURED if diverged else leak_figures(find_leak(*measured))
+        scales = {} if diverged else find_stability(*measured)
         record: Record = {
             "bn": config.norm.bn,
             "seed": config.run.seed,
@@ -208,24 +219,22 @@ class Trainer:
             "groups": config.norm.groups,
             "blocks": config.norm.blocks,
             "offset": config.norm.offset,
-            "leak": leak.leak,
-            "leak_standard_error": leak.standard_error,
-            "leak_interval": list(leak.interval),
-            "leak_as_trained": leak.as_trained,
-            "leak_fresh": leak.fresh,
+            **found,
             "knn": last["knn"],
             "pretext_accuracy": last["pretext_accuracy"],
             "loss": last["loss"],
             "seconds": self.seconds,
             "samples_per_second": self.steps * config.optim.batch_size / max(self.seconds, 1e-9),
-            "spectral_radius": scales.pop("spectral_radius"),
+            "spectral_radius": scales.pop("spectral_radius", None),
             "stability": scales,
             "curve": self.curve,
+            "diverged": diverged,
             "complete": True,
         }
         on_rank_0(self.place, lambda: journal.write_json(self.folder / RECORD, record))
         if self.journal is not None:
-            self.journal.say(f"{CALL}: kNN {last['knn']:.4f}, {leak}")
+            outcome = "it has diverged" if diverged else found["leak_text"]
+            self.journal.say(f"{CALL}: kNN {last['knn']:.4f}, {outcome}")
         return record
 
     def read(self, seconds: float) -> Mark:
