@@ -70,16 +70,13 @@ def _move(
     call: str, route: Route, world: World, leaves: Sequence[Tensor], stamp: int | None = None
 ) -> tuple[Tensor, ...]:
     """Move all leaves ``[N, *]`` in one message of bytes, whatever their dtypes."""
-    if world.size == 1:
-        order = route.send_order[route.place_order]
-        moved = [leaf.index_select(0, order) for leaf in leaves]
-    elif torch.compiler.is_compiling():
-        moved = _move_in_graph(call, route, world, leaves)
-    else:
-        return _move_bytes(call, route, world, leaves, stamp)
+    if world.size > 1:
+        move = _move_in_graph if torch.compiler.is_compiling() else _move_bytes
+        return move(call, route, world, leaves, stamp)
+    order = route.send_order[route.place_order]
     return tuple(
-        new.contiguous(memory_format=_memory_format(old))
-        for new, old in zip(moved, leaves, strict=True)
+        leaf.index_select(0, order).contiguous(memory_format=_memory_format(leaf))
+        for leaf in leaves
     )
 
 
@@ -169,13 +166,18 @@ def _keep_buffer(world: World, buffer: Tensor) -> None:
         _buffers[world.group] = buffer
 
 
-def _move_in_graph(call: str, route: Route, world: World, leaves: Sequence[Tensor]) -> list[Tensor]:
-    """Move leaves by operations that the compiler can trace."""
+def _move_in_graph(
+    call: str, route: Route, world: World, leaves: Sequence[Tensor], _stamp: int | None
+) -> tuple[Tensor, ...]:
+    """Move leaves by operations that the compiler can trace; nothing is compared there."""
     leaving = [leaf.index_select(0, route.send_order).contiguous() for leaf in leaves]
     received = exchange.exchange_samples(
         _pack(leaving), route.send_splits, route.receive_splits, world, call
     )
-    return _unpack(received, leaves, route.place_order)
+    return tuple(
+        _unpack(part, leaf, route.place_order)
+        for part, leaf in zip(_parts(received, leaves), leaves, strict=True)
+    )
 
 
 def _pack(leaves: Sequence[Tensor]) -> Tensor:
@@ -201,14 +203,21 @@ def _parts(received: Tensor, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return parts
 
 
-def _unpack(received: Tensor, leaves: Sequence[Tensor], order: Tensor) -> list[Tensor]:
-    """Return the leaves ``[N, *]`` in the received bytes ``[N, K]``, in this order."""
-    return [
-        # Flat, because a view of no bytes per sample as a wider type is refused otherwise. A copy,
-        # since no result may be a view; the compiler makes one pass of it.
-        part.index_select(0, order).view(-1).view(leaf.dtype).view(leaf.shape).clone()
-        for part, leaf in zip(_parts(received, leaves), leaves, strict=True)
-    ]
+def _unpack(part: Tensor, leaf: Tensor, order: Tensor) -> Tensor:
+    """Return the samples ``[N, *]``, like a leaf's, in received bytes ``[N, K]``, in this order."""
+    # Flat, because a view of no bytes per sample as a wider type is refused otherwise.
+    moved = part.index_select(0, order).view(-1).view(leaf.dtype).view(leaf.shape)
+    if leaf.is_floating_point() or leaf.is_complex():
+        # A pass over it, since no result may be a view. It names the leaf because the compiler of
+        # torch 2.11 sees no gradient in what has been bytes, and would silently make it zero.
+        never = torch.zeros((), dtype=torch.bool, device=leaf.device)
+        moved = torch.where(never, leaf, moved)
+    else:
+        moved = moved.clone()
+    last = _memory_format(leaf)
+    if last == torch.contiguous_format:
+        return moved.contiguous() if not moved.is_contiguous() else moved
+    return moved.contiguous(memory_format=last)
 
 
 def _memory_format(leaf: Tensor) -> torch.memory_format:
