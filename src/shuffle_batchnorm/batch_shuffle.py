@@ -36,7 +36,7 @@ from .shuffle_agreement import (
     STATE,
     Terms,
     agree,
-    stamp,
+    as_number,
 )
 from .shuffle_plan import ShufflePlan, describe
 
@@ -120,7 +120,7 @@ def batch_shuffle(
 
     def find_plan(sizes: tuple[int, ...], seed: int) -> ShufflePlan:
         agreed = Key(seed, key.step)
-        route = make_route(agreed, sizes, world.rank).to(_device(leaves, world))
+        route = make_route(agreed, sizes, world.rank).to(_tensors(leaves)[0].device)
         return ShufflePlan(world, sizes, agreed, route)
 
     known = plan if isinstance(plan, ShufflePlan) else find_plan
@@ -213,7 +213,6 @@ def _agree_and_move(
         found = find((n,), terms.seed)
         return _move(terms.call, _tensors(leaves), found), found
 
-    device = _device(leaves, world)
     fits = error is None and (not isinstance(plan, ShufflePlan) or is_stratified(plan.sizes))
     form = Form(terms.call, n, stamped_width(_tensors(leaves))) if fits and n else None
     expected = expected_form(world)
@@ -221,12 +220,12 @@ def _agree_and_move(
         if expected is not None and form == expected:
             found = find((n,) * world.size, terms.seed)
             with contextlib.suppress(OtherStampError):
-                moved = _move(terms.call, _tensors(leaves), found, stamp(terms))
+                moved = _move(terms.call, _tensors(leaves), found, as_number(terms))
                 note_form(world, form)
                 return moved, found
         elif expected is not None:
-            move_nothing(terms.call, world, expected.n, expected.width, device)
-    sizes, seed = agree(terms, n, error, world, device)
+            move_nothing(*expected, world, _device(leaves, world))
+    sizes, seed = agree(terms, n, error, world, _device(leaves, world))
     with _in_step(world):
         found = find(sizes, seed)
         moved = _move(terms.call, _tensors(leaves), found)

@@ -27,7 +27,7 @@ def move_samples(
     return moved
 
 
-def move_nothing(call: str, world: World, n: int, width: int, device: torch.device) -> None:
+def move_nothing(call: str, n: int, width: int, world: World, device: torch.device) -> None:
     """Take part in a stamped message of n samples, `width` bytes each, that this rank has not."""
     splits = (n // world.size,) * world.size
     sent = torch.zeros(n, width, dtype=torch.uint8, device=device)

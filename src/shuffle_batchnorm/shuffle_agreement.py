@@ -28,16 +28,10 @@ class Terms(NamedTuple):
     step: int
 
 
-def stamp(terms: Terms) -> int:
-    """Return an int64 that is the same for the same terms, in every process."""
-    digest = hashlib.blake2b(repr(terms).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, signed=True)
-
-
 def agree(
     terms: Terms, n: int, error: Exception | None, world: World, device: torch.device
 ) -> tuple[tuple[int, ...], int]:
-    """Check that all ranks call alike; return their batch sizes and rank 0's seed.
+    """Check that all ranks, two or more, call alike; return their batch sizes and rank 0's seed.
 
     Communication: 72 bytes from every rank to every rank; an all_gather of 2 KiB before an error.
 
@@ -45,11 +39,7 @@ def agree(
         Exception: `error` on the rank that has one; RuntimeError that quotes it on its peers;
             ValueError on all ranks if they disagree.
     """
-    if world.size == 1:
-        if error is not None:
-            raise error
-        return (n,), terms.seed
-    header = [int(error is None), n, *map(_number, terms)]
+    header = [int(error is None), n, *map(as_number, terms)]
     headers = exchange.gather_numbers(header, device, world, terms.call)
     name, other = _first_difference(headers)
     if all(ok for ok, *_ in headers) and not name:
@@ -67,8 +57,8 @@ def agree(
     )
 
 
-def _number(value: object) -> int:
-    """Return an int64 that is the same for the same term in every process."""
+def as_number(value: object) -> int:
+    """Return an int64 that is the same for the same term, or terms, in every process."""
     if isinstance(value, int):
         return value
     return int.from_bytes(hashlib.blake2b(str(value).encode(), digest_size=7).digest())
@@ -76,7 +66,7 @@ def _number(value: object) -> int:
 
 def _first_difference(headers: list[list[int]]) -> tuple[str, int]:
     """Return the first term on which a rank differs from rank 0, and that rank; or an empty one."""
-    new_seed = _number(NEW_SEED)
+    new_seed = as_number(NEW_SEED)
     for k, name in enumerate(Terms._fields, start=2):
         if name == "seed" and headers[0][2 + Terms._fields.index("order")] == new_seed:
             continue  # every rank has proposed one; rank 0's is taken

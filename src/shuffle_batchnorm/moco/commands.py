@@ -12,6 +12,8 @@ from typing import Annotated, Any, get_args
 from tyro.conf import Fixed, Positional, Suppress, arg, subcommand
 
 from .config import (
+    LEAK_BATCHES,
+    LEAK_KEYS,
     Config,
     ConfigError,
     DataConfig,
@@ -129,9 +131,9 @@ class Evaluate(_Examine):
 class Probe(_Examine):
     """Tell how much the keys of a checkpoint leak, and how its activations grow."""
 
-    batches: int = 32
+    batches: int = LEAK_BATCHES
     """Batches that are drawn."""
-    keys: int = 32
+    keys: int = LEAK_KEYS
     """Keys that are looked at in each."""
 
     def act(self) -> None:

@@ -10,7 +10,6 @@ import platform
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeAlias, get_args
 
@@ -18,6 +17,7 @@ import torch
 
 from .checkpoint import FREE, CheckpointError, write_atomically
 from .config import Config, ConfigError, Norm, flag, flat, to_dict, validate
+from .journal import CONFIG, RECORD, versions
 from .launch import Place, Stopped, launch, world_size
 from .report import write_report
 from .summary import Record, ResultsError, check_records, read_json, tidy
@@ -27,8 +27,6 @@ Train: TypeAlias = Callable[[Config], Record]
 
 CALL = "compare"
 BEGUN, RESULTS = "comparison.json", "results.json"
-CONFIG, RECORD = "config.json", "record.json"  # what the trainer writes for a run
-PACKAGES = ("shuffle_batchnorm", "torch", "kornia", "numpy", "scikit-learn")
 # What differs from run to run in one comparison.
 VARIED = {"bn", "seed"}
 # Of the flags that may change from one start to the next, what the page needn't tell.
@@ -263,12 +261,7 @@ def save_json(path: Path, value: Any) -> None:
 
 def environment() -> dict[str, Any]:
     """The versions and the hardware that a comparison runs with."""
-    found: dict[str, Any] = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:  # run from a folder that was not installed
-            continue
+    found = versions()
     found["system"] = f"{platform.system()} {platform.machine()}"
     found["CPU"] = f"{processor()} ({torch.get_num_threads()} threads)"
     if torch.cuda.is_available():

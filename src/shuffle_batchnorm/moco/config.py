@@ -18,6 +18,7 @@ Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["fp32", "bf16", "float64"]
 
 CALL = "train"
+LEAK_BATCHES, LEAK_KEYS = 32, 32  # batches that the leak is measured with; keys looked at in each
 IMAGE_SIZES = {"digits": 16, "cifar10": 32, "cifar100": 32, "imagefolder": 224}
 
 

@@ -9,7 +9,15 @@ from typing import Any
 from . import checkpoint
 from .build import Views, build_model
 from .checkpoint import State
-from .config import Config, ConfigError, Device, from_dict, validate
+from .config import (
+    LEAK_BATCHES,
+    LEAK_KEYS,
+    Config,
+    ConfigError,
+    Device,
+    from_dict,
+    validate,
+)
 from .data import load_data
 from .images import Images
 from .launch import Place, launch, world_size
@@ -46,8 +54,8 @@ def probe_checkpoint(
     device: Device = "auto",
     data_path: Path | None = None,
     *,
-    batches: int = 32,
-    keys: int = 32,
+    batches: int = LEAK_BATCHES,
+    keys: int = LEAK_KEYS,
 ) -> Figures:
     """Return the leak and the stability of a checkpoint; see `measure_leak`.
 

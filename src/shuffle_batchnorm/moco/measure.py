@@ -16,7 +16,7 @@ from shuffle_batchnorm.contexts import synchronize_running_stats
 from shuffle_batchnorm.probe import LeakReport, measure_leak, stability
 
 from .build import Views
-from .config import Config, ConfigError
+from .config import LEAK_BATCHES, LEAK_KEYS, Config, ConfigError
 from .control import broadcast_object, gather_objects
 from .data import make_loader, whole_batches
 from .evaluation import extract_features, knn_accuracy, linear_probe
@@ -25,7 +25,6 @@ from .launch import Place
 from .model import MoCo
 
 EVALUATION_BATCH = 256
-BATCHES, KEYS = 32, 32  # of the leak: batches, and keys looked at in each
 CALL = "train"
 Features = tuple[Tensor, Tensor]
 
@@ -102,7 +101,7 @@ def is_finite(model: MoCo) -> bool:
     return bool(torch.stack([torch.isfinite(tensor).all() for tensor in tensors]).all())
 
 
-def check_pool(config: Config, images: Images, world_size: int, keys: int = KEYS) -> None:
+def check_pool(config: Config, images: Images, world_size: int, keys: int = LEAK_KEYS) -> None:
     """Refuse a data set that is too small to measure the leak with, before it is trained on.
 
     Raises:
@@ -134,8 +133,8 @@ def find_leak(
     views: Views,
     place: Place,
     *,
-    batches: int = BATCHES,
-    keys: int = KEYS,
+    batches: int = LEAK_BATCHES,
+    keys: int = LEAK_KEYS,
 ) -> LeakReport:
     """Measure the leak of a model against its queue; see `measure_leak`.
 
@@ -171,28 +170,15 @@ def find_leak(
         )
 
 
-def leak_figures(report: LeakReport) -> dict[str, Any]:
-    """Return a report as plain values, as they are in a record."""
+def leak_figures(report: LeakReport | None) -> dict[str, Any]:
+    """Return a report as plain values, as they are in a record; all None if there is none."""
     return {
-        "leak": report.leak,
-        "leak_standard_error": report.standard_error,
-        "leak_interval": list(report.interval),
-        "leak_as_trained": report.as_trained,
-        "leak_fresh": report.fresh,
-        "leak_text": str(report),
+        "leak": report and report.leak,
+        "leak_standard_error": report and report.standard_error,
+        "leak_interval": report and list(report.interval),
+        "leak_as_trained": report and report.as_trained,
+        "leak_fresh": report and report.fresh,
     }
-
-
-NOT_MEASURED: dict[str, Any] = dict.fromkeys(
-    (
-        "leak",
-        "leak_standard_error",
-        "leak_interval",
-        "leak_as_trained",
-        "leak_fresh",
-        "leak_text",
-    )
-)
 
 
 def find_stability(

@@ -21,7 +21,6 @@ from .images import Images
 from .journal import RECORD
 from .launch import Place, Stopped
 from .measure import (
-    NOT_MEASURED,
     Evaluation,
     check_pool,
     find_leak,
@@ -209,7 +208,7 @@ class Trainer:
         measured = config, self.model, self.images, self.views, self.place
         diverged = not (math.isfinite(last["loss"]) and is_finite(self.model))
         # What has no finite features has no leak that could be measured.
-        found = NOT_MEASURED if diverged else leak_figures(find_leak(*measured))
+        leak = None if diverged else find_leak(*measured)
         scales = {} if diverged else find_stability(*measured)
         record: Record = {
             "bn": config.norm.bn,
@@ -219,7 +218,7 @@ class Trainer:
             "groups": config.norm.groups,
             "blocks": config.norm.blocks,
             "offset": config.norm.offset,
-            **found,
+            **leak_figures(leak),
             "knn": last["knn"],
             "pretext_accuracy": last["pretext_accuracy"],
             "loss": last["loss"],
@@ -233,8 +232,7 @@ class Trainer:
         }
         on_rank_0(self.place, lambda: journal.write_json(self.folder / RECORD, record))
         if self.journal is not None:
-            outcome = "it has diverged" if diverged else found["leak_text"]
-            self.journal.say(f"{CALL}: kNN {last['knn']:.4f}, {outcome}")
+            self.journal.say(f"{CALL}: kNN {last['knn']:.4f}, {leak or 'it has diverged'}")
         return record
 
     def read(self, seconds: float) -> Mark:
