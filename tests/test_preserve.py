@@ -2,10 +2,10 @@
 
 import copy
 import functools
+import importlib
 import random
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ __all__ = ["one_thread"]  # a fixture
 
 SMALL: dict[str, Any] = dict(batch_size=16, batches=2, keys_per_batch=4, keys_per_pass=4)
 # The global one, which augmentations still use.
-NUMPY: Any = vars(np)["random"]
+NUMPY: Any = importlib.import_module("numpy.random")
 IMAGES = torch.randn(40, 3, 6, 6)
 
 
