@@ -23,6 +23,8 @@ def move_samples(
     Raises:
         OtherStampError: another rank sent another stamp; all ranks that sent this one raise it.
     """
+    if not torch.is_grad_enabled():
+        return _move(call, route, world, leaves, stamp)
     moved: tuple[Tensor, ...] = _Move.apply(call, route, world, stamp, *leaves)  # type: ignore[no-untyped-call]
     return moved
 
@@ -85,8 +87,8 @@ def _move_bytes(
 ) -> tuple[Tensor, ...]:
     """Move leaves, allocating no more than what is sent and what is received.
 
-    On a CPU the first touch of new memory costs ten times the copy into it: what is sent lies in
-    memory that is kept for the next call, and what is received becomes the result.
+    On a CPU the first touch of new memory costs ten times the copy into it. So one of the two
+    memories becomes the result, and the other is kept for the next call.
     """
     n = len(route.send_order)
     places, width = _places(leaves, stamped=stamp is not None)
@@ -95,19 +97,23 @@ def _move_bytes(
     for place, leaf in zip(places, leaves, strict=True):
         if leaf.numel():
             # In the order of a contiguous tensor: that of other ranks' leaves may differ.
-            samples = sent[:, place].view(leaf.dtype).view(leaf.shape)
-            torch.index_select(leaf, 0, route.send_order, out=samples)
+            torch.index_select(leaf, 0, route.send_order, out=_part(sent, place, leaf))
     if stamp is not None:
         sent.view(torch.int64)[:, -1] = stamp
     received = exchange.exchange_samples(sent, route.send_splits, route.receive_splits, world, call)
     if stamp is not None and set(received.view(torch.int64)[:, -1].tolist()) != {stamp}:
         _keep_buffer(world, buffer)
         raise OtherStampError
+    if len(buffer) == n * width and _is_contiguous(leaves):
+        # Sent memory becomes the result, and what has arrived is kept: one pass.
+        moved = [_take_memory(buffer, leaves[0])]
+        arrived = _part(received, places[0], leaves[0])
+        torch.index_select(arrived, 0, route.place_order, out=moved[0])
+        _keep_buffer(world, received.view(-1))
+        return tuple(moved)
     torch.index_select(received, 0, route.place_order, out=sent)
-    if len(leaves) == 1 and _memory_format(leaves[0]) == torch.contiguous_format:
-        # In the memory of the message, yet no view of it: users may change a result in place.
-        result = torch.empty(0, dtype=leaves[0].dtype, device=received.device)
-        moved = [result.set_(received.untyped_storage()).resize_(leaves[0].shape)]
+    if _is_contiguous(leaves):
+        moved = [_take_memory(received, leaves[0])]
     else:
         _free(received)
         moved = [
@@ -120,10 +126,26 @@ def _move_bytes(
             for leaf in leaves
         ]
     for place, leaf in zip(places, moved, strict=True):
-        if leaf.numel():
-            leaf.copy_(sent[:, place].view(leaf.dtype).view(leaf.shape))
+        leaf.copy_(_part(sent, place, leaf))
     _keep_buffer(world, buffer)
     return tuple(moved)
+
+
+def _is_contiguous(leaves: Sequence[Tensor]) -> bool:
+    """Return whether the result is one tensor in the order of the message."""
+    return len(leaves) == 1 and _memory_format(leaves[0]) == torch.contiguous_format
+
+
+def _take_memory(memory: Tensor, leaf: Tensor) -> Tensor:
+    """Return a new tensor like a leaf in this memory, yet no view: users may change it in place."""
+    result = torch.empty(0, dtype=leaf.dtype, device=memory.device)
+    return result.set_(memory.untyped_storage()).resize_(leaf.shape)
+
+
+def _part(rows: Tensor, place: slice, leaf: Tensor) -> Tensor:
+    """View a leaf's bytes in each row ``[N, K]`` as a tensor like the leaf, ``[N, *]``."""
+    # A view of no bytes as a wider type is refused.
+    return rows[:, place].view(leaf.dtype).view(leaf.shape) if leaf.numel() else leaf
 
 
 def stamped_width(leaves: Sequence[Tensor]) -> int:
@@ -162,7 +184,8 @@ def _take_buffer(world: World, size: int, device: torch.device) -> Tensor:
 
 
 def _keep_buffer(world: World, buffer: Tensor) -> None:
-    if buffer.device.type == "cpu":
+    # What was made in inference mode could not be written to outside of it.
+    if buffer.device.type == "cpu" and not buffer.is_inference():
         _buffers[world.group] = buffer
 
 

@@ -26,44 +26,52 @@ class Key(NamedTuple):
     step: Number
 
 
-def permutation(
-    key: Key, kind: int, rank: int, n: int, device: "torch.device | str" = "cpu"
-) -> Tensor:
+def permutation(key: Key, kind: int, rank: int, n: int) -> Tensor:
     """Return a permutation ``[n]`` that only depends on the key, its kind and a rank."""
+    return permutations(key, (kind,), rank, n)[0]
+
+
+def permutations(
+    key: Key, kinds: Sequence[int], rank: int, n: int, device: "torch.device | str" = "cpu"
+) -> tuple[Tensor, ...]:
+    """Return a permutation ``[n]`` of each kind, in one go."""
     if isinstance(key.seed, Tensor) or isinstance(key.step, Tensor):
-        order: Tensor = _permutation_op(key.seed, key.step, kind, rank, n, torch.device(device))
-        return order
-    return _permutation(key.seed, key.step, kind, rank, n).to(device)
+        device = torch.device(device)
+        orders: Tensor = _permutations_op(key.seed, key.step, list(kinds), rank, n, device)
+    else:
+        orders = _permutations(key.seed, key.step, kinds, rank, n).to(device)
+    return orders.unbind()
 
 
 # Opaque to the compiler, which otherwise writes out every use of every intermediate number: the
 # hash uses each twice, many times over.
-@torch.library.custom_op("shuffle_batchnorm::permutation", mutates_args=())
-def _permutation_op(
-    seed: Tensor, step: Tensor, kind: int, rank: int, n: int, device: torch.device
+@torch.library.custom_op("shuffle_batchnorm::permutations", mutates_args=())
+def _permutations_op(
+    seed: Tensor, step: Tensor, kinds: list[int], rank: int, n: int, device: torch.device
 ) -> Tensor:
-    return _permutation(int(seed), int(step), kind, rank, n).to(device)
+    return _permutations(int(seed), int(step), kinds, rank, n).to(device)
 
 
-@_permutation_op.register_fake
+@_permutations_op.register_fake
 def _(
     seed: Tensor,  # noqa: ARG001
     step: Tensor,  # noqa: ARG001
-    kind: int,  # noqa: ARG001
+    kinds: list[int],
     rank: int,  # noqa: ARG001
     n: int,
     device: torch.device,
 ) -> Tensor:
-    return torch.empty(n, dtype=torch.int64, device=device)
+    return torch.empty(len(kinds), n, dtype=torch.int64, device=device)
 
 
-def _permutation(seed: int, step: int, kind: int, rank: int, n: int) -> Tensor:
-    mixed = _mix(kind << 24 | rank)
+def _permutations(seed: int, step: int, kinds: Sequence[int], rank: int, n: int) -> Tensor:
+    mixed = [_mix(kind << 24 | rank) for kind in kinds]
     for number in (seed, step):
-        mixed = _mix(mixed ^ (number & _LOW_32))
-        mixed = _mix(mixed ^ ((number >> 32) & _LOW_32))
+        for half in (number & _LOW_32, (number >> 32) & _LOW_32):
+            mixed = [_mix(word ^ half) for word in mixed]
+    words = torch.tensor(mixed)[:, None]
     # The hash is one-to-one in the index, so there are no ties: one order on every machine.
-    return torch.argsort(_mix(_mix(torch.arange(n) ^ mixed) ^ mixed))
+    return torch.argsort(_mix(_mix(torch.arange(n) ^ words) ^ words), dim=1)
 
 
 @overload
@@ -136,12 +144,8 @@ def stratified_route(
 ) -> Route:
     """Return the route on which every rank sends ``n / W`` samples of its choice to every rank."""
     splits = (n // world_size,) * world_size
-    return Route(
-        send_order=permutation(key, LEAVING, rank, n, device),
-        send_splits=splits,
-        place_order=permutation(key, ARRIVED, rank, n, device),
-        receive_splits=splits,
-    )
+    leaving, arrived = permutations(key, (LEAVING, ARRIVED), rank, n, device)
+    return Route(leaving, splits, arrived, splits)
 
 
 def uniform_route(key: Key, sizes: Sequence[int], rank: int) -> Route:

@@ -1,6 +1,7 @@
 """Which ranks belong together, seen from one of them."""
 
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -64,7 +65,7 @@ def find_world(name: str) -> World:
 
 def default_device(world: World) -> torch.device:
     """Return a device on which the group can communicate, the CPU if that is one."""
-    kinds = set() if world.group is None else {kind.type for kind in world.group._device_types}
+    kinds = _device_kinds(world)
     if "cuda" in kinds and "cpu" not in kinds:
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
@@ -74,8 +75,19 @@ def usable_device(world: World, device: torch.device) -> torch.device:
     """Return a device on which the group can communicate: the one given, if it can."""
     if world.group is None or torch.compiler.is_compiling():
         return device
-    kinds = {kind.type for kind in world.group._device_types}
-    return device if device.type in kinds else default_device(world)
+    return device if device.type in _device_kinds(world) else default_device(world)
+
+
+_kinds: "WeakKeyDictionary[Any, set[str]]" = WeakKeyDictionary()
+
+
+def _device_kinds(world: World) -> set[str]:
+    """Return the kinds of device on which the group can communicate."""
+    if world.group is None:
+        return set()
+    if world.group not in _kinds:
+        _kinds[world.group] = {kind.type for kind in world.group._device_types}
+    return _kinds[world.group]
 
 
 def _is_non_member(process_group: ProcessGroupLike) -> bool:
