@@ -219,16 +219,16 @@ def _update_running(
 
     In `regroup` the mean over all ranks of these averages is the average over all new groups.
     """
-    count, mean, std = unpack(statistics.used)
+    rows = statistics.used
     filled = tuple(k for k, n in enumerate(sizes) if n > 0)
     if not filled:
         if plan.mode != "sync":
             return
         # An empty rank learns what the others have seen; if all are empty, nothing.
-        momentum = momentum * (count[0, 0] > 0)
+        momentum = momentum * (rows[0, 0, 0] > 0)
     elif len(filled) < len(sizes):
-        rows = constant(filled, torch.int64, count)
-        count, mean, std = (part.index_select(0, rows) for part in (count, mean, std))
+        rows = rows.flatten(0, 1).index_select(0, constant(filled, torch.int64, rows))
+    count, mean, std = unpack(rows)
     unbiased = std.square() * (count / (count - 1).clamp(min=1))
     for running, batch in ((running_mean, mean), (running_var, unbiased)):
         new = batch.mean(dim=0)

@@ -47,7 +47,8 @@ def unpack(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return count ``[R, 1]``, mean and std ``[R, C]`` of rows ``[..., 2 * C + 1]``."""
     rows = rows.reshape(-1, rows.shape[-1])
     channels = rows.shape[1] // 2
-    return rows[:, :1], rows[:, 1 : channels + 1], rows[:, channels + 1 :]
+    count, mean, std = rows.split((1, channels, channels), dim=1)
+    return count, mean, std
 
 
 def mix(blocks: Tensor, plan: Plan, world: World) -> Statistics:
@@ -141,13 +142,13 @@ def check_counts(
     On the CPU the error is raised here and names the group. A GPU raises a device-side assertion,
     so that no step has to wait for the counts.
     """
-    count = unpack(statistics.used)[0][:, 0]
     if world.size == 1 or plan.mode == "local":
         # A new group has as many samples as any: no need to look at the counts.
         values = shape[2:].numel() * shape[0] // (1 if plan.mode == "sync" else plan.groups)
         if values == 1:
-            _fail(count, 0, plan, world, shape)
+            _fail(unpack(statistics.used)[0][:, 0], 0, plan, world, shape)
         return
+    count = unpack(statistics.used)[0][:, 0]
     if all(n > 0 for n in sizes):
         valid = count >= 2
     else:

@@ -8,39 +8,45 @@ two ways turn blocks into channels without a copy:
   channel of its own. The statistics of samples, ``1 / L`` of the data, are then pooled to blocks.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
+from . import reference
 from .rows import are_equal, block_sum, counts, per_sample
 
 Sizes = tuple[int, ...]
 
-_SHORT = 64  # values in a plane below which a broadcast spends its time between planes
+_PART = 2**20  # values per thread
 
 
 def block_moments(x: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor]:
     """See `reference.block_moments`."""
     x, lines = _layout(x)
-    if lines or len(sizes) == 1:
-        blocks = [_moments(piece) for piece in _pieces(x, sizes, lines)]
+    if lines:
+        blocks = [_moments(piece) for piece in _pieces(x, sizes)]
         return torch.stack([mean for mean, _ in blocks]), torch.stack([std for _, std in blocks])
     shape = x.shape[:2]
-    mean, variance = torch.batch_norm_update_stats(_planes(x), None, None, 0.0)
-    mean, variance = mean.view(shape), variance.view(shape)
-    # Pooled by Chan's formula: the samples of a block have the same number of values.
-    count = counts(sizes, 1, mean).clamp(min=1)
-    block_mean = block_sum(mean, sizes) / count
-    between = block_sum((mean - per_sample(block_mean, sizes)).square_(), sizes)
-    return block_mean, (block_sum(variance, sizes).add_(between) / count).sqrt_()
+    planes = x.view(shape.numel(), -1)
+    count = counts(sizes, planes.shape[1], planes).double().clamp(min=1)
+    sums = planes.sum(dim=1).view(shape)
+    mean = (block_sum(sums, sizes, torch.float64) / count).to(x.dtype)
+    distances = _distances(planes, *_per_plane(sizes, mean)).view(shape)
+    std = (block_sum(distances.double().square_(), sizes) / count).sqrt_()
+    if not math.isfinite(float(std.sum())):
+        # A square did not fit the dtype.
+        mean, std = reference.block_moments(x.double(), sizes)
+    return mean.to(x.dtype), std.to(x.dtype)
 
 
 def block_affine(x: Tensor, sizes: Sizes, center: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """See `reference.block_affine`."""
     x, lines = _layout(x)
     y = torch.empty_like(x)
-    if not lines and x.shape[2:].numel() < _SHORT:
+    if not lines:
         # A batch norm in eval mode, with running statistics `center` and 1.
-        scale, shift, center = (per_sample(row, sizes).view(-1) for row in (scale, shift, center))
+        center, scale, shift = _per_plane(sizes, center, scale, shift)
         unit, unused = torch.ones_like(center), x.new_empty(0)
         torch.native_batch_norm(
             _planes(x), scale, shift, center, unit, False, 0.0, 0.0,
@@ -59,12 +65,11 @@ def block_grad_sums(
     """See `reference.block_grad_sums`."""
     x, lines = _layout(x)
     dy = _as_layout(dy, lines)
-    if lines or len(sizes) == 1:
-        pieces = zip(_pieces(x, sizes, lines), _pieces(dy, sizes, lines), strict=True)
+    if lines:
+        pieces = zip(_pieces(x, sizes), _pieces(dy, sizes), strict=True)
         sums = [_grad_sums(*piece, center[k], scale[k]) for k, piece in enumerate(pieces)]
         return torch.stack([total for total, _ in sums]), torch.stack([dot for _, dot in sums])
-    centers, scales = (per_sample(row, sizes).view(-1) for row in (center, scale))
-    total, dot = _grad_sums(_planes(x), _planes(dy), centers, scales)
+    total, dot = _grad_sums(_planes(x), _planes(dy), *_per_plane(sizes, center, scale))
     shape = x.shape[:2]
     return block_sum(total.view(shape), sizes), block_sum(dot.view(shape), sizes)
 
@@ -103,19 +108,25 @@ def _as_layout(dy: Tensor, lines: bool) -> Tensor:
     return dy.movedim(1, -1).contiguous().movedim(-1, 1) if lines else dy.contiguous()
 
 
-def _pieces(x: Tensor, sizes: Sizes, lines: bool) -> tuple[Tensor, ...]:
-    """Cut ``[N, C, *]`` into its blocks, as lines ``[n * L, C]`` or as they are, ``[n, C, L]``."""
+def _pieces(x: Tensor, sizes: Sizes) -> tuple[Tensor, ...]:
+    """Cut ``[N, C, *]`` in lines into its blocks, ``[n * L, C]``."""
     n, channels = x.shape[:2]
     length = x.shape[2:].numel()
-    if lines:
-        lengths = [size * length for size in sizes]
-        return torch.split(x.movedim(1, -1).view(n * length, channels), lengths)
-    return torch.split(x.view(n, channels, length), list(sizes))
+    lengths = [size * length for size in sizes]
+    return torch.split(x.movedim(1, -1).view(n * length, channels), lengths)
 
 
 def _planes(x: Tensor) -> Tensor:
     """View contiguous ``[N, C, *]`` as ``[1, N * C, L]``."""
     return x.view(1, x.shape[0] * x.shape[1], x.shape[2:].numel())
+
+
+def _per_plane(sizes: Sizes, *rows: Tensor) -> tuple[Tensor, ...]:
+    """Give each plane its number in rows ``[blocks, C]``: each ``[N * C]``, contiguous."""
+    if are_equal(sizes):
+        spread = torch.stack(rows)[:, :, None].expand(-1, -1, sizes[0], -1)
+        return spread.reshape(len(rows), -1).contiguous().unbind()
+    return tuple(per_sample(row, sizes).view(-1) for row in rows)
 
 
 def _broadcast(x: Tensor, sizes: Sizes, lines: bool, *rows: Tensor) -> tuple[Tensor, ...]:
@@ -132,6 +143,14 @@ def _broadcast(x: Tensor, sizes: Sizes, lines: bool, *rows: Tensor) -> tuple[Ten
         return (view, *(row[:, None, :] for row in rows))
     view = x.view(len(sizes), sizes[0], channels, length)
     return (view, *(row[:, None, :, None] for row in rows))
+
+
+def _distances(planes: Tensor, centers: Tensor) -> Tensor:
+    """Return the norm of each plane's distance to its center, ``[planes]``."""
+    # In parts that stay in the cache: the difference is never as large as the input.
+    rows = max(1, _PART * torch.get_num_threads() // planes.shape[1])
+    parts = zip(planes.split(rows), centers[:, None].split(rows), strict=True)
+    return torch.cat([torch.linalg.vector_norm(part - center, dim=1) for part, center in parts])
 
 
 # What follows works on the channels, axis 1, of one block, or of all planes.
