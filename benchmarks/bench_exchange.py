@@ -4,9 +4,9 @@
 
 Rows of C float32 channels, one group per rank, one thread per rank. Contestants: the seed's three
 all_gathers forward and nothing backward; SyncBatchNorm's all_gather of 2C + 1 numbers forward and
-all_reduce of 2C backward (SyncBatchNorm itself refuses CPU tensors); the library's `swap`, `regroup`
-and `sync` through the calls of a training step; and, forward, what carries the row of `swap` with
-nothing around it: a bare all_to_all_single, and a bare isend and irecv.
+all_reduce of 2C backward (SyncBatchNorm itself refuses CPU tensors); the library's `swap`,
+`regroup` and `sync` through the calls of a training step; and, forward, what carries the row of
+`swap` with nothing around it: a bare all_to_all_single, and a bare isend and irecv.
 
 A time is the mean over ranks of what a call took from a common start. Prints milliseconds, times
 faster than the seed's pattern (forward) and than SyncBatchNorm's (forward, backward): medians and,
@@ -124,9 +124,8 @@ def _measure(rank: int, world_size: int, channels: list[int], rounds: int, folde
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world_size)
     results = []
     for count in channels:
-        for direction, contestants in zip(
-            ("forward", "backward"), _contestants(count), strict=True
-        ):
+        forward, backward = _contestants(count)
+        for direction, contestants in (("forward", forward), ("backward", backward)):
             where = {"world_size": world_size, "channels": count, "direction": direction}
             results += [where | row for row in _rows(contestants, rounds)]
     if rank == 0:
