@@ -105,7 +105,7 @@ def test_a_rank_has_few_peers(world_size: int) -> None:
                 peers = _peers(splits) - {rank}
                 if options.mode == "swap":
                     assert len(peers) <= (1 if options.offset % options.groups == 0 else 2)
-                elif abs(options.offset) <= options.groups:
+                elif abs(options.offset) <= options.groups or options.offset % options.groups == 0:
                     assert len(peers) < plan.per_group
                 else:  # a shift that is no multiple of `groups` leads to two ranks
                     assert len(peers) <= 2 * (plan.per_group - 1)
