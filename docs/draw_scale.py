@@ -69,7 +69,7 @@ def times(row: Row, peer: str) -> str:
 
 
 def print_measured(record: dict[str, Any]) -> None:
-    print(f"One layer of C = {CHANNELS}, milliseconds, and times faster:\n")
+    print(f"One layer of C = {CHANNELS}, forward, milliseconds, and times faster:\n")
     print("| W | seed | SyncBatchNorm | `swap` | than the seed | `regroup` | than SyncBatchNorm |")
     print("|---|---|---|---|---|---|---|")
     for world in worlds_of(record):
