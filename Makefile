@@ -12,7 +12,7 @@ STAMP := $(VENV)/.setup
 # The machine with a GPU may have torch in a Python of its own and no .venv.
 GPU_PYTHON ?= $(if $(wildcard $(STAMP)),$(BIN)/python,$(PYTHON))
 
-.PHONY: help setup demo test lint format bench bench-shuffle bench-trainer compare gpu-check docs clean
+.PHONY: help setup demo test lint format bench bench-exchange bench-shuffle bench-trainer compare gpu-check docs clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -44,6 +44,9 @@ format: setup ## mend what can be mended without thought
 
 bench: setup ## measure the layer against its peers
 	$(BIN)/python benchmarks/bench_layer.py $(ARGS)
+
+bench-exchange: setup ## measure a layer's exchange against the seed's and SyncBatchNorm's
+	$(BIN)/python benchmarks/bench_exchange.py $(ARGS)
 
 bench-shuffle: setup ## measure batch_shuffle against an all_gather of all samples
 	$(BIN)/python benchmarks/bench_batch_shuffle.py $(ARGS)

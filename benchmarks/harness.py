@@ -60,10 +60,10 @@ def _synchronize() -> None:
 
 def _timing(times: list[float], peer: list[float]) -> Timing:
     ratios = [mine / other for mine, other in zip(times, peer, strict=True)]
-    return Timing(*_spread(times), *_spread(ratios))
+    return Timing(*spread(times), *spread(ratios))
 
 
-def _spread(values: list[float]) -> tuple[float, float, float]:
+def spread(values: list[float]) -> tuple[float, float, float]:
     """Median and 20 and 80 percent points."""
     points = statistics.quantiles(values, n=5)
     return statistics.median(values), points[0], points[-1]

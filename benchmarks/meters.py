@@ -17,8 +17,12 @@ _RECEIVED: dict[str, Callable[..., int]] = {
         n * out[0].nbytes for rank, n in enumerate(splits) if n and rank != dist.get_rank()
     ),
     "all_gather": lambda outs, *_, **__: sum(out.nbytes for out in outs) - outs[0].nbytes,
+    "irecv": lambda tensor, *_, **__: tensor.nbytes,
     "broadcast": lambda tensor, src, **_: tensor.nbytes if dist.get_rank() != src else 0,
-    "all_reduce": lambda tensor, **_: tensor.nbytes,
+    # As a ring does it: every rank's share of the sum comes round once, then the sums do.
+    "all_reduce": lambda tensor, *_, **__: (
+        2 * tensor.nbytes * (dist.get_world_size() - 1) // dist.get_world_size()
+    ),
 }
 Message = tuple[str, int]  # collective, bytes received from others
 

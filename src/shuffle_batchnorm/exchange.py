@@ -30,7 +30,8 @@ def rotate(rows: Tensor, plan: Plan, world: World, *, inverse: bool = False) -> 
     """Move row ``(i, c)`` of every rank to group ``(i + shifts[c]) mod G``, or back.
 
     Communication: one ``all_to_all_single`` with constant splits. `swap` (B = 1) sends
-    ``groups`` rows to at most two peers, `regroup` ``groups * B`` rows to at most B ranks.
+    ``groups`` rows to at most two peers, `regroup` ``groups * B`` rows to at most B
+    ranks, or 2 B if the offset is more than ``groups`` and no multiple of it.
 
     Args:
         rows: ``[groups, B, K]``, this rank's rows; or ``[groups, 1, K]``, to send each B times.

@@ -64,7 +64,9 @@ def mix(blocks: Tensor, plan: Plan, world: World) -> Statistics:
         used = exchange.rotate(pooled, plan, world, inverse=True)
         return Statistics(used, used)
     if plan.mode == "sync":
-        row = pool(blocks.view(1, -1, blocks.shape[-1]))
+        row = blocks.view(1, -1, blocks.shape[-1])
+        if row.shape[1] > 1:  # a single group is pooled as it is
+            row = pool(row)
         if world.size > 1:
             row = pool(exchange.gather(row.view(-1), world)[None])
         used = row.expand_as(blocks)

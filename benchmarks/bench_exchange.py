@@ -1,0 +1,175 @@
+"""One layer's exchange of statistics against the seed's pattern and SyncBatchNorm's, on gloo ranks.
+
+    python benchmarks/bench_exchange.py [--world-sizes 2 4 8 16] [--rounds 21] [--save]
+
+Rows of C float32 channels, one group per rank, one thread per rank. Contestants: the seed's three
+all_gathers forward and nothing backward; SyncBatchNorm's all_gather of 2C + 1 numbers forward and
+all_reduce of 2C backward (SyncBatchNorm itself refuses CPU tensors); the library's `swap`,
+`regroup` and `sync` through the calls of a training step; and, forward, what carries the row of
+`swap` with nothing around it: a bare all_to_all_single, and a bare isend and irecv.
+
+A time is the mean over ranks of what a call took from a common start. Prints milliseconds, times
+faster than the seed's pattern (forward) and than SyncBatchNorm's (forward, backward): medians and,
+in brackets, 20 and 80 percent points. `--save` writes benchmarks/results/exchange.json.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from harness import save, seconds_of, spread
+from meters import received_messages
+from torch import Tensor
+from torch.multiprocessing.spawn import spawn
+
+from shuffle_batchnorm import process_groups
+from shuffle_batchnorm.mixing import Options, make_plan, rotation
+from shuffle_batchnorm.statistics import mix, mix_gradients
+
+SEED, SYNC_BN = "seed", "SyncBatchNorm"
+MODES = ("swap", "regroup", "sync")
+Contestants = dict[str, Callable[[], object]]
+
+
+def _gathered(row: Tensor) -> None:
+    dist.all_gather([torch.empty_like(row) for _ in range(dist.get_world_size())], row)
+
+
+def _seed(row: Tensor) -> None:
+    """Gather every rank's means, mean squares and count, each by a call of its own."""
+    channels = len(row) // 2
+    for part in row.split((1, channels, channels)):
+        _gathered(part)
+
+
+def _bare_all_to_all(row: Tensor) -> None:
+    world, rank = dist.get_world_size(), dist.get_rank()
+    route = rotation(world, rank, 1, (-1 % world,))
+    received = torch.empty_like(row[None])
+    receive, send = list(route.receive_splits), list(route.send_splits)
+    dist.all_to_all_single(received, row[None], receive, send)
+
+
+def _bare_send(row: Tensor) -> None:
+    world, rank = dist.get_world_size(), dist.get_rank()
+    arriving = dist.irecv(torch.empty_like(row), (rank + 1) % world)
+    leaving = dist.isend(row, (rank - 1) % world)
+    for work in (arriving, leaving):
+        if work is not None:
+            work.wait()
+
+
+def _contestants(channels: int) -> tuple[Contestants, Contestants]:
+    """What each does in one layer forward, and backward."""
+    world = process_groups.resolve(None)
+    row, sums = torch.rand(2 * channels + 1), torch.rand(2 * channels)
+    row[0] = 32 * 49  # a count
+    forward: Contestants = {SEED: partial(_seed, row), SYNC_BN: partial(_gathered, row)}
+    backward: Contestants = {SYNC_BN: lambda: dist.all_reduce(sums)}
+    for mode in MODES:
+        plan = make_plan(Options(mode), world.size, world.rank)
+        shape = (plan.groups, plan.per_group, -1)
+        forward[mode] = partial(mix, row.expand(shape).contiguous(), plan, world)
+        backward[mode] = partial(mix_gradients, sums.expand(shape).contiguous(), plan, world)
+    forward |= {"all_to_all": partial(_bare_all_to_all, row), "isend": partial(_bare_send, row)}
+    return forward, backward
+
+
+def _seconds(contestants: Contestants, rounds: int) -> dict[str, list[float]]:
+    """Return what each contestant took in each round, on average over ranks."""
+    # Between two contestants the ranks wait for each other, so that none pays for the other.
+    together: Contestants = {}
+    for name, run in contestants.items():
+        together |= {f"wait before {name}": dist.barrier, name: run}
+    mine = seconds_of(together, rounds)
+    times = torch.tensor([mine[name] for name in contestants], dtype=torch.float64)
+    dist.all_reduce(times)
+    return dict(zip(contestants, (times / dist.get_world_size()).tolist(), strict=True))
+
+
+def _rows(contestants: Contestants, rounds: int) -> list[dict[str, Any]]:
+    seconds = _seconds(contestants, rounds)
+    rows = []
+    for name, run in contestants.items():
+        with received_messages() as messages:
+            run()
+        median, p20, p80 = spread(seconds[name])
+        faster = {
+            peer: spread([a / b for a, b in zip(seconds[peer], seconds[name], strict=True)])
+            for peer in (SEED, SYNC_BN)
+            if peer in seconds
+        }
+        rows.append(
+            {
+                "name": name,
+                "median": median,
+                "p20": p20,
+                "p80": p80,
+                "times_faster_than": faster,
+                "messages": len(messages),
+                "received": sum(size for _, size in messages),
+            }
+        )
+    return rows
+
+
+def _measure(rank: int, world_size: int, channels: list[int], rounds: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    meeting = Path(folder, "meet").as_uri()
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world_size)
+    results = []
+    for count in channels:
+        forward, backward = _contestants(count)
+        for direction, contestants in (("forward", forward), ("backward", backward)):
+            where = {"world_size": world_size, "channels": count, "direction": direction}
+            results += [where | row for row in _rows(contestants, rounds)]
+    if rank == 0:
+        torch.save(results, Path(folder, "rows"))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _print(row: dict[str, Any]) -> None:
+    faster = {
+        peer: "{:5.1f} ({:.1f} to {:.1f})".format(*points)
+        for peer, points in row["times_faster_than"].items()
+    }
+    print(
+        f"{row['world_size']:5}  {row['channels']:8}  {row['direction']:9}  {row['name']:13}  "
+        f"{1e3 * row['median']:7.2f}  {faster.get(SEED, ''):20}  {faster.get(SYNC_BN, ''):20}  "
+        f"{row['messages']:8}  {row['received']:14}",
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--world-sizes", type=int, nargs="+", default=[2, 4, 8, 16])
+    parser.add_argument("--channels", type=int, nargs="+", default=[64, 512, 2048])
+    parser.add_argument("--rounds", type=int, default=21, help="exchanges each (default 21)")
+    parser.add_argument("--save", action="store_true", help="write the results' JSON")
+    arguments = parser.parse_args()
+
+    results = []
+    print(
+        "ranks  channels  direction  name                ms  than the seed         "
+        "than SyncBatchNorm    messages  received bytes"
+    )
+    for world_size in arguments.world_sizes:
+        with tempfile.TemporaryDirectory() as folder:
+            spawn(_measure, (world_size, arguments.channels, arguments.rounds, folder), world_size)
+            rows = torch.load(Path(folder, "rows"))
+        for row in rows:
+            _print(row)
+        results += rows
+    if arguments.save:
+        print(f"wrote {save('exchange', results)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,224 @@
+"""What a step of each way of shuffling sends, and what that costs: measured on gloo, NCCL on paper.
+
+The patterns and their bytes are exact. Times are a model: `Gloo` is fitted to
+benchmarks/results/exchange.json, `NCCL` is never measured here; each of its numbers has its source.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy.optimize import least_squares
+
+# ResNet-50: a stem, then stages of (blocks, width); a block has layers of width, width, 4 width,
+# and the first of a stage another of 4 width in its shortcut.
+STAGES = ((3, 64), (4, 128), (6, 256), (3, 512))
+RESNET50 = [64] + [
+    channels
+    for blocks, width in STAGES
+    for block in range(blocks)
+    for channels in (width, width, *([4 * width] * (2 if block == 0 else 1)))
+]
+SAMPLES = 32  # per rank
+IMAGE, FEATURES = 4 * 3 * 224 * 224, 4 * 128  # bytes
+HEADER, STAMP = 72, 8  # bytes that batch_shuffle compares calls by: per pair of ranks, per sample
+
+
+class Call(NamedTuple):
+    """One collective of a rank; `size` are the bytes of its own part, or those for each peer."""
+
+    kind: str
+    size: float
+    peers: int = 0  # of an all_to_all: to how many ranks it sends
+
+
+def received(call: Call, world: int) -> float:
+    """Bytes that reach a rank from others; all_reduce as a ring does it."""
+    return {
+        "all_gather": (world - 1) * call.size,
+        "all_reduce": 2 * (world - 1) / world * call.size,
+        "broadcast": call.size,
+        "all_to_all": call.peers * call.size,
+    }[call.kind]
+
+
+def layer(way: str, world: int, channels: int, direction: str = "forward") -> list[Call]:
+    """What one layer sends, with one group per rank."""
+    forward = direction == "forward"
+    row = 4 * (2 * channels + forward)  # the count travels forward
+    if way == "seed":
+        parts = (4, 4 * channels, 4 * channels)
+        return [Call("all_gather", size) for size in parts] if forward else []
+    if way in ("SyncBatchNorm", "sync"):
+        return [Call("all_gather" if forward else "all_reduce", row)]
+    if way == "swap":
+        return [Call("all_to_all", row, min(1, world - 1))]
+    return [Call("all_to_all", row, min(8, world) - 1)] * 2  # regroup
+
+
+def moco(samples: int, image: int, features: int, world: int) -> list[Call]:
+    order = Call("broadcast", 8 * samples * world)
+    return [Call("all_gather", samples * image), order, Call("all_gather", samples * features)]
+
+
+def batch_shuffle(samples: int, image: int, features: int, world: int) -> list[Call]:
+    """Every rank sends its samples to all ranks, or if W doesn't divide N to random ones."""
+    calls = []
+    for size in (image, features):
+        if samples % world:
+            calls += [Call("all_to_all", HEADER, world - 1)]
+            peers = min(samples, world - 1)
+            calls += [Call("all_to_all", samples * size / peers, peers)]
+        else:
+            calls += [Call("all_to_all", samples // world * (size + STAMP), world - 1)]
+    return calls
+
+
+def key_encoder(way: str, world: int) -> list[Call]:
+    """What the forward pass of a ResNet-50 key encoder sends."""
+    if way == "MoCo's shuffle":
+        return moco(SAMPLES, IMAGE, FEATURES, world)
+    if way == "batch_shuffle":
+        return batch_shuffle(SAMPLES, IMAGE, FEATURES, world)
+    return [call for channels in RESNET50 for call in layer(way, world, channels)]
+
+
+class Point(NamedTuple):
+    """What was measured: the calls of a rank, among how many ranks, and their time."""
+
+    calls: list[Call]
+    world: int
+    seconds: float
+
+
+class Gloo(NamedTuple):
+    """Seconds per unit of `_units`: what gloo costs where W processes share a few cores."""
+
+    hop: float
+    message: float
+    byte: float
+
+    def seconds(self, calls: Iterable[Call], world: int, cores: int) -> float:
+        units = [_units(call, world, cores) for call in calls]
+        return float(sum(np.dot(self, unit) for unit in units))
+
+
+def _units(call: Call, world: int, cores: int) -> tuple[float, float, float]:
+    """Hops in a row, messages and bytes, times the processes that take turns on a core."""
+    crowd = max(1.0, world / cores)
+    hops, messages = {
+        "all_gather": (world - 1, world - 1),  # a ring
+        "all_reduce": (2 * (world - 1), 2 * (world - 1)),
+        "broadcast": (math.ceil(math.log2(world)), 1),
+        "all_to_all": (1, world - 1),  # gloo sends the empty messages as well
+    }[call.kind]
+    return crowd * hops, crowd * messages, crowd * received(call, world)
+
+
+def fit(points: list[Point], cores: int) -> Gloo:
+    """Make the logarithm of model over measured small; outliers count less."""
+    units = np.array(
+        [
+            np.sum([_units(call, point.world, cores) for call in point.calls], axis=0)
+            for point in points
+        ]
+    )
+    measured = np.log([point.seconds for point in points])
+
+    def miss(logarithms: Any) -> Any:
+        return np.log(units @ np.exp(logarithms)) - measured
+
+    start = np.log([1e-4, 1e-4, 1e-9])
+    return Gloo(*map(float, np.exp(least_squares(miss, start, loss="soft_l1").x)))
+
+
+class Protocol(NamedTuple):
+    """Of a ring, microseconds and share of the bandwidth: the table of NCCL's own tuning model."""
+
+    base: float
+    nvlink: float
+    network: float
+    bandwidth: float
+
+
+class NCCL(NamedTuple):
+    """H100 nodes on paper: nothing here was measured by us. Microseconds and bytes per second."""
+
+    node: int = 8  # GPUs that share NVLink
+    # Ring LL, LL128, Simple: NVIDIA/nccl, src/graph/tuning.cc (baseLat, hwLat), commit 01afd20.
+    ring: tuple[Protocol, ...] = (
+        Protocol(3.6, 0.47, 2.7, 1 / 4),
+        Protocol(10.0, 1.9, 4.0, 0.92),
+        Protocol(8.4, 3.4, 9.6, 1.0),
+    )
+    tree: Protocol = Protocol(4.4, 0.52, 5.0, 0.9 / 3.8)  # LL, same source
+    crowded: float = 1.8  # factor on LL's NVLink latency with several nodes, same source
+    # What is left of 19 µs for a small message on 8 H100 (nccl#1487) after LL's 6.9 µs.
+    launch: float = 12.1
+    peer: float = 1.0  # assumed, for each further peer of an all_to_all
+    nvlink: float = 450e9  # H100, one direction
+    nic: float = 50e9  # 400 Gbit/s for each GPU
+    connection: float = 0.2  # s, first message to a new peer (nccl#1487)
+
+    def seconds(self, calls: Iterable[Call], world: int) -> float:
+        return 1e-6 * sum(self._microseconds(call, world) for call in calls)
+
+    def _microseconds(self, call: Call, world: int) -> float:
+        nodes = math.ceil(world / self.node)
+        if call.kind == "all_to_all":
+            # Point to point takes the Simple protocol; empty messages are not sent.
+            hop, link = self.ring[-1].network, self.nic
+            if nodes == 1:
+                hop, link = self.ring[-1].nvlink, self.nvlink
+            rest = self.peer * max(0, call.peers - 1)
+            return self.launch + hop + rest + 1e6 * received(call, world) / link
+        # A ring enters each node through one NIC; several rings use all of them.
+        link = self.nvlink if nodes == 1 else min(self.nvlink, self.node * self.nic)
+        turns = 2 if call.kind == "all_reduce" else 1
+        times = [
+            self._latency(protocol, turns * (world - nodes), turns * (nodes - 1), nodes)
+            + 1e6 * received(call, world) / (link * protocol.bandwidth)
+            for protocol in self.ring
+        ]
+        if call.kind == "all_reduce":
+            hops = 2 * (min(world, self.node) - 1), 2 * int(math.log2(nodes))
+            slowed = 1e6 * received(call, world) / (link * self.tree.bandwidth)
+            times.append(self._latency(self.tree, *hops, nodes) + slowed)
+        return self.launch + min(times)
+
+    def _latency(self, protocol: Protocol, inside: int, between: int, nodes: int) -> float:
+        is_ll = protocol in (self.ring[0], self.tree)
+        slower = self.crowded if nodes > 1 and is_ll else 1.0
+        return protocol.base + inside * slower * protocol.nvlink + between * protocol.network
+
+
+def rows_measured(record: dict[str, Any]) -> list[Point]:
+    """What results/exchange.json has of layers. Raises if the model has other bytes than these."""
+    points = []
+    for row in record["rows"]:
+        if row["name"] in ("all_to_all", "isend"):
+            continue
+        world = row["world_size"]
+        calls = layer(row["name"], world, row["channels"], row["direction"])
+        expected = sum(received(call, world) for call in calls)
+        if (len(calls), round(expected)) != (row["messages"], row["received"]):
+            raise ValueError(f"the model has {len(calls)} calls, {expected} bytes: {row}")
+        points.append(Point(calls, world, row["median"]))
+    return points
+
+
+def samples_measured(record: dict[str, Any]) -> dict[tuple[str, int], Point]:
+    """What results/batch_shuffle.json has, by way and W."""
+    points = {}
+    for row in record["rows"]:
+        world, ways = row["world_size"], {"MoCo": moco, "ours": batch_shuffle}
+        if row["name"] in ways:
+            calls = ways[row["name"]](32, 4 * 3 * 96 * 96, 4 * 128, world)
+            points[row["name"], world] = Point(calls, world, row["median"])
+    return points
+
+
+def misses(points: list[Point], seconds: Callable[[list[Call], int], float]) -> list[float]:
+    """The model's time over that measured, in order."""
+    return sorted(seconds(point.calls, point.world) / point.seconds for point in points)
