@@ -11,6 +11,7 @@ two ways turn blocks into channels without a copy:
 import torch
 from torch import Tensor
 
+from .layouts import as_layout, layout
 from .rows import are_equal, block_sum, counts, per_sample
 
 Sizes = tuple[int, ...]
@@ -20,7 +21,7 @@ _SHORT = 64  # values in a plane below which a broadcast spends its time between
 
 def block_moments(x: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor]:
     """See `reference.block_moments`."""
-    x, lines = _layout(x)
+    x, lines = layout(x)
     if lines or len(sizes) == 1:
         blocks = [_moments(piece) for piece in _pieces(x, sizes, lines)]
         return torch.stack([mean for mean, _ in blocks]), torch.stack([std for _, std in blocks])
@@ -36,7 +37,7 @@ def block_moments(x: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor]:
 
 def block_affine(x: Tensor, sizes: Sizes, center: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """See `reference.block_affine`."""
-    x, lines = _layout(x)
+    x, lines = layout(x)
     y = torch.empty_like(x)
     if not lines and x.shape[2:].numel() < _SHORT:
         # A batch norm in eval mode, with running statistics `center` and 1.
@@ -57,8 +58,8 @@ def block_grad_sums(
     dy: Tensor, x: Tensor, sizes: Sizes, center: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
     """See `reference.block_grad_sums`."""
-    x, lines = _layout(x)
-    dy = _as_layout(dy, lines)
+    x, lines = layout(x)
+    dy = as_layout(dy, lines)
     if lines or len(sizes) == 1:
         pieces = zip(_pieces(x, sizes, lines), _pieces(dy, sizes, lines), strict=True)
         sums = [_grad_sums(*piece, center[k], scale[k]) for k, piece in enumerate(pieces)]
@@ -73,34 +74,12 @@ def block_grad_affine(
     dy: Tensor, x: Tensor, sizes: Sizes, a: Tensor, b: Tensor, center: Tensor, c: Tensor
 ) -> Tensor:
     """See `reference.block_grad_affine`."""
-    x, lines = _layout(x)
-    dy = _as_layout(dy, lines)
+    x, lines = layout(x)
+    dy = as_layout(dy, lines)
     dx = block_affine(x, sizes, center, b, c)
     gradient, scales = _broadcast(dy, sizes, lines, a)
     _broadcast(dx, sizes, lines)[0].addcmul_(gradient, scales)
     return dx
-
-
-def _layout(x: Tensor) -> tuple[Tensor, bool]:
-    """Return `x`, copied if it has neither layout, and whether it is in lines ``[N * L, C]``.
-
-    ``L = 1`` is in lines too: planes of one value have nothing to sum.
-    """
-    if _in_lines(x):
-        return x, True
-    if not x.is_contiguous():
-        dense = torch.empty_like(x)  # in the same order of axes: lines with gaps become lines
-        if _in_lines(dense):
-            return dense.copy_(x), True
-    return x.contiguous(), False
-
-
-def _in_lines(x: Tensor) -> bool:
-    return x.movedim(1, -1).is_contiguous()
-
-
-def _as_layout(dy: Tensor, lines: bool) -> Tensor:
-    return dy.movedim(1, -1).contiguous().movedim(-1, 1) if lines else dy.contiguous()
 
 
 def _pieces(x: Tensor, sizes: Sizes, lines: bool) -> tuple[Tensor, ...]:
