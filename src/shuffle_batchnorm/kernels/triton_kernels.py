@@ -1,10 +1,9 @@
 """Triton code of the heavy kernels; `triton` launches it, `triton_tiles` chooses the tiles.
 
 Memory is ``[N, outer, inner]``, contiguous: lines ``[N, L, C]`` if LINES, else planes
-``[N, C, L]``. A program works on tiles ``[ROWS, OUTER, INNER]``; all arithmetic is in the dtype of
-the rows. Arguments that mean the same everywhere:
+``[N, C, L]``. All arithmetic is in the dtype of the rows. Arguments that mean the same everywhere:
 
-- `outer`, `units`: ``inner = units * UNIT``, for the compiler sees that UNIT divides it;
+- `outer`, `units`: ``inner = units * UNIT``, so that the compiler knows a divisor of `inner`;
 - `starts`: the first sample of each block, and N, ``[blocks + 1]``;
 - `splits`: the programs that share the sums of a block and a tile of channels;
 - a row ``[blocks, C]`` comes with the distance from one block to the next.
@@ -36,21 +35,28 @@ def moments(
     )
     start, end = tl.load(starts + block), tl.load(starts + block + 1)
 
-    offsets, exists, count = _step(first, tile, start, end, outer, inner, LINES, ROWS, OUTER, INNER)
-    values = tl.load(x + offsets, mask=exists, other=0).to(dtype)
-    center = _per_channel(tl.sum(values, axis=0), LINES) / tl.maximum(count, 1).to(dtype)
+    offsets, lanes, place, pitch, limit, jump, count = _step(
+        first, tile, start, end, outer, inner, LINES, ROWS, OUTER, INNER
+    )
+    center = tl.zeros([OUTER, INNER], dtype)
+    for r in tl.static_range(ROWS):
+        exists = lanes & (place + r * pitch < limit)
+        center += tl.load(x + offsets + r * jump, mask=exists, other=0).to(dtype)
+    center = _per_channel(center, LINES) / tl.maximum(count, 1).to(dtype)
 
     total = tl.zeros([OUTER, INNER], dtype)
     squares = tl.zeros([OUTER, INNER], dtype)
     n = tl.full([], 0, tl.int64)
     for step in range(first, last):
-        offsets, exists, count = _step(
+        offsets, lanes, place, pitch, limit, jump, count = _step(
             step, tile, start, end, outer, inner, LINES, ROWS, OUTER, INNER
         )
-        values = tl.load(x + offsets, mask=exists, other=0).to(dtype)
-        distance = tl.where(exists, values - center[None], 0)
-        total += tl.sum(distance, axis=0)
-        squares += tl.sum(distance * distance, axis=0)
+        for r in tl.static_range(ROWS):
+            exists = lanes & (place + r * pitch < limit)
+            values = tl.load(x + offsets + r * jump, mask=exists, other=0).to(dtype)
+            distance = tl.where(exists, values - center, 0)
+            total += distance
+            squares += distance * distance
         n += count
 
     count = n.to(dtype)
@@ -120,16 +126,20 @@ def grad_sums(
     )
     start, end = tl.load(starts + block), tl.load(starts + block + 1)
     channels, exist = _channels(tile, outer, inner, LINES, OUTER, INNER)
-    mean = tl.load(center + block * center_stride + channels, mask=exist, other=0)[None]
+    mean = tl.load(center + block * center_stride + channels, mask=exist, other=0)
 
     total = tl.zeros([OUTER, INNER], dtype)
     dot = tl.zeros([OUTER, INNER], dtype)
     for step in range(first, last):
-        offsets, exists, _ = _step(step, tile, start, end, outer, inner, LINES, ROWS, OUTER, INNER)
-        gradient = tl.load(dy + offsets, mask=exists, other=0).to(dtype)
-        values = tl.load(x + offsets, mask=exists, other=0).to(dtype)
-        total += tl.sum(gradient, axis=0)
-        dot += tl.sum(gradient * (values - mean), axis=0)
+        offsets, lanes, place, pitch, limit, jump, _ = _step(
+            step, tile, start, end, outer, inner, LINES, ROWS, OUTER, INNER
+        )
+        for r in tl.static_range(ROWS):
+            exists = lanes & (place + r * pitch < limit)
+            gradient = tl.load(dy + offsets + r * jump, mask=exists, other=0).to(dtype)
+            values = tl.load(x + offsets + r * jump, mask=exists, other=0).to(dtype)
+            total += gradient
+            dot += gradient * (values - mean)
 
     factor = tl.load(scale + block * scale_stride + channels, mask=exist, other=0)
     place = out + _place(block, split, columns, outer, inner, LINES) + channels
@@ -154,23 +164,33 @@ def affine(
     pieces = tl.cdiv(inner, INNER)
     heights = tl.cdiv(outer, OUTER)
     program = tl.program_id(0)
-    sample = (program // pieces // heights).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None, None]
-    o = program // pieces % heights * OUTER + tl.arange(0, OUTER)[None, :, None]
-    i = program % pieces * INNER + tl.arange(0, INNER)[None, None, :]
-    offsets = (sample * outer + o) * inner + i
-    exists = (sample < samples) & (o < outer) & (i < inner)
+    sample = (program // pieces // heights).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    o = program // pieces % heights * OUTER + tl.arange(0, OUTER)
+    i = program % pieces * INNER + tl.arange(0, INNER)
+    offsets = (sample[None, :, None] * outer + o[:, None, None]) * inner + i
+    there = sample < samples
+    exists = there[:, None] & (o < outer)[:, None, None] & (i < inner)
 
-    channels = i if LINES else o
-    exist = (sample < samples) & (channels < (inner if LINES else outer))
-    owner = tl.load(owners + sample, mask=sample < samples, other=0)
+    owner = tl.load(owners + sample, mask=there, other=0)
+    if LINES:
+        owner, channels, exist = owner[:, None], i[None, :], there[:, None] & (i < inner)
+    else:
+        owner, channels, exist = owner[None, :], o[:, None], there & (o < outer)[:, None]
     values = tl.load(x + offsets, mask=exists, other=0).to(dtype)
-    values -= tl.load(center + owner * center_stride + channels, mask=exist, other=0)
-    values *= tl.load(scale + owner * scale_stride + channels, mask=exist, other=0)
-    values += tl.load(shift + owner * shift_stride + channels, mask=exist, other=0)
+    values -= _per_sample(center + owner * center_stride + channels, exist, LINES)
+    values *= _per_sample(scale + owner * scale_stride + channels, exist, LINES)
+    values += _per_sample(shift + owner * shift_stride + channels, exist, LINES)
     if dy is not None:
         gradient = tl.load(dy + offsets, mask=exists, other=0).to(dtype)
-        values += gradient * tl.load(factor + owner * factor_stride + channels, mask=exist, other=0)
+        values += gradient * _per_sample(factor + owner * factor_stride + channels, exist, LINES)
     tl.store(y + offsets, values.to(y.dtype.element_ty), mask=exists)
+
+
+@triton.jit
+def _per_sample(places, exist, LINES: tl.constexpr):
+    """Load ``[ROWS, INNER]`` or ``[OUTER, ROWS]`` numbers of rows, to broadcast with a tile."""
+    row = tl.load(places, mask=exist, other=0)
+    return row[None, :, :] if LINES else row[:, :, None]
 
 
 @triton.jit
@@ -199,29 +219,42 @@ def _step(
     step, tile, start, end, outer, inner,
     LINES: tl.constexpr, ROWS: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    """Return the offsets of a step's tile, which of them exist, and the values per channel."""
-    r = tl.arange(0, ROWS)[:, None, None]
-    o = tl.arange(0, OUTER)[None, :, None]
-    i = tl.arange(0, INNER)[None, None, :]
+    """Return the ROWS tiles ``[OUTER, INNER]`` of a step.
+
+    Returns:
+        offsets: of the first tile; the next ones are `jump` further each.
+        lanes: which of their elements exist, but for those beyond the block:
+        place, pitch, limit: of tile r those exist where ``place + r * pitch < limit``.
+        jump: see `offsets`.
+        count: the values per channel.
+    """
+    o = tl.arange(0, OUTER)[:, None]
+    i = tl.arange(0, INNER)[None, :]
     if LINES:
         # A run of the block's lines: where one sample ends and the next begins doesn't matter.
-        line = start * outer + tl.cast(step, tl.int64) * (ROWS * OUTER)
-        count = tl.minimum(end * outer - line, ROWS * OUTER)
-        lines = line + (r * OUTER + o)
+        first = start * outer + tl.cast(step, tl.int64) * (ROWS * OUTER)
         i += tile * INNER
-        offsets = lines * inner + i
-        exists = (lines < end * outer) & (i < inner)
+        place = first + o
+        pitch = OUTER
+        limit = end * outer
+        offsets = place * inner + i
+        lanes = i < inner
+        count = tl.minimum(limit - first, ROWS * OUTER)
     else:
         # A piece of the planes of some samples.
         pieces = tl.cdiv(inner, INNER)
-        sample = start + tl.cast(step // pieces, tl.int64) * ROWS
+        place = start + tl.cast(step // pieces, tl.int64) * ROWS
         column = step % pieces * INNER
-        count = tl.minimum(end - sample, ROWS) * tl.minimum(inner - column, INNER)
+        pitch = 1
+        limit = end
         o += tile * OUTER
         i += column
-        offsets = ((sample + r) * outer + o) * inner + i
-        exists = (sample + r < end) & (o < outer) & (i < inner)
-    return offsets, exists, count
+        offsets = (place * outer + o) * inner + i
+        lanes = (o < outer) & (i < inner)
+        count = tl.minimum(limit - place, ROWS) * tl.minimum(inner - column, INNER)
+    # In int64: a sample may have more than 2**31 / ROWS elements.
+    jump = tl.cast(OUTER if LINES else outer, tl.int64) * inner
+    return offsets, lanes, place, pitch, limit, jump, count
 
 
 @triton.jit

@@ -46,7 +46,7 @@ def reduction(shape: Shape, sizes: Sizes, lines: bool, itemsize: int) -> Tiles:
     width = _fit(inner, lanes, lines)
     height = min(lanes // width, _power(most * length if lines else outer))
     rows = -(-most * length // height) if lines else most
-    depth = min(_ROWS * lanes // (height * width), _power(rows))
+    depth = min(_ROWS, _power(rows))
     steps = -(-rows // depth) * (1 if lines else -(-inner // width))
     tiles = -(-channels // (width if lines else height))
     splits = max(1, min(_PROGRAMS // (tiles * len(sizes)), steps // _STEPS))
