@@ -21,7 +21,7 @@ def block_moments(x: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor]:
     x, lines = layout(x)
     tiles = reduction(x.shape, sizes, lines, x.itemsize)
     splits, rows = tiles.splits, (len(sizes), x.shape[1])
-    starts = constant(tiles.index, torch.int64, x)
+    starts = constant(tiles.table, torch.int64, x)
     planes = (2, *rows) if splits == 1 else (3, splits, *rows)
     out = x.new_empty(planes, dtype=accumulation_dtype(x))
     columns = rows[0] * rows[1]
@@ -51,7 +51,7 @@ def block_grad_sums(
     x, lines = layout(x)
     tiles = reduction(x.shape, sizes, lines, x.itemsize)
     rows = (len(sizes), x.shape[1])
-    starts = constant(tiles.index, torch.int64, x)
+    starts = constant(tiles.table, torch.int64, x)
     out = x.new_empty((2, tiles.splits, *rows), dtype=accumulation_dtype(x))
     with torch.cuda.device_of(x):
         triton_kernels.grad_sums[(tiles.programs,)](
@@ -81,7 +81,7 @@ def _affine(
     factor: Tensor | None = None,
 ) -> Tensor:
     tiles = elementwise(x.shape, sizes, lines, x.itemsize)
-    owners = constant(tiles.index, torch.int64, x)
+    owners = constant(tiles.table, torch.int64, x)
     y = torch.empty_like(x)
     with torch.cuda.device_of(x):
         triton_kernels.affine[(tiles.programs,)](

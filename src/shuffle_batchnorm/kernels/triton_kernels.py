@@ -24,9 +24,7 @@ def moments(
     one of a few, it can't be far from the mean unless the values are, too: little cancels at worst,
     next to nothing where tiles resemble each other.
 
-    Args:
-        out: ``[2, blocks, C]``, or ``[3, splits, blocks, C]`` if SPLIT.
-        columns: blocks * C.
+    `out` is ``[2, blocks, C]``, or ``[3, splits, blocks, C]`` if SPLIT; `columns` is blocks * C.
     """
     dtype = out.dtype.element_ty
     inner = units * UNIT
@@ -84,9 +82,7 @@ def merge_moments(
 ):  # fmt: skip
     """Merge the moments of splits by Chan's formula, all at once and always in the same order.
 
-    Args:
-        parts: mean, sum of squares about it, and count, ``[3, splits, columns]``.
-        out: mean and standard deviation ``[2, columns]``.
+    `parts` are as `moments` writes them, ``[3, splits, columns]``; `out` is ``[2, columns]``.
     """
     split = tl.arange(0, SPLITS)[:, None]
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
@@ -115,9 +111,7 @@ def grad_sums(
 ):  # fmt: skip
     """Write each split's sums of ``dy`` and of ``dy * (x - center) * scale``.
 
-    Args:
-        out: ``[2, splits, blocks, C]``.
-        columns: blocks * C.
+    `out` is ``[2, splits, blocks, C]``; `columns` is blocks * C.
     """
     dtype = out.dtype.element_ty
     inner = units * UNIT
@@ -156,8 +150,7 @@ def affine(
 ):  # fmt: skip
     """Write ``y = (x - center) * scale + shift``, plus ``dy * factor`` if there is a `dy`.
 
-    Args:
-        owners: the block of each sample ``[samples]``.
+    `owners` is the block of each sample ``[samples]``.
     """
     dtype = center.dtype.element_ty
     inner = units * UNIT

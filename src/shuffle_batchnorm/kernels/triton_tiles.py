@@ -1,11 +1,12 @@
 """How the Triton kernels cut their work into programs: plain arithmetic, without Triton.
 
 Both layouts are contiguous memory ``[N, outer, inner]``: planes have the channels outside, lines
-inside. A tile is ``ROWS`` samples of planes, or runs of lines, times ``OUTER`` times ``INNER``.
+inside. A tile is ROWS samples of planes, or runs of lines, times OUTER times INNER.
 
-Nothing is tuned by timing. A sum's bits depend on its tiles, and ranks that differ in bits diverge;
-the other two kernels copy, and any tile with a few accesses of 16 bytes per thread does that at the
-speed of memory. So a step never stops to try tiles, whatever its batch size.
+Nothing is tuned by timing. The bits of a sum depend on its tiles, and what it is cut into must not
+depend on a machine's mood: ranks would differ. The elementwise kernels copy, and any tile with a
+few accesses of 16 bytes per thread does so at the speed of memory. So no step stops to try tiles,
+whatever its batch size, and a CUDA graph needs one warm-up call.
 """
 
 from functools import lru_cache
@@ -15,10 +16,10 @@ from typing import NamedTuple
 Sizes = tuple[int, ...]
 Shape = tuple[int, ...]
 
-_LANES = 2048  # bytes that the threads of a program load at once: 4 warps of 16 bytes a thread
-_ROWS = 4  # such loads in flight
-_STEPS = 8  # tiles that a program sums before it is worth splitting its block
-_PROGRAMS = 4096  # enough to fill a GPU several times; fixed, so that all GPUs sum alike
+_THREADS = 128
+_ROWS = 4  # tiles that a program loads at once
+_STEPS = 8  # loads of ROWS tiles that are worth a program of their own
+_PROGRAMS = 4096  # fill a GPU several times; fixed, so that every GPU adds in the same order
 
 
 class Tiles(NamedTuple):
@@ -28,20 +29,20 @@ class Tiles(NamedTuple):
         programs: in all.
         splits: programs that share a block's channels; 1 in the elementwise kernels.
         arguments: of the kernel, by name.
-        index: where blocks start ``[blocks + 1]``, or the block of each sample ``[N]``.
+        table: where blocks start ``[blocks + 1]``, or the block of each sample ``[N]``.
     """
 
     programs: int
     splits: int
     arguments: dict[str, int | bool]
-    index: tuple[int, ...]
+    table: tuple[int, ...]
 
 
 @lru_cache(maxsize=1024)
 def reduction(shape: Shape, sizes: Sizes, lines: bool, itemsize: int) -> Tiles:
     """Return how to sum blocks: a program takes some channels of a block, or a split of them."""
     channels, length, outer, inner = _memory(shape, lines)
-    lanes = _LANES // itemsize
+    lanes = _tile_size(inner, itemsize, accesses=1, narrow=4)
     most = max(sizes)
     width = _fit(inner, lanes, lines)
     height = min(lanes // width, _power(most * length if lines else outer))
@@ -61,7 +62,7 @@ def reduction(shape: Shape, sizes: Sizes, lines: bool, itemsize: int) -> Tiles:
 def elementwise(shape: Shape, sizes: Sizes, lines: bool, itemsize: int) -> Tiles:
     """Return how to map all values: a program takes one tile."""
     _, _, outer, inner = _memory(shape, lines)
-    size = _LANES * _ROWS // itemsize
+    size = _tile_size(inner, itemsize, accesses=4, narrow=8)
     width = _fit(inner, size, lines)
     height = min(size // width, _power(outer))
     depth = min(size // (height * width), _power(shape[0]))
@@ -82,6 +83,15 @@ def _memory(shape: Shape, lines: bool) -> tuple[int, int, int, int]:
     for n in shape[2:]:
         length *= n
     return (channels, length, length, channels) if lines else (channels, length, channels, length)
+
+
+def _tile_size(inner: int, itemsize: int, accesses: int, narrow: int) -> int:
+    """Return the elements of a tile: `accesses` of 16 bytes per thread.
+
+    Where `inner` has no factor that would let a thread load 16 bytes, at most `narrow` loads.
+    """
+    vector = min(16 // itemsize, gcd(inner, 16))
+    return _THREADS * min(accesses * 16 // itemsize, narrow * vector)
 
 
 def _arguments(
