@@ -94,7 +94,9 @@ def merge_moments(
     count = tl.load(parts + 2 * size + offsets, mask=exists, other=0)
 
     n = tl.maximum(tl.sum(count, axis=0, keep_dims=True), 1)
-    merged = tl.sum(count / n * mean, axis=0, keep_dims=True)
+    # Shares of distances lose fewer digits than shares of large means.
+    pivot = tl.load(parts + column, mask=column < columns, other=0)
+    merged = pivot + tl.sum(count / n * (mean - pivot), axis=0, keep_dims=True)
     distance = mean - merged
     # In this order no square of a split without values overflows.
     squares += count * distance * distance
