@@ -16,11 +16,11 @@ from shuffle_batchnorm.kernels import Kernels, reference, triton_tiles
 from truth import gradient
 
 pytest.importorskip("triton", reason="Triton is for Linux")
-import triton  # noqa: E402 (needs the skip above, as do those below)
-import triton.language as tl  # noqa: E402
+import triton
+import triton.language as tl
 
-from shuffle_batchnorm.kernels import triton as triton_module  # noqa: E402
-from shuffle_batchnorm.kernels import triton_kernels  # noqa: E402
+from shuffle_batchnorm.kernels import triton as triton_module
+from shuffle_batchnorm.kernels import triton_kernels
 
 TRITON: Kernels = triton_module
 REFERENCE: Kernels = reference
