@@ -224,7 +224,7 @@ def _first_and_last_offset(  # type: ignore[no-untyped-def]
 @LINES
 def test_offsets_past_2_to_the_31(lines: bool) -> None:
     """Catches an index in int32, which wraps from 2**31 elements on (pytorch#181555)."""
-    samples, outer, inner, step = 70_000, 40_000, 50_000, 9
+    samples, outer, inner, step = 70_000, 40_000, 50_000, 600_000_009
     out = torch.zeros(2, dtype=torch.int64, device=DEVICE)
     _first_and_last_offset[(1,)](
         out, samples, samples + 100, step, outer, inner, LINES=lines, ROWS=4
