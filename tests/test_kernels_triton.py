@@ -42,6 +42,7 @@ def _nan_in_fresh_memory() -> Iterator[None]:
 def _many_splits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Split even small blocks, down to single steps."""
     monkeypatch.setattr(triton_tiles, "_STEPS", 1)
+    monkeypatch.setattr(triton_tiles, "_UNSPLIT", 1)
     triton_tiles.reduction.cache_clear()
     yield
     triton_tiles.reduction.cache_clear()

@@ -28,10 +28,9 @@ def moments(
     """
     dtype = out.dtype.element_ty
     inner = units * UNIT
-    block, split, tile, first, last = _share(
+    block, split, tile, start, end, first, last = _share(
         starts, outer, inner, splits, LINES, ROWS, OUTER, INNER
     )
-    start, end = tl.load(starts + block), tl.load(starts + block + 1)
 
     offsets, lanes, place, pitch, limit, jump, count = _step(
         first, tile, start, end, outer, inner, LINES, ROWS, OUTER, INNER
@@ -117,10 +116,9 @@ def grad_sums(
     """
     dtype = out.dtype.element_ty
     inner = units * UNIT
-    block, split, tile, first, last = _share(
+    block, split, tile, start, end, first, last = _share(
         starts, outer, inner, splits, LINES, ROWS, OUTER, INNER
     )
-    start, end = tl.load(starts + block), tl.load(starts + block + 1)
     channels, exist = _channels(tile, outer, inner, LINES, OUTER, INNER)
     mean = tl.load(center + block * center_stride + channels, mask=exist, other=0)
 
@@ -193,20 +191,20 @@ def _share(
     starts, outer, inner, splits,
     LINES: tl.constexpr, ROWS: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    """Return this program's block, split and tile of channels, and its first and last step."""
+    """Return this program's block, split and tile of channels, its samples and its steps."""
     tiles = tl.cdiv(inner, INNER) if LINES else tl.cdiv(outer, OUTER)
     program = tl.program_id(0)
     tile = program % tiles
     split = program // tiles % splits
     block = (program // tiles // splits).to(tl.int64)
-    samples = tl.load(starts + block + 1) - tl.load(starts + block)
+    start, end = tl.load(starts + block), tl.load(starts + block + 1)
     if LINES:
-        steps = tl.cdiv(samples * outer, ROWS * OUTER)
+        steps = tl.cdiv((end - start) * outer, ROWS * OUTER)
     else:
-        steps = tl.cdiv(samples, ROWS) * tl.cdiv(inner, INNER)
+        steps = tl.cdiv(end - start, ROWS) * tl.cdiv(inner, INNER)
     first = split * steps // splits
     last = (split + 1) * steps // splits
-    return block, split, tile, first.to(tl.int32), last.to(tl.int32)
+    return block, split, tile, start, end, first.to(tl.int32), last.to(tl.int32)
 
 
 @triton.jit

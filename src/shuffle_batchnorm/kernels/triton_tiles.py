@@ -18,8 +18,10 @@ Shape = tuple[int, ...]
 
 _THREADS = 128
 _ROWS = 4  # tiles that a program loads at once
-_STEPS = 8  # loads of ROWS tiles that are worth a program of their own
+_STEPS = 4  # loads of ROWS tiles that are worth a program of their own
+_UNSPLIT = 8  # as many are not worth a second launch
 _PROGRAMS = 4096  # fill a GPU several times; fixed, so that every GPU adds in the same order
+_SPLITS = 1024  # that one program can merge
 
 
 class Tiles(NamedTuple):
@@ -50,7 +52,9 @@ def reduction(shape: Shape, sizes: Sizes, lines: bool, itemsize: int) -> Tiles:
     depth = min(_ROWS, _power(rows))
     steps = -(-rows // depth) * (1 if lines else -(-inner // width))
     tiles = -(-channels // (width if lines else height))
-    splits = max(1, min(_PROGRAMS // (tiles * len(sizes)), steps // _STEPS))
+    splits = 1
+    if steps > _UNSPLIT:
+        splits = max(1, min(_PROGRAMS // (tiles * len(sizes)), steps // _STEPS, _SPLITS))
     starts = [0]
     for n in sizes:
         starts.append(starts[-1] + n)
@@ -74,7 +78,7 @@ def elementwise(shape: Shape, sizes: Sizes, lines: bool, itemsize: int) -> Tiles
 def merge_tile(splits: int) -> tuple[int, int]:
     """Return the tile ``[SPLITS, COLUMNS]`` of the kernel that merges splits."""
     height = _power(splits)
-    return height, max(1, 2048 // height)
+    return height, min(64, 4096 // height)
 
 
 def _memory(shape: Shape, lines: bool) -> tuple[int, int, int, int]:
