@@ -1,11 +1,16 @@
 """What every test gets: a seed, an end to the ranks' processes, and no gpu test without a GPU."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 import ranks
+
+# Triton asks for this when it is imported, so it must be said before any test.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)

@@ -258,16 +258,6 @@ def test_bad_options(options: dict[str, Any], error: type[Exception], message: s
     assert type(model[0]) is nn.BatchNorm1d
 
 
-def test_export_in_eval_mode() -> None:
-    """Catches an eval mode with anything in it that torch.export can't take."""
-    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU())
-    convert(model, mode="regroup", groups=4)
-    model(torch.randn(8, 3, 6, 6))
-    x = torch.randn(5, 3, 6, 6)
-    exported = torch.export.export(model.eval(), (x,)).module()
-    torch.testing.assert_close(exported(x), model(x), rtol=0, atol=0)
-
-
 def test_a_converted_model_pickles_and_reverts_after() -> None:
     """Catches the class before being lost in a checkpoint of the whole model."""
     model = pickle.loads(pickle.dumps(convert(_nested(), mode="regroup")))

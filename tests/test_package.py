@@ -16,7 +16,7 @@ import torch
 before = set(sys.modules)
 import shuffle_batchnorm
 new = {name.partition('.')[0] for name in set(sys.modules) - before}
-heavy = {'kornia', 'matplotlib', 'sklearn', 'scipy', 'tqdm', 'tyro', 'jinja2', 'PIL'}
+heavy = {'kornia', 'matplotlib', 'sklearn', 'scipy', 'tqdm', 'tyro', 'jinja2', 'PIL', 'triton'}
 print(sorted(new & heavy), 'torch._dynamo' in sys.modules and 'torch._dynamo' not in before)
 """
     done = subprocess.run(

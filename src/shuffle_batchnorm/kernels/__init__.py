@@ -4,7 +4,10 @@ Each module here has the same four functions (see `reference` for the formulas).
 one place that chooses between them.
 """
 
-from typing import Protocol
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -38,10 +41,24 @@ class Kernels(Protocol):
 
 def select(x: Tensor) -> Kernels:
     """Return the kernels for a tensor: its device's own, or the reference."""
-    # The compiler fuses the reference better than opaque calls.
-    if torch.compiler.is_compiling() or x.device.type != "cpu":
+    # The compiler fuses the reference better than opaque calls. Kernels are for tensors that hold
+    # numbers, which a subclass, like a fake tensor, may not do.
+    if torch.compiler.is_compiling() or x.numel() == 0:
         return reference
+    if x.is_cuda:
+        return _triton() if type(x) is Tensor and x.dtype in _TRITON_DTYPES else reference
     # aten's loops divide by the number of values, and take half precision only with rows rounded
     # to it.
     full_precision = x.dtype in (torch.float32, torch.float64)
-    return cpu if full_precision and x.numel() > 0 else reference
+    return cpu if x.device.type == "cpu" and full_precision else reference
+
+
+_TRITON_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+@cache
+def _triton() -> Kernels:
+    """Return the Triton kernels, imported at their first use, where Triton is installed."""
+    if find_spec("triton") is None:
+        return reference
+    return cast(Kernels, import_module(f"{__name__}.triton"))

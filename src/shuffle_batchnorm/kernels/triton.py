@@ -1,0 +1,97 @@
+"""The four kernels for GPUs, in Triton: activations are read once, and written once.
+
+The first call for a kind of input compiles, and makes small index tensors on the device; capture
+CUDA graphs after a warm-up. Later calls launch one kernel, or two where few blocks and channels are
+split among more programs. Results have the same bits every time.
+"""
+
+import torch
+from torch import Tensor
+
+from . import triton_kernels
+from .layouts import as_layout, layout
+from .rows import accumulation_dtype, constant
+from .triton_tiles import elementwise, merge_tile, reduction
+
+Sizes = tuple[int, ...]
+
+
+def block_moments(x: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor]:
+    """See `reference.block_moments`."""
+    x, lines = layout(x)
+    tiles = reduction(x.shape, sizes, lines, x.itemsize)
+    splits, rows = tiles.splits, (len(sizes), x.shape[1])
+    starts = constant(tiles.table, torch.int64, x)
+    planes = (2, *rows) if splits == 1 else (3, splits, *rows)
+    out = x.new_empty(planes, dtype=accumulation_dtype(x))
+    columns = rows[0] * rows[1]
+    with torch.cuda.device_of(x):
+        triton_kernels.moments[(tiles.programs,)](
+            x, starts, out, columns, splits=splits, SPLIT=splits > 1, **tiles.arguments
+        )
+        if splits > 1:
+            parts, out = out, out.new_empty(2, *rows)
+            height, width = merge_tile(splits)
+            triton_kernels.merge_moments[(-(-columns // width),)](
+                parts, out, columns, splits, SPLITS=height, COLUMNS=width
+            )
+    return out[0], out[1]
+
+
+def block_affine(x: Tensor, sizes: Sizes, center: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """See `reference.block_affine`."""
+    x, lines = layout(x)
+    return _affine(x, sizes, lines, center, scale, shift)
+
+
+def block_grad_sums(
+    dy: Tensor, x: Tensor, sizes: Sizes, center: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """See `reference.block_grad_sums`."""
+    x, lines = layout(x)
+    tiles = reduction(x.shape, sizes, lines, x.itemsize)
+    rows = (len(sizes), x.shape[1])
+    starts = constant(tiles.table, torch.int64, x)
+    out = x.new_empty((2, tiles.splits, *rows), dtype=accumulation_dtype(x))
+    with torch.cuda.device_of(x):
+        triton_kernels.grad_sums[(tiles.programs,)](
+            as_layout(dy, lines), x, starts, *_row(center), *_row(scale),
+            out, rows[0] * rows[1], splits=tiles.splits, **tiles.arguments,
+        )  # fmt: skip
+    total, dot = out[:, 0] if tiles.splits == 1 else out.sum(dim=1)
+    return total, dot
+
+
+def block_grad_affine(
+    dy: Tensor, x: Tensor, sizes: Sizes, a: Tensor, b: Tensor, center: Tensor, c: Tensor
+) -> Tensor:
+    """See `reference.block_grad_affine`."""
+    x, lines = layout(x)
+    return _affine(x, sizes, lines, center, b, c, as_layout(dy, lines), a)
+
+
+def _affine(
+    x: Tensor,
+    sizes: Sizes,
+    lines: bool,
+    center: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    dy: Tensor | None = None,
+    factor: Tensor | None = None,
+) -> Tensor:
+    tiles = elementwise(x.shape, sizes, lines, x.itemsize)
+    owners = constant(tiles.table, torch.int64, x)
+    y = torch.empty_like(x)
+    with torch.cuda.device_of(x):
+        triton_kernels.affine[(tiles.programs,)](
+            x, y, owners, *_row(center), *_row(scale), *_row(shift),
+            dy, *((None, 0) if factor is None else _row(factor)), x.shape[0], **tiles.arguments,
+        )  # fmt: skip
+    return y
+
+
+def _row(row: Tensor) -> tuple[Tensor, int]:
+    """Return a row ``[blocks, C]`` and the distance between its blocks."""
+    row = row if row.stride(1) == 1 else row.contiguous()
+    return row, row.stride(0)

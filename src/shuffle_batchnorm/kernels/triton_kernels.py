@@ -1,0 +1,276 @@
+"""Triton code of the heavy kernels; `triton` launches it, `triton_tiles` chooses the tiles.
+
+Memory is ``[N, outer, inner]``, contiguous: lines ``[N, L, C]`` if LINES, else planes
+``[N, C, L]``. All arithmetic is in the dtype of the rows. Arguments that mean the same everywhere:
+
+- `outer`, `units`: ``inner = units * UNIT``, so that the compiler knows a divisor of `inner`;
+- `starts`: the first sample of each block, and N, ``[blocks + 1]``;
+- `splits`: the programs that share the sums of a block and a tile of channels;
+- a row ``[blocks, C]`` comes with the distance from one block to the next.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit(do_not_specialize=["columns", "splits"])
+def moments(
+    x, starts, out, columns, outer, units, splits, SPLIT: tl.constexpr, UNIT: tl.constexpr,
+    LINES: tl.constexpr, ROWS: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    """Write mean and standard deviation; or a split's mean, sum of squares about it, and count.
+
+    Sums the distances to the mean of the program's first tile, and their squares. As that tile is
+    one of a few, it can't be far from the mean unless the values are, too: little cancels at worst,
+    next to nothing where tiles resemble each other.
+
+    `out` is ``[2, blocks, C]``, or ``[3, splits, blocks, C]`` if SPLIT; `columns` is blocks * C.
+    """
+    dtype = out.dtype.element_ty
+    inner = units * UNIT
+    block, split, tile, start, end, first, last = _share(
+        starts, outer, inner, splits, LINES, ROWS, OUTER, INNER
+    )
+
+    offsets, lanes, place, pitch, limit, jump, count = _step(
+        first, tile, start, end, outer, inner, LINES, ROWS, OUTER, INNER
+    )
+    center = tl.zeros([OUTER, INNER], dtype)
+    for r in tl.static_range(ROWS):
+        exists = lanes & (place + r * pitch < limit)
+        center += tl.load(x + offsets + r * jump, mask=exists, other=0).to(dtype)
+    center = _per_channel(center, LINES) / tl.maximum(count, 1).to(dtype)
+
+    total = tl.zeros([OUTER, INNER], dtype)
+    squares = tl.zeros([OUTER, INNER], dtype)
+    n = tl.full([], 0, tl.int64)
+    for step in range(first, last):
+        offsets, lanes, place, pitch, limit, jump, count = _step(
+            step, tile, start, end, outer, inner, LINES, ROWS, OUTER, INNER
+        )
+        for r in tl.static_range(ROWS):
+            exists = lanes & (place + r * pitch < limit)
+            values = tl.load(x + offsets + r * jump, mask=exists, other=0).to(dtype)
+            distance = tl.where(exists, values - center, 0)
+            total += distance
+            squares += distance * distance
+        n += count
+
+    count = n.to(dtype)
+    total = _per_channel(total, LINES)
+    squares = _per_channel(squares, LINES)
+    mean = total / tl.maximum(count, 1)
+    # Squares beyond the dtype are infinite, as in the reference; inf - inf would be NaN.
+    squares = tl.where(squares < float("inf"), squares - total * mean, squares)
+    squares = tl.where(squares < 0, 0, squares)
+
+    channels, exist = _channels(tile, outer, inner, LINES, OUTER, INNER)
+    place = out + _place(block, split, columns, outer, inner, LINES) + channels
+    size = splits.to(tl.int64) * columns
+    tl.store(place, center + mean, mask=exist)
+    if SPLIT:
+        tl.store(place + size, squares, mask=exist)
+        tl.store(place + 2 * size, count + tl.zeros_like(squares), mask=exist)
+    else:
+        tl.store(place + size, tl.sqrt(squares / tl.maximum(count, 1)), mask=exist)
+
+
+@triton.jit(do_not_specialize=["columns", "splits"])
+def merge_moments(
+    parts, out, columns, splits, SPLITS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """Merge the moments of splits by Chan's formula, all at once and always in the same order.
+
+    `parts` are as `moments` writes them, ``[3, splits, columns]``; `out` is ``[2, columns]``.
+    """
+    split = tl.arange(0, SPLITS)[:, None]
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    offsets = split.to(tl.int64) * columns + column
+    exists = (split < splits) & (column < columns)
+    size = splits.to(tl.int64) * columns
+    mean = tl.load(parts + offsets, mask=exists, other=0)
+    squares = tl.load(parts + size + offsets, mask=exists, other=0)
+    count = tl.load(parts + 2 * size + offsets, mask=exists, other=0)
+
+    n = tl.maximum(tl.sum(count, axis=0, keep_dims=True), 1)
+    # Shares of distances lose fewer digits than shares of large means.
+    pivot = tl.load(parts + column, mask=column < columns, other=0)
+    merged = pivot + tl.sum(count / n * (mean - pivot), axis=0, keep_dims=True)
+    distance = mean - merged
+    # In this order no square of a split without values overflows.
+    squares += count * distance * distance
+    std = tl.sqrt(tl.sum(squares, axis=0, keep_dims=True) / n)
+    tl.store(out + column, merged, mask=column < columns)
+    tl.store(out + columns + column, std, mask=column < columns)
+
+
+@triton.jit(do_not_specialize=["columns", "splits"])
+def grad_sums(
+    dy, x, starts, center, center_stride, scale, scale_stride, out, columns, outer, units, splits,
+    UNIT: tl.constexpr, LINES: tl.constexpr, ROWS: tl.constexpr, OUTER: tl.constexpr,
+    INNER: tl.constexpr,
+):  # fmt: skip
+    """Write each split's sums of ``dy`` and of ``dy * (x - center) * scale``.
+
+    `out` is ``[2, splits, blocks, C]``; `columns` is blocks * C.
+    """
+    dtype = out.dtype.element_ty
+    inner = units * UNIT
+    block, split, tile, start, end, first, last = _share(
+        starts, outer, inner, splits, LINES, ROWS, OUTER, INNER
+    )
+    channels, exist = _channels(tile, outer, inner, LINES, OUTER, INNER)
+    mean = tl.load(center + block * center_stride + channels, mask=exist, other=0)
+
+    total = tl.zeros([OUTER, INNER], dtype)
+    dot = tl.zeros([OUTER, INNER], dtype)
+    for step in range(first, last):
+        offsets, lanes, place, pitch, limit, jump, _ = _step(
+            step, tile, start, end, outer, inner, LINES, ROWS, OUTER, INNER
+        )
+        for r in tl.static_range(ROWS):
+            exists = lanes & (place + r * pitch < limit)
+            gradient = tl.load(dy + offsets + r * jump, mask=exists, other=0).to(dtype)
+            values = tl.load(x + offsets + r * jump, mask=exists, other=0).to(dtype)
+            total += gradient
+            dot += gradient * (values - mean)
+
+    factor = tl.load(scale + block * scale_stride + channels, mask=exist, other=0)
+    place = out + _place(block, split, columns, outer, inner, LINES) + channels
+    tl.store(place, _per_channel(total, LINES), mask=exist)
+    size = splits.to(tl.int64) * columns
+    tl.store(place + size, _per_channel(dot, LINES) * factor, mask=exist)
+
+
+@triton.jit(do_not_specialize=["samples"])
+def affine(
+    x, y, owners, center, center_stride, scale, scale_stride, shift, shift_stride,
+    dy, factor, factor_stride, samples, outer, units, UNIT: tl.constexpr, LINES: tl.constexpr,
+    ROWS: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    """Write ``y = (x - center) * scale + shift``, plus ``dy * factor`` if there is a `dy`.
+
+    `owners` is the block of each sample ``[samples]``.
+    """
+    dtype = center.dtype.element_ty
+    inner = units * UNIT
+    pieces = tl.cdiv(inner, INNER)
+    heights = tl.cdiv(outer, OUTER)
+    program = tl.program_id(0)
+    sample = (program // pieces // heights).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    o = program // pieces % heights * OUTER + tl.arange(0, OUTER)
+    i = program % pieces * INNER + tl.arange(0, INNER)
+    offsets = (sample[None, :, None] * outer + o[:, None, None]) * inner + i
+    there = sample < samples
+    exists = there[:, None] & (o < outer)[:, None, None] & (i < inner)
+
+    owner = tl.load(owners + sample, mask=there, other=0)
+    if LINES:
+        owner, channels, exist = owner[:, None], i[None, :], there[:, None] & (i < inner)
+    else:
+        owner, channels, exist = owner[None, :], o[:, None], there & (o < outer)[:, None]
+    values = tl.load(x + offsets, mask=exists, other=0).to(dtype)
+    values -= _per_sample(center + owner * center_stride + channels, exist, LINES)
+    values *= _per_sample(scale + owner * scale_stride + channels, exist, LINES)
+    values += _per_sample(shift + owner * shift_stride + channels, exist, LINES)
+    if dy is not None:
+        gradient = tl.load(dy + offsets, mask=exists, other=0).to(dtype)
+        values += gradient * _per_sample(factor + owner * factor_stride + channels, exist, LINES)
+    tl.store(y + offsets, values.to(y.dtype.element_ty), mask=exists)
+
+
+@triton.jit
+def _per_sample(places, exist, LINES: tl.constexpr):
+    """Load ``[ROWS, INNER]`` or ``[OUTER, ROWS]`` numbers of rows, to broadcast with a tile."""
+    row = tl.load(places, mask=exist, other=0)
+    return row[None, :, :] if LINES else row[:, :, None]
+
+
+@triton.jit
+def _share(
+    starts, outer, inner, splits,
+    LINES: tl.constexpr, ROWS: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    """Return this program's block, split and tile of channels, its samples and its steps."""
+    tiles = tl.cdiv(inner, INNER) if LINES else tl.cdiv(outer, OUTER)
+    program = tl.program_id(0)
+    tile = program % tiles
+    split = program // tiles % splits
+    block = (program // tiles // splits).to(tl.int64)
+    start, end = tl.load(starts + block), tl.load(starts + block + 1)
+    if LINES:
+        steps = tl.cdiv((end - start) * outer, ROWS * OUTER)
+    else:
+        steps = tl.cdiv(end - start, ROWS) * tl.cdiv(inner, INNER)
+    first = split * steps // splits
+    last = (split + 1) * steps // splits
+    return block, split, tile, start, end, first.to(tl.int32), last.to(tl.int32)
+
+
+@triton.jit
+def _step(
+    step, tile, start, end, outer, inner,
+    LINES: tl.constexpr, ROWS: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    """Return the ROWS tiles ``[OUTER, INNER]`` of a step.
+
+    Returns:
+        offsets: of the first tile; the next ones are `jump` further each.
+        lanes: which of their elements exist, but for those beyond the block:
+        place, pitch, limit: of tile r those exist where ``place + r * pitch < limit``.
+        jump: see `offsets`.
+        count: the values per channel.
+    """
+    o = tl.arange(0, OUTER)[:, None]
+    i = tl.arange(0, INNER)[None, :]
+    if LINES:
+        # A run of the block's lines: where one sample ends and the next begins doesn't matter.
+        first = start * outer + tl.cast(step, tl.int64) * (ROWS * OUTER)
+        i += tile * INNER
+        place = first + o
+        pitch = OUTER
+        limit = end * outer
+        offsets = place * inner + i
+        lanes = i < inner
+        count = tl.minimum(limit - first, ROWS * OUTER)
+    else:
+        # A piece of the planes of some samples.
+        pieces = tl.cdiv(inner, INNER)
+        place = start + tl.cast(step // pieces, tl.int64) * ROWS
+        column = step % pieces * INNER
+        pitch = 1
+        limit = end
+        o += tile * OUTER
+        i += column
+        offsets = (place * outer + o) * inner + i
+        lanes = (o < outer) & (i < inner)
+        count = tl.minimum(limit - place, ROWS) * tl.minimum(inner - column, INNER)
+    # In int64: a sample may have more than 2**31 / ROWS elements.
+    jump = tl.cast(OUTER if LINES else outer, tl.int64) * inner
+    return offsets, lanes, place, pitch, limit, jump, count
+
+
+@triton.jit
+def _channels(
+    tile, outer, inner, LINES: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr
+):  # fmt: skip
+    """Return the channels of a tile, ``[1, INNER]`` or ``[OUTER, 1]``, and which of them exist."""
+    if LINES:
+        channels = tile * INNER + tl.arange(0, INNER)[None, :]
+        exist = channels < inner
+    else:
+        channels = tile * OUTER + tl.arange(0, OUTER)[:, None]
+        exist = channels < outer
+    return channels, exist
+
+
+@triton.jit
+def _per_channel(lanes, LINES: tl.constexpr):
+    """Sum ``[OUTER, INNER]`` over the axis that isn't channels, and keep the axis."""
+    return tl.sum(lanes, axis=0 if LINES else 1, keep_dims=True)
+
+
+@triton.jit
+def _place(block, split, columns, outer, inner, LINES: tl.constexpr):
+    """Return where a row begins in ``[splits, blocks, C]``."""
+    return split.to(tl.int64) * columns + block * (inner if LINES else outer)

@@ -1,0 +1,73 @@
+"""Compiles the Triton kernels for a GPU that need not be here, and prints what became of them.
+
+Run by test_kernels_compiled.py in a process of its own, as Triton either compiles or interprets.
+The host functions run as they are, on small tensors on the CPU; the driver that they find is a
+stand-in, and nothing is launched.
+"""
+
+import json
+import re
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from kernel_cases import all_four, rows_for
+from shuffle_batchnorm.kernels import triton
+
+_FIRST_HOPPER = 90
+
+
+class _Driver:
+    """As much of a driver as compiling needs."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", _FIRST_HOPPER, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, _device: int) -> int:
+        return 0
+
+
+def _compile(shape: tuple[int, ...], dtype: torch.dtype, lines: bool, blocks: int) -> list[Any]:
+    """Return the kernels that a call of all four functions would launch."""
+    launched: list[Any] = []
+    run = JITFunction.run
+
+    def note(self: Any, *args: Any, **options: Any) -> None:
+        launched.append(run(self, *args, **options | {"warmup": True}))
+
+    x: Tensor = torch.zeros(shape, dtype=dtype)
+    x = x.movedim(1, -1).contiguous().movedim(-1, 1) if lines else x
+    sizes = (shape[0] // blocks,) * blocks
+    JITFunction.run = note
+    try:
+        all_four(triton, x, x, sizes, rows_for(x, sizes, 4))
+    finally:
+        JITFunction.run = run
+    return launched
+
+
+def main() -> None:
+    driver.set_active(_Driver())
+    for line in sys.stdin:
+        shape, dtype, lines, blocks = json.loads(line)
+        for kernel in _compile(tuple(shape), getattr(torch, dtype), lines, blocks):
+            # Where activations are in half precision, nothing else is.
+            to_halves = re.findall(
+                r"tt.addptr .* tensor<[^>]*!tt.ptr<b?f16>.*, tensor<[^>]*x(i\d+)>",
+                kernel.asm["ttir"],
+            )
+            accesses = re.findall(r"(?:ld|st)\.global\.(?:v(\d)\.)?b(\d+)", kernel.asm["ptx"])
+            widest = max(int(count or 1) * int(bits) // 8 for count, bits in accesses)
+            print(json.dumps([kernel.metadata.name, widest, sorted(set(to_halves))]))
+
+
+if __name__ == "__main__":
+    main()
