@@ -13,7 +13,7 @@ import argparse
 import time
 import warnings
 from collections.abc import Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -45,10 +45,11 @@ class Options(NamedTuple):
     rounds: int
 
 
+@lru_cache
 def resnet50_shapes() -> dict[tuple[int, int, int], int]:
     """(C, H, W) of the batch norms of a ResNet-50 at 224 x 224, and how many have it."""
-    network, _ = make_backbone("resnet50", image_size=224)
-    network.to("meta")
+    with torch.device("meta"):
+        network, _ = make_backbone("resnet50", image_size=224)
     shapes: dict[tuple[int, int, int], int] = {}
 
     def note(_: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -166,13 +167,15 @@ def print_summary(summary: list[Row]) -> None:
                 print(f"  {entry['name']:36}{means}   {worst:22}{both['all_layers']:11.2f}")
 
 
-def peaks(device: str, batch: int, groups: Sequence[int]) -> list[Row]:
-    """Peak memory of a training step of ResNet-18, as a ratio to plain batch norm's."""
+def peaks(
+    device: str, batch: int, groups: Sequence[int], network_name: str = "resnet18"
+) -> list[Row]:
+    """Peak memory of a training step, as a ratio to plain batch norm's."""
     images = torch.randn(batch, 3, 64, 64, device=device)
     options = [(mode, count) for mode in MODES for count in groups]
     rows: list[Row] = []
     for mode, count in [(None, 1), *options]:
-        network, _ = make_backbone("resnet18", stem="imagenet")
+        network, _ = make_backbone(network_name, stem="imagenet")
         if mode is not None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # swap grows with depth; here only sizes matter
@@ -211,6 +214,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, default=1, help="gloo, or NCCL with as many GPUs")
     parser.add_argument("--seconds", type=float, default=10.0, help="per shape (default 10)")
     parser.add_argument("--rounds", type=int, default=41, help="at most, per shape (default 41)")
+    parser.add_argument(
+        "--memory-batch", type=int, default=32, help="images for peak memory; 0: don't (default 32)"
+    )
     parser.add_argument("--save", nargs="?", const="layer", metavar="NAME")
     return parser.parse_args(argv)
 
@@ -230,8 +236,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     summary = summarise(rows)
     print_summary(summary)
     memory = []
-    if arguments.ranks == 1 and not arguments.compiled:
-        memory = peaks(device, 32, arguments.groups)
+    if arguments.memory_batch and arguments.ranks == 1 and not arguments.compiled:
+        memory = peaks(device, arguments.memory_batch, arguments.groups)
         print("\npeak memory of a step of ResNet-18")
         for row in memory:
             print(f"  {row['name']:36}{row['bytes'] / 2**20:8.1f} MiB{row['ratio']:8.3f}")

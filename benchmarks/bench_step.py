@@ -46,6 +46,8 @@ class Options(NamedTuple):
     size: int
     groups: int
     compiled: bool
+    bf16: bool
+    channels_last: bool
     seconds: float
     rounds: int
 
@@ -63,7 +65,9 @@ def measure(place: Place, options: Options) -> list[Row]:
 def _measure_step(place: Place, options: Options, step: str) -> list[Row]:
     device = place.device
     torch.manual_seed(place.rank)
-    views = [torch.randn(options.batch, 3, options.size, options.size, device=device) for _ in "12"]
+    layout = torch.channels_last if options.channels_last else torch.contiguous_format
+    shape = options.batch, 3, options.size, options.size
+    views = [torch.randn(shape, device=device).contiguous(memory_format=layout) for _ in "12"]
     labels = torch.randint(CLASSES, (options.batch,), device=device)
     names = options.bn if step == "moco" else [PLAIN, *_layer_modes(options.bn)]
     runs: dict[str, Callable[[], None]] = {}
@@ -77,7 +81,8 @@ def _measure_step(place: Place, options: Options, step: str) -> list[Row]:
         else:
             model = _classifier(options, bn)
             loss = lambda model: F.cross_entropy(model(views[0]), labels)  # noqa: E731
-        runs[bn] = partial(_train_once, *_ready(model, place), loss)
+        model.to(memory_format=layout)  # type: ignore[call-overload]
+        runs[bn] = partial(_train_once, *_ready(model, place), loss, options.bf16)
         begun = time.perf_counter()
         runs[bn]()
         first_call[bn] = time.perf_counter() - begun
@@ -100,8 +105,10 @@ def _measure_step(place: Place, options: Options, step: str) -> list[Row]:
             "compiled": options.compiled,
             "ranks": place.world_size,
             "network": options.network,
-            "images": list(views[0].shape),
+            "images": list(shape),
             "groups": options.groups,
+            "bf16": options.bf16,
+            "channels_last": options.channels_last,
             "rounds": len(values),
             "first_call": first_call[bn],
             "seconds": spread(values),
@@ -161,9 +168,12 @@ def _train_once(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     loss: Callable[[nn.Module], Tensor],
+    bf16: bool,
 ) -> None:
     optimizer.zero_grad(set_to_none=True)
-    loss(model).backward()
+    with torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=bf16):
+        value = loss(model)
+    value.backward()
     optimizer.step()
 
 
@@ -183,13 +193,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     kinds = ["local", "swap", "regroup", "sync", "batch-shuffle"]
     parser.add_argument("--steps", nargs="+", default=["moco", "supervised"])
-    parser.add_argument("--bn", nargs="+", default=kinds, choices=kinds, help="local comes first")
+    parser.add_argument(
+        "--bn", nargs="+", default=kinds, choices=kinds, help="the first one is the peer"
+    )
     parser.add_argument("--network", default="resnet18")
     parser.add_argument("--ranks", type=int, default=2, help="gloo, or NCCL with as many GPUs")
     parser.add_argument("--batch", type=int, default=16, help="images per rank (default 16)")
     parser.add_argument("--size", type=int, default=32, help="of the images (default 32)")
     parser.add_argument("--groups", type=int, default=2, help="on each rank (default 2)")
     parser.add_argument("--compiled", action="store_true")
+    parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
+    parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--seconds", type=float, default=30.0, help="per kind of step (default 30)")
     parser.add_argument("--rounds", type=int, default=21, help="at most (default 21)")
     parser.add_argument("--save", nargs="?", const="", metavar="NAME")
@@ -200,7 +214,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse(argv)
     options = Options(
         arguments.steps, arguments.bn, arguments.network, arguments.batch, arguments.size,
-        arguments.groups, arguments.compiled, arguments.seconds, arguments.rounds,
+        arguments.groups, arguments.compiled, arguments.bf16, arguments.channels_last,
+        arguments.seconds, arguments.rounds,
     )  # fmt: skip
     device = "cuda" if torch.cuda.device_count() >= arguments.ranks else "cpu"
     run = RunConfig(ranks=arguments.ranks, device=device)  # type: ignore[arg-type]
