@@ -11,6 +11,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup
 # The machine with a GPU may have torch in a Python of its own and no .venv.
 GPU_PYTHON ?= $(if $(wildcard $(STAMP)),$(BIN)/python,$(PYTHON))
+# Named, since to collect the others takes the extra `train`.
+GPU_TESTS := $(shell grep -l 'mark\.gpu' tests/*.py)
 
 .PHONY: help setup demo test lint format bench bench-shuffle bench-trainer compare gpu-check docs clean
 
@@ -72,7 +74,7 @@ compare: setup ## the comparison of docs/comparison.md: 25 runs, about half an h
 gpu-check: ## run the tests marked gpu, then the GPU's benchmarks: about 8 minutes
 	@$(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
 		{ echo "gpu-check: $(GPU_PYTHON) sees no CUDA device: NOTHING WAS CHECKED"; exit 1; }
-	$(GPU_PYTHON) -m pytest -m gpu $(ARGS)
+	$(GPU_PYTHON) -m pytest -m gpu $(GPU_TESTS) $(ARGS)
 	PYTHONPATH=src $(GPU_PYTHON) benchmarks/bench_gpu.py --save
 
 docs: setup ## draw the pictures of docs/ again

@@ -107,9 +107,7 @@ def layer(scale: Scale) -> tuple[list[Row], list[Target]]:
                 ),
                 _price_of_groups(rows, scale.groups, how),
             ]  # fmt: skip
-            everything += [
-                {"dtype": str(dtype)[6:], "channels_last": channels_last} | row for row in rows
-            ]
+            everything += rows
     return everything, targets
 
 
@@ -163,7 +161,7 @@ def graphs(scale: Scale) -> tuple[list[Row], list[Target]]:
         x, dy = (torch.randn(shape, device=scale.device) for _ in range(2))
         pairs = zip(_step(captured, x, dy), _step(eager, x, dy), strict=True)
         for got, want in pairs:
-            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
         runs = {"graph": captured, "eager": eager}
         laps = laps_of(
             {how: partial(_many_steps, run, x, dy) for how, run in runs.items()},

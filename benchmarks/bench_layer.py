@@ -113,6 +113,8 @@ def _measure_shape(place: Place, options: Options, shape: tuple[int, int, int]) 
         {
             "shape": [options.batch, *shape],
             "layers": resnet50_shapes().get(shape, 1),
+            "dtype": str(x.dtype).removeprefix("torch."),
+            "channels_last": x.is_contiguous(memory_format=torch.channels_last),
             "name": name,
             "rounds": len(stages["both"]),
             "first_call": checked[name],

@@ -77,6 +77,7 @@ def test_layer(options: list[str], results: Path) -> None:
     assert {row["name"] for row in record["rows"]} == expected
     assert len(record["rows"]) == 2 * len(expected)
     for row in record["rows"]:
+        assert row["channels_last"] == (options == ["--channels-last"])
         if row["name"] == "nn.BatchNorm2d":
             assert row["ratios"]["nn.BatchNorm2d"]["both"] == [1, 1, 1]
 
@@ -149,6 +150,16 @@ def test_step(options: list[str], results: Path) -> None:
     assert [row["bn"] for row in rows if row["step"] == "moco"] == kinds
     supervised = [row["bn"] for row in rows if row["step"] == "supervised"]
     assert supervised == ["nn.BatchNorm2d", *kinds[:-1]]
+
+
+def _rounds_on_ranks() -> int:
+    seconds = [0.0, 60.0][dist.get_rank()]
+    return len(list(harness.rounds_within(seconds, least=2, most=5)))
+
+
+def test_ranks_take_as_many_rounds() -> None:
+    """Catches a rank that goes on alone, and waits for the others for ever."""
+    assert run_on_ranks(2, _rounds_on_ranks) == [2, 2]
 
 
 def _steps_on_ranks() -> list[int]:
