@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import platform
 import statistics
 import subprocess
@@ -14,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 class Timing(NamedTuple):
@@ -183,17 +185,32 @@ def _text(value: object) -> str:
 
 def _circumstances() -> dict[str, Any]:
     cuda = torch.cuda.is_available()
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    )
     return {
         "device": torch.cuda.get_device_name() if cuda else _processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "commit": git.stdout.strip(),
+        "commit": _commit(),
         "date": datetime.now(UTC).date().isoformat(),
     }
+
+
+def _commit() -> str:
+    """The commit of the code that ran; results and documents may have changed since."""
+    head = _git("rev-parse", "--short", "HEAD")
+    # A copy without history is told its commit.
+    if not head:
+        return os.environ.get("COMMIT", "unknown")
+    changed = _git("status", "--porcelain", "--", "src", "benchmarks/*.py")
+    return f"{head}-dirty" if changed else head
+
+
+def _git(*words: str) -> str:
+    try:
+        command = ["git", "-C", str(ROOT), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except FileNotFoundError:
+        return ""
 
 
 def _processor() -> str:

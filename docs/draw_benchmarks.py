@@ -9,7 +9,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullFormatter, StrMethodFormatter
+from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 COLOURS = {
@@ -68,9 +68,11 @@ def draw_layers(axes: Axes, record: Record, title: str) -> None:
     labels = [f"{channels}\n{height}×{width}" for _, channels, height, width in shapes]
     axes.set_xticks(range(len(shapes)), labels)
     axes.set(title=title, yscale="log", xlim=(-0.5, len(shapes) - 0.5))
-    mark_ratios(axes.yaxis, [0.5, 0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.35, 1.5, 2, 3, 5, 8])
+    axes.yaxis.set_major_locator(FixedLocator([0.5, 0.7, 1, 1.4, 2, 3, 5, 10, 20, 50]))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.axhline(1, color="black", linewidth=1)
-    axes.legend(frameon=False, fontsize=8, ncols=2)
+    axes.legend(frameon=False, fontsize=8, ncols=4, loc="upper left")
 
 
 def draw_steps(axes: Axes, rows: list[Record], title: str) -> None:
@@ -87,12 +89,6 @@ def draw_steps(axes: Axes, rows: list[Record], title: str) -> None:
     axes.axvline(1, color="black", linewidth=1)
     seconds = rows[0]["seconds"][0]
     axes.set(title=title, xlabel=f"time / {rows[0]['bn']}'s, {1e3 * seconds:.0f} ms a step")
-
-
-def mark_ratios(axis: Any, values: list[float]) -> None:
-    axis.set_major_locator(FixedLocator(values))
-    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axis.set_minor_formatter(NullFormatter())
 
 
 def finish(figure: Figure, name: str) -> None:
@@ -124,7 +120,8 @@ def step_figure() -> Figure | None:
     for record in records:
         for row in record["rows"]:
             how = "compiled" if row["compiled"] else "eager"
-            title = f"{row['step']} step of {row['network']}, {how}, {row['ranks']} ranks"
+            ranks = "one rank" if row["ranks"] == 1 else f"{row['ranks']} ranks"
+            title = f"{row['step']} step of {row['network']}, {how}, {ranks}"
             panels.setdefault(title, []).append(row)
     if not panels:
         return None
