@@ -114,7 +114,7 @@ def layer_figure() -> Figure | None:
 
 
 def step_figure() -> Figure | None:
-    names = ("step", "step_compiled_moco", "step_compiled")
+    names = ("step", "step_compiled")
     records = [record for name in names if (record := saved(name)) is not None]
     panels: dict[str, list[Record]] = {}
     for record in records:
