@@ -4,13 +4,15 @@ PYTHON ?= python3
 VENV ?= .venv
 # Extra arguments for pip, for example an index that holds CPU-only wheels of torch.
 PIP_ARGS ?=
-# Extra arguments for the command of a target: make test ARGS="-k swap", make bench ARGS=--help.
+# Extra arguments for the command of a target: make test ARGS="-k swap".
 ARGS ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup
 # The machine with a GPU may have torch in a Python of its own and no .venv.
 GPU_PYTHON ?= $(if $(wildcard $(STAMP)),$(BIN)/python,$(PYTHON))
+# Named, since to collect the others takes the extra `train`.
+GPU_TESTS := $(shell grep -l 'mark\.gpu' tests/*.py)
 
 .PHONY: help setup demo test lint format bench bench-exchange bench-shuffle bench-trainer compare gpu-check docs clean
 
@@ -42,8 +44,19 @@ format: setup ## mend what can be mended without thought
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: setup ## measure the layer against its peers
-	$(BIN)/python benchmarks/bench_layer.py $(ARGS)
+# Compiling takes long, so the layer has two shapes there, and MoCo is left out.
+bench: setup ## measure layer, steps and shuffles, print targets, draw docs/*_speed.png: 10 minutes
+	$(BIN)/python benchmarks/bench_layer.py --seconds 8 --save
+	$(BIN)/python benchmarks/bench_layer.py --compiled --shapes 64x112x112 256x14x14 \
+		--seconds 6 --save layer_compiled
+	$(BIN)/python benchmarks/bench_layer.py --ranks 2 --groups 1 --shapes 64x56x56 512x7x7 \
+		--seconds 6 --save layer_ranks
+	$(BIN)/python benchmarks/bench_step.py --seconds 25 --save
+	$(BIN)/python benchmarks/bench_step.py --compiled --steps supervised --bn swap regroup \
+		--groups 1 --seconds 30 --save
+	$(BIN)/python benchmarks/bench_batch_shuffle.py --world-sizes 2 4 --save
+	$(BIN)/python benchmarks/targets.py
+	$(BIN)/python docs/draw_benchmarks.py
 
 bench-exchange: setup ## measure a layer's exchange against the seed's and SyncBatchNorm's
 	$(BIN)/python benchmarks/bench_exchange.py $(ARGS)
@@ -59,10 +72,11 @@ compare: setup ## the comparison of docs/comparison.md: 25 runs, about half an h
 		--ranks 2 --groups 16 --device cpu --output runs/digits $(ARGS)
 
 # No setup: it runs with whichever Python has torch, pytest and pytest-timeout (GPU_PYTHON=...).
-gpu-check: ## run the tests marked gpu
+gpu-check: ## run the tests marked gpu, then the GPU's benchmarks: about 8 minutes
 	@$(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
 		{ echo "gpu-check: $(GPU_PYTHON) sees no CUDA device: NOTHING WAS CHECKED"; exit 1; }
-	$(GPU_PYTHON) -m pytest -m gpu $(ARGS)
+	$(GPU_PYTHON) -m pytest -m gpu $(GPU_TESTS) $(ARGS)
+	PYTHONPATH=src $(GPU_PYTHON) benchmarks/bench_gpu.py --save
 
 docs: setup ## draw the pictures of docs/ again
 	@set -e; for script in $(sort $(wildcard docs/draw_*.py)); do \

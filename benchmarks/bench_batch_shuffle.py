@@ -11,7 +11,7 @@ writes benchmarks/results/batch_shuffle.json.
 
 import argparse
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -99,12 +99,12 @@ def _measure(rank: int, world_size: int, rounds: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--world-sizes", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--rounds", type=int, default=21, help="round trips each (default 21)")
     parser.add_argument("--save", action="store_true", help="write the results' JSON")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
 
     results = []
     print(

@@ -1,63 +1,250 @@
-"""Forward and backward of one layer against nn.BatchNorm2d, in one process.
+"""Forward and backward of one layer on ResNet-50's shapes, against its peers.
 
-    python benchmarks/bench_layer.py [--rounds 15] [--save]
+    python benchmarks/bench_layer.py [--compiled] [--ranks 2] [--channels-last] [--save [NAME]]
 
-Prints, per shape, the time of nn.BatchNorm2d and the ratio of every mode to it: median and, in
-brackets, 20 and 80 percent points. `--save` writes benchmarks/results/layer.json.
+Every contestant has its output and gradients checked first. Then all of them run once per round,
+for `--seconds` per shape. Prints the ratios to nn.BatchNorm2d: geometric mean over the shapes,
+largest (and on which shape), and of all layers of a ResNet-50 together; then the peak memory of a
+training step of ResNet-18. `--save` writes benchmarks/results/NAME.json (layer), with the median
+and the 20 and 80 percent points of every shape and stage.
 """
 
 import argparse
-import math
-from collections.abc import Callable
+import time
+import warnings
+from collections.abc import Sequence
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
 
 import torch
-from harness import interleaved, save
+import torch.nn.functional as F
+from harness import geometric_mean, laps_of, ratios, save, spread
+from meters import peak_memory
+from peers import MODES, PLAIN, SPLIT, check, contestants, staged
 from torch import Tensor, nn
 
 from shuffle_batchnorm import ShuffleBatchNorm
+from shuffle_batchnorm.moco.config import RunConfig
+from shuffle_batchnorm.moco.launch import Place, launch
+from shuffle_batchnorm.moco.networks import make_backbone
 
-SHAPES = [(64, 64, 56, 56), (64, 256, 28, 28), (128, 512, 4, 4)]
-LAYERS = [(mode, groups) for mode in ("local", "swap", "regroup") for groups in (1, 8)]
-
-
-def _step(layer: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], None]:
-    def run() -> None:
-        x.grad = None
-        layer(x).backward(dy)
-
-    return run
+STAGES = ("forward", "backward", "both", "host")  # host: on a GPU, until all is issued
+Row = dict[str, Any]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--rounds", type=int, default=15, help="timings per layer (default 15)")
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/layer.json")
-    arguments = parser.parse_args()
+class Options(NamedTuple):
+    """What is measured, and how long."""
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    shapes: list[tuple[int, int, int]]
+    batch: int
+    groups: list[int]
+    dtype: torch.dtype
+    channels_last: bool
+    compiled: bool
+    seconds: float
+    rounds: int
+
+
+@lru_cache
+def resnet50_shapes() -> dict[tuple[int, int, int], int]:
+    """(C, H, W) of the batch norms of a ResNet-50 at 224 x 224, and how many have it."""
+    with torch.device("meta"):
+        network, _ = make_backbone("resnet50", image_size=224)
+    shapes: dict[tuple[int, int, int], int] = {}
+
+    def note(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        channels, height, width = args[0].shape[1:]
+        shape = (channels, height, width)
+        shapes[shape] = shapes.get(shape, 0) + 1
+
+    for layer in network.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.register_forward_pre_hook(note)
+    network(torch.empty(2, 3, 224, 224, device="meta"))
+    return shapes
+
+
+def measure(place: Place, options: Options) -> list[Row]:
+    """The rows of all shapes, on one rank."""
     rows = []
-    for shape in SHAPES:
-        x = torch.randn(shape, device=device, requires_grad=True)
-        dy = torch.randn(shape, device=device)
-        layers: dict[str, nn.Module] = {"nn.BatchNorm2d": nn.BatchNorm2d(shape[1])}
-        for mode, groups in LAYERS:
-            layers[f"{mode}, groups={groups}"] = ShuffleBatchNorm(
-                shape[1], mode=mode, groups=groups
+    for shape in options.shapes:
+        torch._dynamo.reset()
+        torch.manual_seed(place.rank)
+        rows += _measure_shape(place, options, shape)
+        if place.rank == 0:
+            plain = next(
+                row for row in rows if row["name"] == PLAIN and row["shape"][1:] == [*shape]
             )
-        contestants = {name: _step(layer.to(device), x, dy) for name, layer in layers.items()}
-        timings = interleaved(contestants, arguments.rounds)
-        print(
-            f"{'x'.join(map(str, shape))}: nn.BatchNorm2d {timings['nn.BatchNorm2d'].median:.4f} s"
+            milliseconds = f"{1e3 * plain['both'].median:.2f} ms in {plain['rounds']} rounds"
+            print(f"{_times(shape)}: {PLAIN} {milliseconds}", flush=True)
+    return rows
+
+
+def _measure_shape(place: Place, options: Options, shape: tuple[int, int, int]) -> list[Row]:
+    device = place.device.type
+    layout = torch.channels_last if options.channels_last else torch.contiguous_format
+    made = [
+        torch.randn(options.batch, *shape, device=place.device, dtype=options.dtype) for _ in "xy"
+    ]
+    x, dy = (tensor.contiguous(memory_format=layout) for tensor in made)
+    field = contestants(
+        shape[0], options.groups,
+        channels_last=options.channels_last, on_cuda=device == "cuda", compiled=options.compiled,
+    )  # fmt: skip
+    checked = {}
+    for name, contestant in field.items():
+        contestant.layer.to(place.device)
+        contestant.truth.to(place.device)
+        begun = time.perf_counter()
+        check(name, contestant, x, dy)
+        checked[name] = time.perf_counter() - begun
+    runs = {name: staged(contestant.layer, x, dy) for name, contestant in field.items()}
+    laps = laps_of(runs, device, options.seconds, 5, options.rounds)
+
+    seconds: dict[str, dict[str, list[float]]] = {}
+    for name, (stages, host) in laps.items():
+        forward, backward = (list(values) for values in zip(*stages, strict=True))
+        both = [sum(stage) for stage in stages]
+        seconds[name] = {"forward": forward, "backward": backward, "both": both}
+        if device == "cuda":
+            seconds[name]["host"] = host
+    peers = [name for name in (PLAIN, SPLIT, f"{PLAIN}, compiled") if name in seconds]
+    return [
+        {
+            "shape": [options.batch, *shape],
+            "layers": resnet50_shapes().get(shape, 1),
+            "dtype": str(x.dtype).removeprefix("torch."),
+            "channels_last": x.is_contiguous(memory_format=torch.channels_last),
+            "name": name,
+            "rounds": len(stages["both"]),
+            "first_call": checked[name],
+            **{stage: spread(values) for stage, values in stages.items()},
+            "ratios": {
+                peer: {stage: ratios(stages[stage], seconds[peer][stage]) for stage in stages}
+                for peer in peers
+            },
+        }
+        for name, stages in seconds.items()
+    ]
+
+
+def summarise(rows: list[Row]) -> list[Row]:
+    """Per contestant and peer, the ratios of all shapes in one line."""
+    return [
+        {
+            "name": name,
+            "peer": peer,
+            **{stage: _over_shapes(rows, name, peer, stage) for stage in rows[0]["ratios"][peer]},
+        }
+        for name in dict.fromkeys(row["name"] for row in rows)
+        for peer in rows[0]["ratios"]
+    ]
+
+
+def _over_shapes(rows: list[Row], name: str, peer: str, stage: str) -> Row:
+    mine, theirs = ([row for row in rows if row["name"] == who] for who in (name, peer))
+    worst = max(mine, key=lambda row: float(row["ratios"][peer][stage].median))
+    return {
+        "geometric_mean": geometric_mean(row["ratios"][peer][stage].median for row in mine),
+        "largest": worst["ratios"][peer][stage].median,
+        "largest_shape": worst["shape"],
+        "all_layers": _all_layers(mine, stage) / _all_layers(theirs, stage),
+    }
+
+
+def _all_layers(rows: list[Row], stage: str) -> float:
+    return sum(float(row["layers"] * row[stage].median) for row in rows)
+
+
+def print_summary(summary: list[Row]) -> None:
+    for peer in dict.fromkeys(entry["peer"] for entry in summary):
+        stages = [stage for stage in STAGES if stage in summary[0]]
+        heads = "".join(f"{stage:>9}" for stage in stages)
+        print(f"\nratio to {peer:29}{heads}   largest of both        all layers")
+        for entry in summary:
+            if entry["peer"] == peer:
+                means = "".join(f"{entry[stage]['geometric_mean']:9.2f}" for stage in stages)
+                both = entry["both"]
+                worst = f"{both['largest']:.2f} at {_times(both['largest_shape'][1:])}"
+                print(f"  {entry['name']:36}{means}   {worst:22}{both['all_layers']:11.2f}")
+
+
+def peaks(
+    device: str, batch: int, groups: Sequence[int], network_name: str = "resnet18"
+) -> list[Row]:
+    """Peak memory of a training step, as a ratio to plain batch norm's."""
+    images = torch.randn(batch, 3, 64, 64, device=device)
+    options = [(mode, count) for mode in MODES for count in groups]
+    rows: list[Row] = []
+    for mode, count in [(None, 1), *options]:
+        network, _ = make_backbone(network_name, stem="imagenet")
+        if mode is not None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # swap grows with depth; here only sizes matter
+                ShuffleBatchNorm.convert_shuffle_batchnorm(network, mode=mode, groups=count)
+        step = partial(_train_once, network.to(device), images)
+        step()  # what is made once and kept
+        for parameter in network.parameters():
+            parameter.grad = None
+        peak = peak_memory(step, device)
+        name = PLAIN if mode is None else f"{mode}, groups={count}"
+        rows.append(
+            {"name": name, "bytes": peak, "ratio": peak / (rows[0]["bytes"] if rows else peak)}
         )
-        for name, timing in timings.items():
-            rows.append({"shape": shape, "layer": name, **timing._asdict()})
-            spread = f"({timing.ratio_p20:.2f} to {timing.ratio_p80:.2f})"
-            print(f"  {name:20} {timing.ratio:.2f} {spread}", flush=True)
-    ours = [row["ratio"] for row in rows if row["layer"] != "nn.BatchNorm2d"]
-    mean = math.exp(sum(math.log(ratio) for ratio in ours) / len(ours))
-    print(f"geometric mean of the ratios {mean:.2f}, largest {max(ours):.2f}")
+    return rows
+
+
+def _train_once(network: nn.Module, images: Tensor) -> None:
+    F.normalize(network(images)).square().sum().backward()
+
+
+def _times(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    cuda = torch.cuda.is_available()
+    parser.add_argument("--batch", type=int, default=256 if cuda else 32, help="per rank")
+    parser.add_argument(
+        "--shapes", nargs="+", metavar="CxHxW", help="default: all of ResNet-50's at 224 x 224"
+    )
+    parser.add_argument("--groups", type=int, nargs="+", default=[1, 8], help="default 1 8")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--channels-last", action="store_true")
+    parser.add_argument("--compiled", action="store_true", help="layers under torch.compile")
+    parser.add_argument("--ranks", type=int, default=1, help="gloo, or NCCL with as many GPUs")
+    parser.add_argument("--seconds", type=float, default=10.0, help="per shape (default 10)")
+    parser.add_argument("--rounds", type=int, default=41, help="at most, per shape (default 41)")
+    parser.add_argument(
+        "--memory-batch", type=int, default=32, help="images for peak memory; 0: don't (default 32)"
+    )
+    parser.add_argument("--save", nargs="?", const="layer", metavar="NAME")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse(argv)
+    shapes = list(resnet50_shapes())
+    if arguments.shapes:
+        shapes = [tuple(map(int, text.split("x"))) for text in arguments.shapes]  # type: ignore[misc]
+    options = Options(
+        shapes, arguments.batch, arguments.groups, getattr(torch, arguments.dtype),
+        arguments.channels_last, arguments.compiled, arguments.seconds, arguments.rounds,
+    )  # fmt: skip
+    device = "cuda" if torch.cuda.device_count() >= arguments.ranks else "cpu"
+    run = RunConfig(ranks=arguments.ranks, device=device)  # type: ignore[arg-type]
+    rows = launch(measure, run, options, graceful=False)
+    summary = summarise(rows)
+    print_summary(summary)
+    memory = []
+    if arguments.memory_batch and arguments.ranks == 1 and not arguments.compiled:
+        memory = peaks(device, arguments.memory_batch, arguments.groups)
+        print("\npeak memory of a step of ResNet-18")
+        for row in memory:
+            print(f"  {row['name']:36}{row['bytes'] / 2**20:8.1f} MiB{row['ratio']:8.3f}")
     if arguments.save:
-        print(f"wrote {save('layer', rows)}")
+        print(f"wrote {save(arguments.save, rows, summary=summary, memory=memory)}")
 
 
 if __name__ == "__main__":

@@ -1,18 +1,22 @@
 """Times peers and ours in one run: interleaved, as ratios, with their spread and where they ran."""
 
 import json
+import math
+import os
 import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 class Timing(NamedTuple):
@@ -24,6 +28,105 @@ class Timing(NamedTuple):
     ratio: float
     ratio_p20: float
     ratio_p80: float
+
+
+class Spread(NamedTuple):
+    """Median and 20 and 80 percent points."""
+
+    median: float
+    p20: float
+    p80: float
+
+
+class Laps(NamedTuple):
+    """Seconds of each stage of one contestant, by round, and of the host's part in all of them."""
+
+    stages: list[list[float]]
+    host: list[float]
+
+
+class Stopwatch:
+    """Cuts a run into stages: by the CPU's clock, or by the GPU's own while the host runs ahead."""
+
+    # 5 ms in which the host gets ahead, so that a GPU's time has no gaps between its kernels.
+    HEAD_START = 10_000_000  # cycles
+
+    def __init__(self, device: str) -> None:
+        self._events: list[torch.cuda.Event] = []
+        self._times: list[float] = []
+        self._cuda = device == "cuda"
+        if self._cuda:
+            torch.cuda.synchronize()
+            torch.cuda._sleep(self.HEAD_START)
+        self.lap()
+
+    def lap(self) -> None:
+        """End a stage."""
+        if self._cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._events.append(event)
+        self._times.append(time.perf_counter())
+
+    def read(self) -> tuple[list[float], float]:
+        """Seconds of every stage, and of the host's work for all of them."""
+        host = self._times[-1] - self._times[0]
+        if self._cuda:
+            torch.cuda.synchronize()
+            pairs = zip(self._events[:-1], self._events[1:], strict=True)
+            return [begun.elapsed_time(ended) / 1e3 for begun, ended in pairs], host
+        return [b - a for a, b in zip(self._times[:-1], self._times[1:], strict=True)], host
+
+
+Staged = Callable[[Callable[[], None]], object]  # is handed `lap`, to be called after each stage
+
+
+def laps_of(
+    contestants: Mapping[str, Staged], device: str, seconds: float, least: int, most: int
+) -> dict[str, Laps]:
+    """Time the stages of each contestant once per round, for so many seconds or rounds."""
+    for run in contestants.values():
+        run(lambda: None)
+    laps: dict[str, Laps] = {name: Laps([], []) for name in contestants}
+    for _ in rounds_within(seconds, least, most):
+        for name, run in contestants.items():
+            if dist.is_initialized():
+                dist.barrier()  # so that no contestant waits for a rank that the last one held up
+            stopwatch = Stopwatch(device)
+            run(stopwatch.lap)
+            stages, host = stopwatch.read()
+            laps[name].stages.append(stages)
+            laps[name].host.append(host)
+    return laps
+
+
+def rounds_within(seconds: float, least: int, most: int) -> Iterator[int]:
+    """Count rounds until the time is used up, but `least`; ranks take as many as the first one."""
+    begun = time.perf_counter()
+    for number in range(most):
+        over = number >= least and time.perf_counter() - begun > seconds
+        if dist.is_initialized():
+            told = [over]
+            dist.broadcast_object_list(told, src=0)
+            over = told[0]
+        if over:
+            return
+        yield number
+
+
+def spread(values: list[float]) -> Spread:
+    points = statistics.quantiles(values, n=5) if len(values) > 1 else values
+    return Spread(statistics.median(values), points[0], points[-1])
+
+
+def ratios(mine: list[float], others: list[float]) -> Spread:
+    """One contestant's time over another's, round by round."""
+    return spread([a / b for a, b in zip(mine, others, strict=True)])
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    logs = [math.log(value) for value in values]
+    return math.exp(sum(logs) / len(logs))
 
 
 def interleaved(contestants: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, Timing]:
@@ -59,38 +162,55 @@ def _synchronize() -> None:
 
 
 def _timing(times: list[float], peer: list[float]) -> Timing:
-    ratios = [mine / other for mine, other in zip(times, peer, strict=True)]
-    return Timing(*spread(times), *spread(ratios))
+    return Timing(*spread(times), *ratios(times, peer))
 
 
-def spread(values: list[float]) -> tuple[float, float, float]:
-    """Median and 20 and 80 percent points."""
-    points = statistics.quantiles(values, n=5)
-    return statistics.median(values), points[0], points[-1]
-
-
-def save(name: str, rows: list[dict[str, Any]]) -> Path:
-    """Write the rows with what is needed to judge them; return the file."""
+def save(name: str, rows: list[dict[str, Any]], **more: Any) -> Path:
+    """Write the rows, and more, with what is needed to judge them; return the file."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    record = {"benchmark": name, **_circumstances(), "rows": rows}
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    record = {"benchmark": name, **_circumstances(), **more, "rows": rows}
+    lines = (f" {json.dumps(key)}: {_text(value)}" for key, value in record.items())
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     return path
+
+
+def _text(value: object) -> str:
+    """JSON with a row of a table in a line, and as many digits as a measurement has."""
+    short = json.loads(json.dumps(value), parse_float=lambda digits: float(f"{float(digits):.4g}"))
+    if not isinstance(short, list):
+        return json.dumps(short)
+    return "[\n  " + ",\n  ".join(map(json.dumps, short)) + "\n ]"
 
 
 def _circumstances() -> dict[str, Any]:
     cuda = torch.cuda.is_available()
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    )
     return {
         "device": torch.cuda.get_device_name() if cuda else _processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "commit": git.stdout.strip(),
+        "commit": _commit(),
         "date": datetime.now(UTC).date().isoformat(),
     }
+
+
+def _commit() -> str:
+    """The commit of the code that ran; results and documents may have changed since."""
+    head = _git("rev-parse", "--short", "HEAD")
+    # A copy without history is told its commit.
+    if not head:
+        return os.environ.get("COMMIT", "unknown")
+    changed = _git("status", "--porcelain", "--", "src", "benchmarks/*.py")
+    return f"{head}-dirty" if changed else head
+
+
+def _git(*words: str) -> str:
+    try:
+        command = ["git", "-C", str(ROOT), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except FileNotFoundError:
+        return ""
 
 
 def _processor() -> str:

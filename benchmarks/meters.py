@@ -78,3 +78,18 @@ def _size(ref: StorageWeakRef) -> int:
     """The bytes of a storage now: it may be gone, or have been emptied."""
     storage: Any = torch.UntypedStorage._new_with_weak_ptr(ref.cdata)
     return 0 if storage is None else int(storage.nbytes())
+
+
+def peak_memory(run: Callable[[], object], device: str) -> int:
+    """The most bytes that a run's own tensors took at once; on a GPU, that it had allocated."""
+    if device != "cuda":
+        memory = PeakMemory()
+        with memory:
+            run()
+        return memory.peak
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return int(torch.cuda.max_memory_allocated()) - before

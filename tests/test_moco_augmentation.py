@@ -96,6 +96,7 @@ def test_unknown_names() -> None:
 @pytest.mark.parametrize("dataset", ["digits", "cifar10", "imagefolder"])
 def test_views_on_a_gpu_do_not_wait_for_it(dataset: str) -> None:
     """Also: the device's random state is set and put back."""
+    pytest.importorskip("kornia")  # make gpu-check does without the extra `train`
     images = _images(8, 1 if dataset == "digits" else 3, 64).cuda()
     channels = images.shape[1]
     augmentation = make_augmentation(dataset, 64, "standard", *_STATISTICS[channels]).cuda()

@@ -1,0 +1,234 @@
+"""The benchmarks run, check what they time, and write results that can be judged.
+
+Small tensors, few rounds, and no time is looked at: speed is for a machine that is idle.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import bench_batch_shuffle
+import bench_gpu
+import bench_kernels
+import bench_layer
+import bench_step
+import harness
+import peers
+import pytest
+import targets
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ranks import run_on_ranks
+from shuffle_batchnorm import ShuffleBatchNorm
+from shuffle_batchnorm.kernels import cpu
+from shuffle_batchnorm.moco.launch import Place
+from shuffle_batchnorm.moco.spawn import StopRequest
+
+LAYER = ["--batch=8", "--groups", "1", "4", "--shapes", "4x5x6", "6x3x3", "--memory-batch=0"]
+STEP = ["--ranks=1", "--network=small", "--size=16", "--batch=8"]
+SHORT = ["--rounds=3", "--seconds=0"]
+
+
+@pytest.fixture(autouse=True)
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty folder for results, one thread, and no wait for the compiler."""
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    monkeypatch.setattr(torch, "compile", lambda module, **_: module)
+    monkeypatch.setattr(nn.Module, "compile", lambda *_, **__: None)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield tmp_path
+    torch.set_num_threads(threads)
+
+
+def _record(folder: Path, name: str) -> dict[str, Any]:
+    """A results file, which says where it comes from and holds finite numbers."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} in {name}.json")
+
+    text = (folder / f"{name}.json").read_text()
+    record: dict[str, Any] = json.loads(text, parse_constant=refuse)
+    assert {"device", "threads", "torch", "python", "commit", "date"} <= record.keys()
+    assert record["rows"]
+    return record
+
+
+@pytest.mark.parametrize("options", [[], ["--channels-last"], ["--compiled"]])
+def test_layer(options: list[str], results: Path) -> None:
+    """Catches a contestant that is left out, or a ratio that is not to plain batch norm."""
+    bench_layer.main([*LAYER, *SHORT, *options, "--save", "layer"])
+    record = _record(results, "layer")
+    suffix = ", compiled" if options == ["--compiled"] else ""
+    expected = {"nn.BatchNorm2d"} | {
+        f"{mode}, groups={groups}{suffix}"
+        for mode in ("local", "swap", "regroup")
+        for groups in (1, 4)
+    }
+    expected |= {
+        "": {"split-BN view", "naive torch"},
+        "--channels-last": {"naive torch"},
+        "--compiled": {"nn.BatchNorm2d, compiled"},
+    }["".join(options)]
+    assert {row["name"] for row in record["rows"]} == expected
+    assert len(record["rows"]) == 2 * len(expected)
+    for row in record["rows"]:
+        assert row["channels_last"] == (options == ["--channels-last"])
+        if row["name"] == "nn.BatchNorm2d":
+            assert row["ratios"]["nn.BatchNorm2d"]["both"] == [1, 1, 1]
+
+
+def test_resnet50_has_53_layers_of_12_shapes() -> None:
+    """Catches shapes of another network or image size."""
+    shapes = bench_layer.resnet50_shapes()
+    assert len(shapes) == 12
+    assert sum(shapes.values()) == 53
+    assert shapes[64, 112, 112] == 1
+    assert shapes[2048, 7, 7] == 4
+
+
+def _layers_on_ranks() -> list[dict[str, Any]]:
+    place = Place(dist.get_rank(), 2, torch.device("cpu"), StopRequest(), None)
+    options = bench_layer.Options([(4, 5, 6)], 8, [1], torch.float32, False, False, 0.0, 3)
+    return bench_layer.measure(place, options)
+
+
+def test_layer_on_ranks() -> None:
+    """Catches a seed's pattern that takes its own statistics, and ranks that drift apart."""
+    rows, others = run_on_ranks(2, _layers_on_ranks, timeout=120)
+    assert {"three all_gathers", "sync, groups=1"} <= {row["name"] for row in rows}
+    assert [row["rounds"] for row in rows] == [row["rounds"] for row in others] == [3] * len(rows)
+
+
+class _Wrong(nn.BatchNorm2d):
+    """Right in its output; its gradient is not."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        y = super().forward(input)
+        return y.detach() + 0.5 * (y - y.detach())
+
+
+def test_a_wrong_layer_is_not_timed() -> None:
+    """Catches a check that looks at outputs only, or at nothing."""
+    x, dy = torch.randn(2, 8, 4, 5, 5)
+    right = ShuffleBatchNorm(4, mode="local")
+    peers.check("right", peers.Contestant(nn.BatchNorm2d(4), right), x, dy)
+    with pytest.raises(RuntimeError, match=r"wrong: dx of \(8, 4, 5, 5\) is off by"):
+        peers.check("wrong", peers.Contestant(_Wrong(4), right), x, dy)
+    other = ShuffleBatchNorm(4, mode="swap", groups=2)
+    with pytest.raises(RuntimeError, match="other: output"):
+        peers.check("other", peers.Contestant(other, right), x, dy)
+
+
+def test_a_wrong_kernel_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a truth that runs on the very kernels that it should judge."""
+    true = cpu.block_affine
+    monkeypatch.setattr(cpu, "block_affine", lambda *args: 1.01 * true(*args))
+    with pytest.raises(RuntimeError, match="local, groups=1: output"):
+        bench_layer.main([*LAYER, *SHORT])
+    with pytest.raises(RuntimeError, match="block_affine of"):
+        bench_kernels.main(["--shapes=8x4x5x6", *SHORT])
+
+
+def test_kernels(results: Path) -> None:
+    """Catches a kernel, layout or number of blocks that is left out."""
+    bench_kernels.main(["--shapes=8x4x5x6", "--blocks", "1", "4", *SHORT, "--save"])
+    rows = _record(results, "kernels")["rows"]
+    assert len({(row["kernel"], row["layout"], row["blocks"]) for row in rows}) == 4 * 2 * 2
+
+
+@pytest.mark.parametrize("options", [[], ["--compiled"]])
+def test_step(options: list[str], results: Path) -> None:
+    """Catches a kind of batch norm that a step does not train with."""
+    bench_step.main([*STEP, *SHORT, *options, "--save"])
+    rows = _record(results, "step_compiled" if options else "step")["rows"]
+    kinds = ["local", "swap", "regroup", "sync", "batch-shuffle"]
+    assert [row["bn"] for row in rows if row["step"] == "moco"] == kinds
+    supervised = [row["bn"] for row in rows if row["step"] == "supervised"]
+    assert supervised == ["nn.BatchNorm2d", *kinds[:-1]]
+
+
+def _rounds_on_ranks() -> int:
+    seconds = [0.0, 60.0][dist.get_rank()]
+    return len(list(harness.rounds_within(seconds, least=2, most=5)))
+
+
+def test_ranks_take_as_many_rounds() -> None:
+    """Catches a rank that goes on alone, and waits for the others for ever."""
+    assert run_on_ranks(2, _rounds_on_ranks) == [2, 2]
+
+
+def _steps_on_ranks() -> list[int]:
+    place = Place(dist.get_rank(), 2, torch.device("cpu"), StopRequest(), None)
+    options = bench_step.Options(
+        ["moco", "supervised"], ["local", "regroup", "batch-shuffle"], "small", 8, 16, 2,
+        False, False, False, 0.0, 3,
+    )  # fmt: skip
+    return [row["rounds"] for row in bench_step.measure(place, options)]
+
+
+def test_step_on_ranks() -> None:
+    """Catches a step that DistributedDataParallel refuses."""
+    rounds, others = run_on_ranks(2, _steps_on_ranks, timeout=120)
+    assert rounds == others == [3] * 6
+
+
+def test_batch_shuffle(results: Path) -> None:
+    """Catches options that no longer reach the ranks."""
+    bench_batch_shuffle.main(["--world-sizes=2", "--rounds=3", "--save"])
+    assert len(_record(results, "batch_shuffle")["rows"]) == 3
+
+
+def test_gpu_program_runs_anywhere(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a program that no machine at hand could try before it costs a GPU's time."""
+    assert bench_gpu.main(["--tiny", "--save"]) == 0
+    record = _record(results, "gpu")
+    assert set(bench_gpu.PARTS) <= record.keys()
+    assert record["failed"] == {}
+    assert len(record["rows"]) == 4 + 2 * 4 + 1 + 1
+    assert all(math.isfinite(row["value"]) for row in record["rows"])
+    assert "share of copy bandwidth" in capsys.readouterr().out
+
+
+def test_gpu_program_fails_when_a_result_is_wrong(
+    results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches an exit status of 0 after a wrong kernel, and results lost with it."""
+    true = cpu.block_affine
+    monkeypatch.setattr(cpu, "block_affine", lambda *args: 1.01 * true(*args))
+    assert bench_gpu.main(["--tiny", "--save", "--parts", "kernels", "memory"]) == 1
+    record = _record(results, "gpu")
+    assert list(record["failed"]) == ["kernels"]
+    assert [row["name"][:11] for row in record["rows"]] == ["peak memory"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_gpu_program_refuses_a_machine_without_one(capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a silent success where nothing was measured."""
+    assert bench_gpu.main([]) == 1
+    assert "NOTHING WAS MEASURED" in capsys.readouterr().out
+
+
+def test_targets_are_read_from_results(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a change of a results file that its reader does not know of."""
+    bench_layer.main([*LAYER, *SHORT, "--save"])
+    record = _record(results, "layer")
+    memory = [{"name": "regroup, groups=4", "ratio": 1.5}]
+    harness.save("layer", record["rows"], summary=record["summary"], memory=memory)
+    bench_layer.main([*LAYER, *SHORT, "--compiled", "--save", "layer_compiled"])
+    bench_step.main([*STEP, *SHORT, "--compiled", "--steps", "supervised", "--save"])
+    targets.main()
+    lines = capsys.readouterr().out.split("target  ")[-1].splitlines()[1:]
+    assert len(lines) == 4 + 2 + 2
+    (line,) = (line for line in lines if line.startswith("peak memory"))
+    assert line.split()[-5:] == ["<=", "1.02", "MISSED", "regroup,", "groups=4"]
+
+
+def test_rounds_end_with_the_time_or_the_count() -> None:
+    """Catches rounds without end, and a budget that leaves fewer rounds than a median takes."""
+    assert len(list(harness.rounds_within(0.0, least=3, most=9))) == 3
+    assert len(list(harness.rounds_within(60.0, least=3, most=9))) == 9
