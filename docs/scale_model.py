@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.optimize import least_squares
 
+from shuffle_batchnorm.exchange import ONE_MESSAGE_BYTES
+
 # ResNet-50: a stem, then stages of (blocks, width); a block has layers of width, width, 4 width,
 # and the first of a stage another of 4 width in its shortcut.
 STAGES = ((3, 64), (4, 128), (6, 256), (3, 512))
@@ -54,7 +56,10 @@ def layer(way: str, world: int, channels: int, direction: str = "forward") -> li
         return [Call("all_gather" if forward else "all_reduce", row)]
     if way == "swap":
         return [Call("all_to_all", row, min(1, world - 1))]
-    return [Call("all_to_all", row, min(8, world) - 1)] * 2  # regroup
+    # What is left is regroup.
+    if world <= 8 and world * world * row <= ONE_MESSAGE_BYTES:
+        return [Call("all_to_all", world * row, world - 1)]
+    return [Call("all_to_all", row, min(8, world) - 1)] * 2
 
 
 def moco(samples: int, image: int, features: int, world: int) -> list[Call]:

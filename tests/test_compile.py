@@ -26,13 +26,13 @@ def _steps(model: nn.Module, x: Tensor, backend: str | None) -> list[Tensor]:
     return [t.detach().clone() for t in (*results, *grads, *model.buffers())]
 
 
-def _compiled_against_eager(mode: str, groups: int, backend: str) -> None:
+def _compiled_against_eager(mode: str, groups: int, backend: str, blocks: int = 8) -> None:
     warnings.simplefilter("ignore", DeprecationWarning)  # dynamo's, of its own autograd.Function
     torch._dynamo.reset()
     results = []
     for how in (None, backend):
         torch.manual_seed(1)
-        norm = ShuffleBatchNorm(4, mode=mode, groups=groups, momentum=None)
+        norm = ShuffleBatchNorm(4, mode=mode, groups=groups, blocks=blocks, momentum=None)
         model = nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.ReLU())
         rank = dist.get_rank() if dist.is_initialized() else 0
         generator = torch.Generator().manual_seed(rank)
@@ -50,10 +50,14 @@ def test_one_process_compiles_to_one_graph(mode: str, groups: int) -> None:
         _compiled_against_eager(mode, groups, "aot_eager")
 
 
-@pytest.mark.parametrize("mode", ["local", "sync", "swap", "regroup"])
-def test_ranks_compile_to_one_graph(mode: str) -> None:
+@pytest.mark.parametrize(
+    ("mode", "blocks"),
+    # With 8 blocks every rank deals to every rank: one message. With 2, two rotations.
+    [("local", 8), ("sync", 8), ("swap", 8), ("regroup", 8), ("regroup", 2)],
+)
+def test_ranks_compile_to_one_graph(mode: str, blocks: int) -> None:
     """Catches collectives that the compiler can't trace, or that give no gradient (#152131)."""
-    run_on_ranks(2, _compiled_against_eager, mode, 2, "aot_eager", timeout=120)
+    run_on_ranks(2, _compiled_against_eager, mode, 2, "aot_eager", blocks, timeout=120)
 
 
 @pytest.mark.parametrize("mode", ["local", "sync", "swap", "regroup"])

@@ -137,10 +137,11 @@ def _traffic() -> dict[str, list[tuple[int, int]]]:
     return counts
 
 
-def test_traffic_of_sixteen_ranks_is_that_of_eight() -> None:
+def test_traffic_of_sixteen_ranks_is_what_they_need() -> None:
     """Catches rows that reach more ranks than need them."""
     row, sums = 4 * (2 * CHANNELS + 1), 4 * 2 * CHANNELS
     for counts in run_on_ranks(RANKS, _traffic):
         assert counts["swap"] == [(1, row), (1, sums)]
+        # In one message to all it would be 15 * 8 rows.
         assert counts["regroup"] == [(2, 2 * 7 * row), (2, 2 * 7 * sums)]
         assert counts["sync"][0] == (1, 15 * row)

@@ -1,4 +1,4 @@
-"""Messages and bytes, counted: one packed message per layer and direction, whatever W is."""
+"""Messages and bytes, counted: one or two packed messages per layer and direction for any W."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -83,15 +83,31 @@ def test_swap_of_many_groups_sends_one_row_to_the_next_rank() -> None:
         assert [(name, sent) for name, sent, _ in backward] == [("all_to_all_single", 40)]
 
 
-@pytest.mark.parametrize("world_size", [4, 8])
-def test_regroup_sends_to_the_ranks_of_its_blocks_only(world_size: int) -> None:
+@pytest.mark.parametrize(("world_size", "blocks"), [(4, 3), (8, 4)])
+def test_regroup_sends_to_the_ranks_of_its_blocks_only(world_size: int, blocks: int) -> None:
     """Catches block rows sent to everybody: the traffic must not grow with W."""
-    for forward, backward, _ in run_on_ranks(world_size, _messages, "regroup", 1, 4, torch.float32):
-        # Blocks 1, 2 and 3 of 4 leave for their new groups; those groups' rows come back.
-        expected = [("all_to_all_single", 3 * (2 * CHANNELS + 1) * 4, 3)] * 2
+    others = blocks - 1
+    for forward, backward, _ in run_on_ranks(
+        world_size, _messages, "regroup", 1, blocks, torch.float32
+    ):
+        # All blocks but the first leave for their new groups; those groups' rows come back.
+        expected = [("all_to_all_single", others * (2 * CHANNELS + 1) * 4, others)] * 2
         assert [(name, sent, len(to)) for name, sent, to in forward] == expected
-        expected = [("all_to_all_single", 3 * 2 * CHANNELS * 4, 3)] * 2
+        expected = [("all_to_all_single", others * 2 * CHANNELS * 4, others)] * 2
         assert [(name, sent, len(to)) for name, sent, to in backward] == expected
+
+
+@pytest.mark.parametrize("world_size", [2, 4, 8])
+def test_regroup_sends_all_rows_at_once_if_every_rank_deals_to_every_rank(world_size: int) -> None:
+    """Catches a second message where the first can bring all that a rank needs."""
+    others = list(range(world_size))
+    for rank, (forward, backward, _) in enumerate(
+        run_on_ranks(world_size, _messages, "regroup", 1, 8, torch.float32)
+    ):
+        to = others[:rank] + others[rank + 1 :]
+        rows = len(to) * world_size
+        assert forward == [("all_to_all_single", rows * (2 * CHANNELS + 1) * 4, to)]
+        assert backward == [("all_to_all_single", rows * 2 * CHANNELS * 4, to)]
 
 
 @pytest.mark.parametrize("world_size", [2, 4])

@@ -56,8 +56,9 @@ def shuffle_batch_norm(
         Per rank, forward ``[count, mean, std]`` rows of 2C + 1 numbers, backward rows of 2C
         numbers, in float32 (float64 for float64 input). ``local``: none. ``swap``: `groups` rows
         to at most two fixed peers. ``regroup``: ``groups * B`` rows to at most B fixed ranks
-        (2 B, if `offset` is more than `groups` and no multiple of it), and as many back.
-        ``sync``: one row to all (all_gather) forward, one all_reduce backward.
+        (2 B, if `offset` is more than `groups` and no multiple of it), and as many back; if
+        ``G <= blocks``, these rows to all ranks at once, up to 512 KiB received per rank. ``sync``:
+        one row to all (all_gather) forward, one all_reduce backward.
         The first training call also compares all ranks' options (2 KiB per rank).
 
     Args:

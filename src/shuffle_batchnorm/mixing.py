@@ -66,9 +66,22 @@ class Plan(NamedTuple):
         sign = -1 if self.mode == "swap" else 1
         return (group + sign * self.shifts[block]) % self.total_groups
 
+    def normalisers(self) -> tuple[int, ...]:
+        """Return the normaliser of each local block, in order."""
+        first = self.rank * self.groups
+        return tuple(
+            self.normaliser(group, block)
+            for group in range(first, first + self.groups)
+            for block in range(self.per_group)
+        )
+
     def source(self, group: int, block: int) -> int:
         """Return the number of the group in whose statistics a block is pooled (0 in `sync`)."""
         return group if self.mode == "swap" else self.normaliser(group, block)
+
+    def of_one_process(self) -> "Plan":
+        """Return the plan of a single process that has the groups of all ranks."""
+        return self._replace(world_size=1, rank=0, groups=self.total_groups)
 
 
 def make_plan(options: Options, world_size: int, rank: int) -> Plan:

@@ -5,6 +5,7 @@ A row is ``[count, mean, std]``, ``2 * C + 1`` numbers; a gradient row is
 and are pooled in float64 where the device has it.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple, NoReturn
 
 import torch
@@ -55,13 +56,12 @@ def mix(blocks: Tensor, plan: Plan, world: World) -> Statistics:
     """Return who normalises whom: the rows of each block's normalisers.
 
     Communication: `local` none; `swap` one rotation; `regroup` one rotation to the new groups and
-    one back; `sync` one all_gather.
+    one back, or one small message with all rows to all ranks; `sync` one all_gather.
     """
     if plan.mode == "swap":
         return Statistics(exchange.rotate(blocks, plan, world), blocks)
     if plan.mode == "regroup" and plan.per_group > 1:
-        pooled = pool(exchange.rotate(blocks, plan, world))
-        used = exchange.rotate(pooled, plan, world, inverse=True)
+        used = _regroup(blocks, plan, world, pool)
         return Statistics(used, used)
     if plan.mode == "sync":
         row = blocks.view(1, -1, blocks.shape[-1])
@@ -91,14 +91,27 @@ def mix_gradients(sums: Tensor, plan: Plan, world: World) -> Tensor:
     if plan.mode == "swap":
         return exchange.rotate(sums, plan, world, inverse=True)
     if plan.mode == "regroup" and plan.per_group > 1:
-        pooled = exchange.rotate(sums, plan, world).sum(dim=1, keepdim=True)
-        return exchange.rotate(pooled, plan, world, inverse=True)
+        return _regroup(sums, plan, world, lambda rows: rows.sum(dim=1, keepdim=True))
     if plan.mode == "sync":
         total = sums.sum(dim=(0, 1))
         if world.size > 1:
             total = exchange.all_sum(total, world)
         return total.expand_as(sums)
     return sums
+
+
+def _regroup(rows: Tensor, plan: Plan, world: World, combine: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return for each block the rows of its new group, combined: ``[groups, B, K]`` to the same.
+
+    Communication: one rotation to the new groups and one back; or all rows to all ranks, where they
+    fit one message, and then each rank combines the rows of all groups, as a single process does.
+    """
+    if not exchange.fits_one_message(rows, plan):
+        combined = combine(exchange.rotate(rows, plan, world))
+        return exchange.rotate(combined, plan, world, inverse=True)
+    dealt = exchange.rotate(exchange.send_to_all(rows, world), plan.of_one_process(), World())
+    mine = constant(plan.normalisers(), torch.int64, rows)
+    return combine(dealt).flatten(0, 1).index_select(0, mine).view(rows.shape)
 
 
 def pool(rows: Tensor) -> Tensor:
