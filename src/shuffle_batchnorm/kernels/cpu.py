@@ -21,7 +21,7 @@ from .rows import are_equal, block_sum, counts, per_sample
 
 Sizes = tuple[int, ...]
 
-_PART = 2**20  # values per thread of a difference that is never as large as the input
+_PART = 2**19  # values per thread of a difference that is never as large as the input
 
 
 def block_moments(x: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor]:
@@ -31,14 +31,15 @@ def block_moments(x: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor]:
         blocks = [_line_moments(piece) for piece in _pieces(x, sizes)]
         return torch.stack([mean for mean, _ in blocks]), torch.stack([std for _, std in blocks])
     planes, samples = _planes(x)[0], x.shape[:2]
-    count = counts(sizes, planes.shape[1], planes).double().clamp(min=1)
+    count = counts(sizes, planes.shape[1], planes).clamp(min=1)
     sums = planes.sum(dim=1).view(samples)
     mean = (block_sum(sums, sizes, torch.float64) / count).to(x.dtype)
     distances = _distances(planes, *_per_plane(sizes, mean)).view(samples)
-    std = (block_sum(distances.double().square_(), sizes) / count).sqrt_()
-    if not math.isfinite(float(std.sum())):
-        # A sum or a square did not fit the dtype.
-        mean, std = reference.block_moments(x.double(), sizes)
+    std = (block_sum(distances.square_(), sizes) / count).sqrt_()
+    if math.isfinite(float(std.sum())):
+        return mean, std
+    # A sum or a square did not fit the dtype.
+    mean, std = reference.block_moments(x.double(), sizes)
     return mean.to(x.dtype), std.to(x.dtype)
 
 
@@ -102,8 +103,12 @@ def _per_plane(sizes: Sizes, *rows: Tensor) -> tuple[Tensor, ...]:
 def _distances(planes: Tensor, centers: Tensor) -> Tensor:
     """Return the norm of each plane's distance to its center, ``[planes]``."""
     rows = max(1, _PART * torch.get_num_threads() // planes.shape[1])
-    parts = zip(planes.split(rows), centers[:, None].split(rows), strict=True)
-    return torch.cat([torch.linalg.vector_norm(part - center, dim=1) for part, center in parts])
+    differences = planes.new_empty(min(rows, len(planes)), planes.shape[1])
+    norms = []
+    for part, center in zip(planes.split(rows), centers[:, None].split(rows), strict=True):
+        difference = torch.sub(part, center, out=differences[: len(part)])
+        norms.append(torch.linalg.vector_norm(difference, dim=1))
+    return torch.cat(norms)
 
 
 def _plane_affine(x: Tensor, center: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

@@ -18,13 +18,15 @@ def block_sum(samples: Tensor, sizes: Sizes, dtype: torch.dtype | None = None) -
     """Sum the samples of each block: ``[N, C]`` to ``[blocks, C]``, 0 for an empty block."""
     if are_equal(sizes):
         return samples.reshape(len(sizes), sizes[0], samples.shape[1]).sum(dim=1, dtype=dtype)
-    if torch.compiler.is_compiling():
-        return torch.stack([block.sum(dim=0, dtype=dtype) for block in samples.split(sizes)])
     # Shorter blocks are filled up with a row of zeros. (index_add_ adds in any order on a GPU, and
     # takes 90 ms on a CPU in torch 2.13.)
     rows = torch.cat([samples, samples.new_zeros(1, samples.shape[1])])
-    places = constant(_places(sizes), torch.int64, samples)
-    return rows.index_select(0, places).view(len(sizes), max(sizes), -1).sum(dim=1, dtype=dtype)
+    if torch.compiler.is_compiling():
+        places = _places_in_graph(sizes, samples)
+    else:
+        places = constant(_places(sizes), torch.int64, samples)
+    filled = rows.index_select(0, places).view(len(sizes), -1, rows.shape[1])
+    return filled.sum(dim=1, dtype=dtype)
 
 
 def per_sample(rows: Tensor, sizes: Sizes) -> Tensor:
@@ -32,9 +34,12 @@ def per_sample(rows: Tensor, sizes: Sizes) -> Tensor:
     if are_equal(sizes):
         return rows[:, None].expand(-1, sizes[0], -1).reshape(-1, rows.shape[1])
     if torch.compiler.is_compiling():
-        # Without a loop over samples, so that a symbolic batch stays symbolic.
-        return torch.cat([row.expand(n, -1) for row, n in zip(rows.split(1), sizes, strict=True)])
-    return rows.index_select(0, constant(_owners(sizes), torch.int64, rows))
+        ends = _tensor_in_graph(sizes, rows).cumsum(0)
+        samples = torch.arange(sum(sizes), device=rows.device)
+        owners = torch.searchsorted(ends, samples, right=True)
+    else:
+        owners = constant(_owners(sizes), torch.int64, rows)
+    return rows.index_select(0, owners)
 
 
 def counts(sizes: Sizes, length: int, like: Tensor) -> Tensor:
@@ -42,8 +47,20 @@ def counts(sizes: Sizes, length: int, like: Tensor) -> Tensor:
     if are_equal(sizes):
         return like.new_full((len(sizes), 1), sizes[0] * length)
     if torch.compiler.is_compiling():
-        return torch.cat([like.new_full((1, 1), n * length) for n in sizes])
+        return (_tensor_in_graph(sizes, like) * length).to(like.dtype)[:, None]
     return constant(tuple(n * length for n in sizes), like.dtype, like)[:, None]
+
+
+def _places_in_graph(sizes: Sizes, like: Tensor) -> Tensor:
+    """Return `_places`, for sizes that may be symbols: the first block is the longest."""
+    size = _tensor_in_graph(sizes, like)[:, None]
+    k = torch.arange(sizes[0], device=like.device)
+    return torch.where(k < size, size.cumsum(0) - size + k, like.shape[0]).view(-1)
+
+
+def _tensor_in_graph(sizes: Sizes, like: Tensor) -> Tensor:
+    """Return sizes, which may be symbols, as a tensor that is computed inside a graph."""
+    return torch.stack([like.new_full((), n, dtype=torch.int64) for n in sizes])
 
 
 def constant(values: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
