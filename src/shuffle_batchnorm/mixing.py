@@ -79,6 +79,11 @@ class Plan(NamedTuple):
         """Return the number of the group in whose statistics a block is pooled (0 in `sync`)."""
         return group if self.mode == "swap" else self.normaliser(group, block)
 
+    def without_empty_blocks(self, batch: int) -> "Plan":
+        """Return the same plan without the blocks that are empty in every group of this rank."""
+        per_group = min(self.per_group, max(1, batch // self.groups))
+        return self._replace(per_group=per_group, shifts=self.shifts[:per_group])
+
     def of_one_process(self) -> "Plan":
         """Return the plan of a single process that has the groups of all ranks."""
         return self._replace(world_size=1, rank=0, groups=self.total_groups)
