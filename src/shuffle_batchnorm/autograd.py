@@ -34,10 +34,12 @@ class Normalise(torch.autograd.Function):
         world: World,
     ) -> Tensor:
         """Return y. `used` and `source` are rows as in `Statistics`; None for `source` = `used`."""
-        ctx.save_for_backward(x, weight, used, source)
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.call = (eps, sizes, plan, world)
         mean, rho = _normaliser(used, eps)
+        sources = (mean, rho) if source is None else _normaliser(source, eps)
+        count = unpack(used if source is None else source)[0]
+        ctx.save_for_backward(x, weight, mean, rho, count, *sources)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.call = (sizes, plan, world)
         scale = rho if weight is None else rho * weight.to(rho.dtype)
         shift = torch.zeros_like(mean) if bias is None else bias.to(mean.dtype).expand_as(mean)
         return kernels.select(x).block_affine(x, sizes, mean, scale, shift)
@@ -45,10 +47,10 @@ class Normalise(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of x, weight and bias."""
-        x, weight, used, source = ctx.saved_tensors
+        x, weight, *rows = ctx.saved_tensors
         with torch.no_grad():
             needs_dx = ctx.needs_input_grad[0]
-            first = _gradients(needs_dx, dy, x, weight, used, source, *ctx.call)
+            first = _gradients(needs_dx, dy, x, weight, rows, *ctx.call)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # create_graph: the first derivatives are right; a second one must not be wrong.
             first = _FirstDerivative.apply(*first, dy, x, weight)  # type: ignore[no-untyped-call]
@@ -66,19 +68,19 @@ def _gradients(
     dy: Tensor,
     x: Tensor,
     weight: Tensor | None,
-    used: Tensor,
-    source: Tensor | None,
-    eps: float,
+    rows: list[Tensor],
     sizes: tuple[int, ...],
     plan: Plan,
     world: World,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """Return the gradients of input, weight and bias.
 
-    Always exchanges, even where no gradient of the input is needed: a peer may need one.
+    `rows` are mean and rho of each block's normaliser, then count, mean and rho of the one that the
+    block is pooled in. Always exchanges, even where no gradient of the input is needed: a peer may
+    need one.
     """
     kernel = kernels.select(x)
-    mean, rho = _normaliser(used, eps)
+    mean, rho, count, source_mean, source_rho = rows
     total, dot = kernel.block_grad_sums(dy, x, sizes, mean, rho)
     w = 1.0 if weight is None else weight.to(rho.dtype)
     sums = torch.cat([w * total, w * dot], dim=1).view(plan.groups, plan.per_group, -1)
@@ -86,13 +88,10 @@ def _gradients(
     dweight, dbias = dot.sum(dim=0), total.sum(dim=0)
     if not needs_dx:
         return None, dweight, dbias
-    a = w * rho
-    if source is None:
-        source = used
-    else:
-        mean, rho = _normaliser(source, eps)
-    step = -rho / unpack(source)[0].clamp(min=1)
-    dx = kernel.block_grad_affine(dy, x, sizes, a, step * rho * s1, mean, step * s0)
+    step = -source_rho / count.clamp(min=1)
+    dx = kernel.block_grad_affine(
+        dy, x, sizes, w * rho, step * source_rho * s1, source_mean, step * s0
+    )
     return dx, dweight, dbias
 
 

@@ -58,7 +58,7 @@ def mix(blocks: Tensor, plan: Plan, world: World) -> Statistics:
     Communication: `local` none; `swap` one rotation; `regroup` one rotation to the new groups and
     one back, or one small message with all rows to all ranks; `sync` one all_gather.
     """
-    if plan.mode == "swap":
+    if plan.mode == "swap" and any(plan.shifts):
         return Statistics(exchange.rotate(blocks, plan, world), blocks)
     if plan.mode == "regroup" and plan.per_group > 1:
         used = _regroup(blocks, plan, world, pool)

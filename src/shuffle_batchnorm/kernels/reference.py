@@ -4,6 +4,7 @@ Tensors are ``[N, C, *]``; a block is a run of samples. Rows are ``[blocks, C]``
 float64 for float64 input, and so is every sum, whatever the input's dtype.
 """
 
+import torch
 from torch import Tensor
 
 from .rows import accumulation_dtype, block_sum, counts, per_sample
@@ -34,8 +35,8 @@ def block_affine(x: Tensor, sizes: Sizes, center: Tensor, scale: Tensor, shift: 
         scale: ``[blocks, C]``.
         shift: ``[blocks, C]``.
     """
-    y = (_planes(x) - _spread(center, sizes)) * _spread(scale, sizes) + _spread(shift, sizes)
-    return _like(y, x)
+    center, scale, shift = _spread(sizes, center, scale, shift)
+    return _like((_planes(x) - center) * scale + shift, x)
 
 
 def block_grad_sums(
@@ -43,7 +44,7 @@ def block_grad_sums(
 ) -> tuple[Tensor, Tensor]:
     """Return each block's sums of ``dy`` and of ``dy * (x - center) * scale``, ``[blocks, C]``."""
     dy_planes, x_planes = _planes(dy), _planes(x)
-    products = (dy_planes * (x_planes - _spread(center, sizes))).sum(dim=2)
+    products = (dy_planes * (x_planes - _spread(sizes, center)[0])).sum(dim=2)
     return block_sum(dy_planes.sum(dim=2), sizes), block_sum(products, sizes) * scale
 
 
@@ -51,9 +52,9 @@ def block_grad_affine(
     dy: Tensor, x: Tensor, sizes: Sizes, a: Tensor, b: Tensor, center: Tensor, c: Tensor
 ) -> Tensor:
     """Return ``dx = a * dy + b * (x - center) + c`` with each block's rows ``[blocks, C]``."""
-    dx = (_planes(x) - _spread(center, sizes)) * _spread(b, sizes) + _spread(c, sizes)
-    dx = dx + _planes(dy) * _spread(a, sizes)
-    return _like(dx, x)
+    a, b, center, c = _spread(sizes, a, b, center, c)
+    dx = (_planes(x) - center) * b + c
+    return _like(dx + _planes(dy) * a, x)
 
 
 def _planes(x: Tensor) -> Tensor:
@@ -61,8 +62,11 @@ def _planes(x: Tensor) -> Tensor:
     return x.reshape(x.shape[0], x.shape[1], x.shape[2:].numel()).to(accumulation_dtype(x))
 
 
-def _spread(rows: Tensor, sizes: Sizes) -> Tensor:
-    return per_sample(rows, sizes)[:, :, None]
+def _spread(sizes: Sizes, *rows: Tensor) -> tuple[Tensor, ...]:
+    """Give each sample its numbers in rows ``[blocks, C]``: each ``[N, C, 1]``."""
+    # Side by side, a compiler has to write them down, and can't work them out for every value.
+    spread = per_sample(torch.cat(rows, dim=1), sizes)
+    return spread[:, :, None].chunk(len(rows), dim=1)
 
 
 def _like(planes: Tensor, x: Tensor) -> Tensor:
