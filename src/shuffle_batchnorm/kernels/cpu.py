@@ -21,6 +21,7 @@ from .rows import are_equal, block_sum, counts, per_sample
 
 Sizes = tuple[int, ...]
 
+_LONG = 2**14  # values of a plane
 _PART = 2**19  # values per thread of a difference that is never as large as the input
 
 
@@ -107,7 +108,11 @@ def _distances(planes: Tensor, centers: Tensor) -> Tensor:
     norms = []
     for part, center in zip(planes.split(rows), centers[:, None].split(rows), strict=True):
         difference = torch.sub(part, center, out=differences[: len(part)])
-        norms.append(torch.linalg.vector_norm(difference, dim=1))
+        if planes.shape[1] < _LONG:
+            norms.append(torch.linalg.vector_norm(difference, dim=1))
+        else:
+            # A norm adds one after the other, in the dtype of the values; a sum in a tree.
+            norms.append(difference.square_().sum(dim=1).sqrt_())
     return torch.cat(norms)
 
 

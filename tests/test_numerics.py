@@ -1,0 +1,86 @@
+"""Hard numbers: errors against float64 are those of nn.BatchNorm2d, group by group."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from shuffle_batchnorm import ShuffleBatchNorm
+from shuffle_batchnorm.kernels import reference, select
+from truth import gradient
+
+FLOAT, HALF = torch.float32, torch.bfloat16
+
+
+def _randn(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64)
+
+
+CASES: dict[str, tuple[Callable[[], Tensor], torch.dtype]] = {
+    "mean of 100 deviations": (lambda: _randn(16, 8, 9, 9) + 1e2, FLOAT),
+    "mean of 10,000 deviations": (lambda: _randn(16, 8, 9, 9) + 1e4, FLOAT),
+    "bfloat16, mean of 100 deviations": (lambda: _randn(16, 8, 9, 9) + 1e2, HALF),
+    "values of 1e30": (lambda: _randn(16, 8, 9, 9) * 1e30, FLOAT),
+    "a mean of 1e30": (lambda: _randn(16, 8, 9, 9) * 1e27 + 1e30, FLOAT),
+    "values of 1e-25": (lambda: _randn(16, 8, 9, 9) * 1e-25, FLOAT),
+    "a million values per plane": (lambda: _randn(4, 2, 1000, 1000) + 3, FLOAT),
+    "one value per plane": (lambda: _randn(64, 8, 1, 1) + 3, FLOAT),
+    "one sample per group": (lambda: _randn(4, 8, 9, 9) + 3, FLOAT),
+    "an outlier first": (lambda: _with_outlier(_randn(16, 8, 9, 9)), FLOAT),
+}
+
+
+def _with_outlier(x: Tensor) -> Tensor:
+    x[0, :, 0, 0] = 1e4
+    return x
+
+
+def _step(layers: list[nn.Module], x: Tensor, dy: Tensor) -> dict[str, Tensor]:
+    """Output and gradients of a batch cut for some layers that share their parameters."""
+    x = x.clone().requires_grad_()
+    chunks = zip(layers, x.chunk(len(layers)), strict=True)
+    y = torch.cat([layer(chunk) for layer, chunk in chunks])
+    y.backward(dy)
+    return {"output": y.detach(), "gradient": gradient(x)}
+
+
+def _errors(layers: list[nn.Module], x: Tensor, dy: Tensor) -> dict[str, float]:
+    """Distances to the same step in float64, relative to its size."""
+    exact = _step(copy.deepcopy(layers), x.double(), dy.double())
+    got = _step([layer.to(FLOAT) for layer in layers], x, dy)
+    return {
+        name: float((got[name].double() - value).norm() / value.norm())
+        for name, value in exact.items()
+    }
+
+
+@pytest.mark.parametrize("lines", [False, True])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_errors_are_those_of_batch_norm(
+    case: tuple[Callable[[], Tensor], torch.dtype], lines: bool
+) -> None:
+    """Catches raw moments, sums one after the other in float32, squares that overflow."""
+    x = case[0]().to(case[1])
+    x = x.contiguous(memory_format=torch.channels_last) if lines else x
+    dy, channels = torch.randn_like(x), x.shape[1]
+    # torch's own error is by luck now and then: no digit less is lost than it may lose.
+    floor = 8 * torch.finfo(case[1]).eps
+    for groups in (1, 4) if x[0, 0].numel() > 1 or len(x) > 4 else (1,):
+        theirs = _errors([nn.BatchNorm2d(channels).double() for _ in range(groups)], x, dy)
+        for mode in ("local", "swap", "regroup"):
+            ours = _errors([ShuffleBatchNorm(channels, mode=mode, groups=groups).double()], x, dy)
+            for name, error in ours.items():
+                limit = (2 if mode == "local" else 4) * theirs[name] + floor
+                assert error <= limit, f"{mode}, {groups} groups, {name}: {error:.1e}"
+
+
+def test_constant_channels_stay_what_they_are() -> None:
+    """Catches a variance of rounding errors, or below 0, and what 1 / sqrt makes of it."""
+    x = torch.full((8, 3, 5, 5), 0.1)
+    for kernels in (select(x), reference):
+        mean, std = kernels.block_moments(x, (4, 4))
+        assert (mean - 0.1).abs().max() < 1e-7
+        assert std.max() < 1e-7
+        assert not std.isnan().any()
