@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from shuffle_batchnorm import ShuffleBatchNorm
-from shuffle_batchnorm.kernels import reference, select
+from shuffle_batchnorm.kernels import cpu, reference, select
 from truth import gradient
 
 FLOAT, HALF = torch.float32, torch.bfloat16
@@ -74,6 +74,15 @@ def test_errors_are_those_of_batch_norm(
             for name, error in ours.items():
                 limit = (2 if mode == "local" else 4) * theirs[name] + floor
                 assert error <= limit, f"{mode}, {groups} groups, {name}: {error:.1e}"
+
+
+def test_squares_that_do_not_fit_the_dtype() -> None:
+    """Catches an infinite deviation of finite values: torch's batch norm gives 0 there."""
+    x = _randn(8, 3, 5, 5) * 1e30
+    for got, want in zip(
+        cpu.block_moments(x.float(), (4, 4)), reference.block_moments(x, (4, 4)), strict=True
+    ):
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e24)
 
 
 def test_constant_channels_stay_what_they_are() -> None:
