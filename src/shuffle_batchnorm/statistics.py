@@ -124,9 +124,10 @@ def pool(rows: Tensor) -> Tensor:
     count, mean, std = wide(rows).split((1, channels, channels), dim=2)
     total = count.sum(dim=1, keepdim=True)
     share = (count / total.clamp(min=1)).transpose(1, 2)
-    pooled_mean = share @ mean
-    distance = mean - pooled_mean
-    variance = share @ torch.addcmul(std.square(), distance, distance)
+    with torch.autocast(rows.device.type, enabled=False):
+        pooled_mean = share @ mean
+        distance = mean - pooled_mean
+        variance = share @ torch.addcmul(std.square(), distance, distance)
     rejected = (count < 0).any(dim=1, keepdim=True)
     total = torch.where(rejected, _REJECTED, total)
     return torch.cat([total, pooled_mean, variance.sqrt()], dim=2).to(rows.dtype)

@@ -25,14 +25,14 @@ def block_sum(samples: Tensor, sizes: Sizes, dtype: torch.dtype | None = None) -
         places = _places_in_graph(sizes, samples)
     else:
         places = constant(_places(sizes), torch.int64, samples)
-    filled = rows.index_select(0, places).view(len(sizes), -1, rows.shape[1])
+    filled = rows.index_select(0, places).view(len(sizes), len(places) // len(sizes), rows.shape[1])
     return filled.sum(dim=1, dtype=dtype)
 
 
 def per_sample(rows: Tensor, sizes: Sizes) -> Tensor:
     """Give each sample its block's row: ``[blocks, C]`` to ``[N, C]``."""
     if are_equal(sizes):
-        return rows[:, None].expand(-1, sizes[0], -1).reshape(-1, rows.shape[1])
+        return rows[:, None].expand(-1, sizes[0], -1).flatten(0, 1)
     if torch.compiler.is_compiling():
         ends = _tensor_in_graph(sizes, rows).cumsum(0)
         samples = torch.arange(sum(sizes), device=rows.device)
