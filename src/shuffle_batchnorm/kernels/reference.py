@@ -16,7 +16,7 @@ def block_moments(x: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor]:
     """Return each block's mean and (biased) standard deviation, 0 for an empty block.
 
     Two passes: the squares are of the distance to the mean, so nothing cancels. The standard
-    deviation, not the variance, is what fits the dtype wherever the input does.
+    deviation has the input's scale; where a square doesn't fit the dtype it is infinite.
     """
     planes = _planes(x)
     count = counts(sizes, planes.shape[2], planes).clamp(min=1)
