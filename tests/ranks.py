@@ -255,7 +255,6 @@ def _name(function: Callable[..., Any]) -> str:
 
 def _settle() -> None:
     torch.set_num_threads(1)  # the ranks of a test share few cores
-    warnings.simplefilter("error")
     faulthandler.enable()
     threading.Thread(target=_die_with_parent, daemon=True).start()
 
@@ -278,9 +277,13 @@ def _join_group(rendezvous: str, rank: int, world_size: int) -> None:
 
 def _on_rank(payload: bytes) -> bytes:
     try:
-        function, args, kwargs = pickle.loads(payload)
-        torch.manual_seed(0)  # what a test sees must not depend on the tests before it
-        return pickle.dumps(_Outcome(result=function(*args, **kwargs)))
+        # What a test sees must not depend on the tests before it: neither what it draws nor what
+        # they ignored.
+        torch.manual_seed(0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            function, args, kwargs = pickle.loads(payload)
+            return pickle.dumps(_Outcome(result=function(*args, **kwargs)))
     except BaseException as error:  # pytest.fail and SystemExit are not Exceptions
         rank = dist.get_rank() if dist.is_initialized() else "?"
         summary = "".join(traceback.format_exception_only(error)).strip()

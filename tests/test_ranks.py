@@ -49,6 +49,10 @@ def warn() -> None:
     warnings.warn("careful", UserWarning, stacklevel=1)
 
 
+def ignore_warnings() -> None:
+    warnings.simplefilter("ignore")
+
+
 def fail_on(rank: int) -> int:
     if dist.get_rank() == rank:
         raise ValueError(f"rank {rank} does not like it")
@@ -135,6 +139,12 @@ def test_ranks_use_one_thread() -> None:
 
 
 def test_a_warning_on_a_rank_is_an_error() -> None:
+    with pytest.raises(UserWarning, match="careful"):
+        run_on_ranks(2, warn)
+
+
+def test_what_one_call_ignores_is_an_error_in_the_next() -> None:
+    run_on_ranks(2, ignore_warnings)
     with pytest.raises(UserWarning, match="careful"):
         run_on_ranks(2, warn)
 
