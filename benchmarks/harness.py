@@ -81,6 +81,12 @@ class Stopwatch:
 Staged = Callable[[Callable[[], None]], object]  # is handed `lap`, to be called after each stage
 
 
+def one_stage(run: Callable[[], object], lap: Callable[[], None]) -> None:
+    """Make a `Staged` of what has no stages: ``partial(one_stage, run)``."""
+    run()
+    lap()
+
+
 def laps_of(
     contestants: Mapping[str, Staged], device: str, seconds: float, least: int, most: int
 ) -> dict[str, Laps]:
@@ -115,7 +121,7 @@ def rounds_within(seconds: float, least: int, most: int) -> Iterator[int]:
 
 
 def spread(values: list[float]) -> Spread:
-    points = statistics.quantiles(values, n=5) if len(values) > 1 else values
+    points = statistics.quantiles(values, n=5, method="inclusive") if len(values) > 1 else values
     return Spread(statistics.median(values), points[0], points[-1])
 
 
