@@ -10,10 +10,8 @@ writes benchmarks/results/batch_shuffle.json.
 """
 
 import argparse
-import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,9 +19,10 @@ import torch.distributed as dist
 from harness import interleaved, save
 from meters import PeakMemory, received_messages
 from torch import Tensor
-from torch.multiprocessing.spawn import spawn
 
 from shuffle_batchnorm import batch_shuffle, batch_unshuffle, moves
+from shuffle_batchnorm.moco.config import RunConfig
+from shuffle_batchnorm.moco.launch import Place, launch
 
 IMAGES, FEATURES = (32, 3, 96, 96), (32, 128)
 
@@ -80,10 +79,8 @@ def _costs(run: Callable[..., None], images: Tensor, features: Tensor) -> dict[s
     }
 
 
-def _measure(rank: int, world_size: int, rounds: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    meeting = Path(folder, "meet").as_uri()
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world_size)
+def measure(_place: Place, rounds: int) -> dict[str, dict[str, float]]:
+    """The row of each contestant, on one rank."""
     images, features = torch.randn(IMAGES), torch.randn(FEATURES)
     # Between two contestants the ranks wait for each other, so that none pays for the other.
     contestants: dict[str, Callable[[], Any]] = {}
@@ -91,12 +88,10 @@ def _measure(rank: int, world_size: int, rounds: int, folder: str) -> None:
         contestants[name] = partial(run, images, features)
         contestants[f"wait after {name}"] = dist.barrier
     timings = interleaved(contestants, rounds)
-    costs = {name: _costs(run, images, features) for name, run in CONTESTANTS.items()}
-    if rank == 0:
-        rows = {name: {**timings[name]._asdict(), **costs[name]} for name in costs}
-        torch.save(rows, Path(folder, "rows"))
-    dist.barrier()
-    dist.destroy_process_group()
+    return {
+        name: timings[name]._asdict() | _costs(run, images, features)
+        for name, run in CONTESTANTS.items()
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -112,10 +107,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "                   peak batches    received batches"
     )
     for world_size in arguments.world_sizes:
-        with tempfile.TemporaryDirectory() as folder:
-            args = (world_size, arguments.rounds, folder)
-            spawn(_measure, args, nprocs=world_size)
-            rows = torch.load(Path(folder, "rows"))
+        run = RunConfig(ranks=world_size, device="cpu")
+        rows = launch(measure, run, arguments.rounds, graceful=False)
         moco, ours = rows["MoCo"], rows["ours"]
         faster, floor = (
             "{:5.1f} ({:.1f} to {:.1f})".format(

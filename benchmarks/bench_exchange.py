@@ -14,21 +14,20 @@ in brackets, 20 and 80 percent points. `--save` writes benchmarks/results/exchan
 """
 
 import argparse
-import tempfile
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from harness import save, seconds_of, spread
+from harness import ratios, save, seconds_of, spread
 from meters import received_messages
 from torch import Tensor
-from torch.multiprocessing.spawn import spawn
 
 from shuffle_batchnorm import process_groups
 from shuffle_batchnorm.mixing import Options, make_plan, rotation
+from shuffle_batchnorm.moco.config import RunConfig
+from shuffle_batchnorm.moco.launch import Place, launch
 from shuffle_batchnorm.statistics import mix, mix_gradients
 
 SEED, SYNC_BN = "seed", "SyncBatchNorm"
@@ -99,11 +98,8 @@ def _rows(contestants: Contestants, rounds: int) -> list[dict[str, Any]]:
         with received_messages() as messages:
             run()
         median, p20, p80 = spread(seconds[name])
-        faster = {
-            peer: spread([a / b for a, b in zip(seconds[peer], seconds[name], strict=True)])
-            for peer in (SEED, SYNC_BN)
-            if peer in seconds
-        }
+        peers = (peer for peer in (SEED, SYNC_BN) if peer in seconds)
+        faster = {peer: ratios(seconds[peer], seconds[name]) for peer in peers}
         rows.append(
             {
                 "name": name,
@@ -118,20 +114,15 @@ def _rows(contestants: Contestants, rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
-def _measure(rank: int, world_size: int, channels: list[int], rounds: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    meeting = Path(folder, "meet").as_uri()
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world_size)
+def measure(place: Place, channels: list[int], rounds: int) -> list[dict[str, Any]]:
+    """The rows of all layers and directions, on one rank."""
     results = []
     for count in channels:
         forward, backward = _contestants(count)
         for direction, contestants in (("forward", forward), ("backward", backward)):
-            where = {"world_size": world_size, "channels": count, "direction": direction}
+            where = {"world_size": place.world_size, "channels": count, "direction": direction}
             results += [where | row for row in _rows(contestants, rounds)]
-    if rank == 0:
-        torch.save(results, Path(folder, "rows"))
-    dist.barrier()
-    dist.destroy_process_group()
+    return results
 
 
 def _print(row: dict[str, Any]) -> None:
@@ -161,9 +152,8 @@ def main() -> None:
         "than SyncBatchNorm    messages  received bytes"
     )
     for world_size in arguments.world_sizes:
-        with tempfile.TemporaryDirectory() as folder:
-            spawn(_measure, (world_size, arguments.channels, arguments.rounds, folder), world_size)
-            rows = torch.load(Path(folder, "rows"))
+        run = RunConfig(ranks=world_size, device="cpu")
+        rows = launch(measure, run, arguments.channels, arguments.rounds, graceful=False)
         for row in rows:
             _print(row)
         results += rows

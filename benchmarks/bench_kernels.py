@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from harness import laps_of, save, spread
+from harness import laps_of, one_stage, save, spread
 from torch import Tensor
 
 from shuffle_batchnorm import kernels
@@ -64,9 +64,10 @@ def _measure_tensor(
         calls = _calls(x, dy, sizes)
         for name, call in calls.items():
             _check(name, call, x)
-        runs = {COPY: partial(_staged, lambda: out.copy_(x))}
+        runs = {COPY: partial(one_stage, lambda: out.copy_(x))}
         runs |= {
-            name: partial(_staged, partial(call, kernels.select(x))) for name, call in calls.items()
+            name: partial(one_stage, partial(call, kernels.select(x)))
+            for name, call in calls.items()
         }
         laps = laps_of(runs, device, options.seconds, 3, options.rounds)
         seconds = {name: [stages[0] for stages in laps[name].stages] for name in runs}
@@ -91,11 +92,6 @@ def _measure_tensor(
 def _shares(copies: list[float], times: list[float], passes: int) -> list[float]:
     """A kernel's bytes per second over the copy's, round by round."""
     return [passes / 2 * copy / time for copy, time in zip(copies, times, strict=True)]
-
-
-def _staged(call: Callable[[], object], lap: Callable[[], None]) -> None:
-    call()
-    lap()
 
 
 def _calls(x: Tensor, dy: Tensor, sizes: tuple[int, ...]) -> dict[str, Callable[[Kernels], Any]]:

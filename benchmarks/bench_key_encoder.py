@@ -10,22 +10,20 @@ benchmarks/results/key_encoder.json.
 
 import argparse
 import copy
-import statistics
-import tempfile
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from bench_batch_shuffle import gather_all
-from harness import save, seconds_of
+from harness import save, seconds_of, spread
 from meters import received_messages
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
 
 from shuffle_batchnorm import ShuffleBatchNorm, ShuffledEncoder, batch_shuffle, batch_unshuffle
+from shuffle_batchnorm.moco.config import RunConfig
+from shuffle_batchnorm.moco.launch import Place, launch
 from shuffle_batchnorm.moco.networks import make_backbone
 
 IMAGES = (16, 3, 64, 64)
@@ -58,10 +56,8 @@ def _contestants(network: str) -> dict[str, Callable[[], Any]]:
 
 
 @torch.no_grad()
-def _measure(rank: int, world_size: int, network: str, rounds: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    meeting = Path(folder, "meet").as_uri()
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world_size)
+def measure(place: Place, network: str, rounds: int) -> list[dict[str, Any]]:
+    """The row of each way, on one rank."""
     contestants = _contestants(network)
     together: dict[str, Callable[[], Any]] = {}
     for name, run in contestants.items():
@@ -74,24 +70,21 @@ def _measure(rank: int, world_size: int, network: str, rounds: int, folder: str)
         with received_messages() as messages:
             run()
         added = [mine - plain for mine, plain in zip(seconds[name], seconds["local"], strict=True)]
-        p20, *_, p80 = statistics.quantiles(added, n=5)
+        median, p20, p80 = spread(added)
         rows.append(
             {
-                "world_size": world_size,
+                "world_size": place.world_size,
                 "network": network,
                 "name": name,
-                "median": statistics.median(seconds[name]),
-                "added": statistics.median(added),
+                "median": spread(seconds[name]).median,
+                "added": median,
                 "added_p20": p20,
                 "added_p80": p80,
                 "messages": len(messages),
                 "received": sum(size for _, size in messages),
             }
         )
-    if rank == 0:
-        torch.save(rows, Path(folder, "rows"))
-    dist.barrier()
-    dist.destroy_process_group()
+    return rows
 
 
 def main() -> None:
@@ -106,9 +99,8 @@ def main() -> None:
     print("ranks  network   way            pass ms  added ms                 messages  received KB")
     for world_size in arguments.world_sizes:
         for network in arguments.networks:
-            with tempfile.TemporaryDirectory() as folder:
-                spawn(_measure, (world_size, network, arguments.rounds, folder), world_size)
-                rows = torch.load(Path(folder, "rows"))
+            run = RunConfig(ranks=world_size, device="cpu")
+            rows = launch(measure, run, network, arguments.rounds, graceful=False)
             for row in rows:
                 points = (1e3 * row[key] for key in ("added", "added_p20", "added_p80"))
                 added = "{:6.1f} ({:.1f} to {:.1f})".format(*points)

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from harness import laps_of, ratios, save, spread
+from harness import laps_of, one_stage, ratios, save, spread
 from meters import peak_memory
 from peers import PLAIN
 from torch import Tensor, nn
@@ -94,7 +94,7 @@ def _measure_step(place: Place, options: Options, step: str) -> list[Row]:
         if place.rank == 0:
             print(f"{step}, {bn}: first call {first_call[bn]:.1f} s", flush=True)
     laps = laps_of(
-        {name: partial(_one_stage, run) for name, run in runs.items()},
+        {name: partial(one_stage, run) for name, run in runs.items()},
         device.type, options.seconds, 3, options.rounds,
     )  # fmt: skip
     seconds = {name: [stages[0] for stages in laps[name].stages] for name in names}
@@ -118,11 +118,6 @@ def _measure_step(place: Place, options: Options, step: str) -> list[Row]:
         }
         for bn, values in seconds.items()
     ]
-
-
-def _one_stage(run: Callable[[], None], lap: Callable[[], None]) -> None:
-    run()
-    lap()
 
 
 def _layer_modes(names: list[str]) -> list[str]:
