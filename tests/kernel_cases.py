@@ -128,3 +128,19 @@ def assert_near(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: floa
     for name, tensor in want.items():
         error = (got[name].double() - tensor.double()).norm() / tensor.double().norm().clamp(min=1)
         assert error <= tolerance, f"{name}: {error:.1e}"
+
+
+def assert_one_rounding(
+    kernels: Kernels, x: Tensor, dy: Tensor, sizes: tuple[int, ...], rows: list[Tensor]
+) -> None:
+    """All four, in half precision: sums in float32, and one rounding at the very end."""
+    got, want = all_four(kernels, x, dy, sizes, rows), loops(x, dy, sizes, rows)
+    for name in ("mean", "std", "total", "dot"):
+        assert got[name].dtype == torch.float32
+        torch.testing.assert_close(got[name].double(), want[name], rtol=1e-5, atol=1e-3)
+    for name in ("y", "dx"):
+        assert got[name].dtype == x.dtype
+        assert got[name].stride() == x.stride()
+        torch.testing.assert_close(
+            got[name].double(), want[name], rtol=torch.finfo(x.dtype).eps, atol=1e-4
+        )

@@ -11,8 +11,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kernel_cases import DTYPES, LAST2D, NAMED, all_four, assert_near, cast, loops, randn, rows_for
+from kernel_cases import (
+    DTYPES,
+    LAST2D,
+    NAMED,
+    all_four,
+    assert_near,
+    assert_one_rounding,
+    cast,
+    loops,
+    randn,
+    rows_for,
+)
 from shuffle_batchnorm.kernels import Kernels, cpu, reference, select
+from shuffle_batchnorm.kernels import rows as kernel_rows
 from shuffle_batchnorm.mixing import block_sizes
 
 CPU: Kernels = cpu
@@ -87,19 +99,7 @@ def test_half_precision_is_summed_in_float32(dtype: torch.dtype, lines: bool) ->
     x = (randn(64, 3, 32, 32) * 10).to(dtype)
     x = x.contiguous(memory_format=LAST2D) if lines else x
     dy, sizes = randn(*x.shape).to(dtype), (32, 32)
-    rows = rows_for(x, sizes, 4)
-    kernels = select(x)
-    got, want = all_four(kernels, x, dy, sizes, rows), loops(x, dy, sizes, rows)
-    for name in ("mean", "std", "total", "dot"):
-        assert got[name].dtype == torch.float32
-        torch.testing.assert_close(got[name].double(), want[name], rtol=1e-5, atol=1e-3)
-    for name in ("y", "dx"):
-        # One rounding at the very end, none before.
-        assert got[name].dtype == dtype
-        assert got[name].stride() == x.stride()
-        torch.testing.assert_close(
-            got[name].double(), want[name], rtol=torch.finfo(dtype).eps, atol=1e-4
-        )
+    assert_one_rounding(select(x), x, dy, sizes, rows_for(x, sizes, 4))
 
 
 @pytest.mark.parametrize("kernels", [CPU, REFERENCE], ids=["cpu", "reference"])
@@ -137,3 +137,18 @@ def test_no_samples_at_all() -> None:
     for name in ("mean", "std", "total", "dot"):
         assert torch.equal(results[name], torch.zeros(6, 3)), name
     assert results["y"].shape == results["dx"].shape == x.shape
+
+
+def test_what_a_cuda_graph_reads_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches index tensors freed by a full cache, whose memory a replay goes on reading."""
+
+    class OnAGPU(Tensor):
+        is_cuda = True
+
+    held = torch.arange(3).as_subclass(OnAGPU)
+    monkeypatch.setattr(kernel_rows, "_cached", lambda *_: held)
+    monkeypatch.setattr(kernel_rows, "_in_cuda_graphs", kept := set[Tensor]())
+    for is_capturing in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: is_capturing)  # noqa: B023
+        kernel_rows.constant((0, 1, 2), torch.int64, torch.zeros(1))
+        assert kept == ({held} if is_capturing else set())

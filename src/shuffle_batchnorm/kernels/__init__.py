@@ -4,6 +4,7 @@ Each module here has the same four functions (see `reference` for the formulas).
 one place that chooses between them.
 """
 
+import warnings
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -11,6 +12,7 @@ from typing import Protocol, cast
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from . import cpu, reference
 
@@ -41,12 +43,13 @@ class Kernels(Protocol):
 
 def select(x: Tensor) -> Kernels:
     """Return the kernels for a tensor: its device's own, or the reference."""
-    # The compiler fuses the reference better than opaque calls. Kernels are for tensors that hold
-    # numbers, which a subclass, like a fake tensor, may not do.
+    # The compiler fuses the reference better than opaque calls.
     if torch.compiler.is_compiling() or x.numel() == 0:
         return reference
     if x.is_cuda:
-        return _triton() if type(x) is Tensor and x.dtype in _TRITON_DTYPES else reference
+        # A kernel of ours reads memory, which a subclass, like a fake tensor, may not have.
+        has_memory = type(x) in (Tensor, Parameter)
+        return _triton() if has_memory and x.dtype in _TRITON_DTYPES else reference
     # aten's loops divide by the number of values, and take half precision only with rows rounded
     # to it.
     full_precision = x.dtype in (torch.float32, torch.float64)
@@ -58,7 +61,17 @@ _TRITON_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 @cache
 def _triton() -> Kernels:
-    """Return the Triton kernels, imported at their first use, where Triton is installed."""
+    """Return the Triton kernels, imported at their first use, where Triton is and works."""
     if find_spec("triton") is None:
         return reference
-    return cast(Kernels, import_module(f"{__name__}.triton"))
+    try:
+        triton = cast(Kernels, import_module(f"{__name__}.triton"))
+        triton.block_moments(torch.ones(1, 1, device="cuda"), (1,))
+    except Exception as error:  # an image without a C compiler, a driver that is too old, ...
+        warnings.warn(
+            "shuffle_batch_norm: Triton does not work here, so its kernels are replaced by plain "
+            f"torch, which is slower: {type(error).__name__}: {error}",
+            stacklevel=2,
+        )
+        return reference
+    return triton

@@ -68,7 +68,14 @@ def constant(values: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tenso
     # A tensor made while tracing belongs to that trace.
     if type(like) is not Tensor or torch.compiler.is_compiling():
         return torch.tensor(values, dtype=dtype, device=like.device)
-    return _cached(values, dtype, like.device)
+    tensor = _cached(values, dtype, like.device)
+    if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
+        _in_cuda_graphs.add(tensor)
+    return tensor
+
+
+# What a graph reads at every replay must outlive its entry in the cache.
+_in_cuda_graphs: set[Tensor] = set()
 
 
 @lru_cache(maxsize=1024)
