@@ -14,7 +14,7 @@ in brackets, 20 and 80 percent points. `--save` writes benchmarks/results/exchan
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -138,13 +138,13 @@ def _print(row: dict[str, Any]) -> None:
     )
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--world-sizes", type=int, nargs="+", default=[2, 4, 8, 16])
     parser.add_argument("--channels", type=int, nargs="+", default=[64, 512, 2048])
     parser.add_argument("--rounds", type=int, default=21, help="exchanges each (default 21)")
     parser.add_argument("--save", action="store_true", help="write the results' JSON")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
 
     results = []
     print(

@@ -10,7 +10,7 @@ benchmarks/results/key_encoder.json.
 
 import argparse
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -87,13 +87,13 @@ def measure(place: Place, network: str, rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--world-sizes", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--networks", nargs="+", default=["small", "resnet18"])
     parser.add_argument("--rounds", type=int, default=21, help="forward passes each (default 21)")
     parser.add_argument("--save", action="store_true", help="write the results' JSON")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
 
     results = []
     print("ranks  network   way            pass ms  added ms                 messages  received KB")

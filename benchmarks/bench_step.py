@@ -4,8 +4,10 @@
 
 `moco` is a step of MoCo: queries forward and backward, keys forward, loss against the queue, moving
 the key encoder, SGD; `--bn` is the key encoder's. `supervised` is a step of a classifier all of
-whose layers are converted. Both under DistributedDataParallel, one thread per rank. Prints, as a
-ratio to `local` and to nn.BatchNorm2d, median and, in brackets, 20 and 80 percent points; and what
+whose layers are converted, against nn.BatchNorm2d. On several ranks there is also nn.BatchNorm2d
+that sums one number with its peers in each direction of each layer, to wait for them as all must
+that share statistics. Both under DistributedDataParallel, one thread per rank. Prints, as a ratio
+to `local` and to nn.BatchNorm2d, median and, in brackets, 20 and 80 percent points; and what
 compiling took. `--save` writes benchmarks/results/NAME.json (step, or step_compiled).
 """
 
@@ -21,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from harness import laps_of, one_stage, ratios, save, spread
 from meters import peak_memory
-from peers import PLAIN
+from peers import IN_STEP, PLAIN, InStepBatchNorm
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -69,7 +71,7 @@ def _measure_step(place: Place, options: Options, step: str) -> list[Row]:
     shape = options.batch, 3, options.size, options.size
     views = [torch.randn(shape, device=device).contiguous(memory_format=layout) for _ in "12"]
     labels = torch.randint(CLASSES, (options.batch,), device=device)
-    names = options.bn if step == "moco" else [PLAIN, *_layer_modes(options.bn)]
+    names = options.bn if step == "moco" else _layers(options.bn, place)
     runs: dict[str, Callable[[], None]] = {}
     first_call: dict[str, float] = {}
     peaks: dict[str, int] = {}
@@ -120,8 +122,9 @@ def _measure_step(place: Place, options: Options, step: str) -> list[Row]:
     ]
 
 
-def _layer_modes(names: list[str]) -> list[str]:
-    return [bn for bn in names if bn != "batch-shuffle"]
+def _layers(names: list[str], place: Place) -> list[str]:
+    peers = [PLAIN, IN_STEP] if place.world_size > 1 else [PLAIN]
+    return peers + [bn for bn in names if bn != "batch-shuffle"]
 
 
 def _moco(options: Options, bn: str) -> nn.Module:
@@ -137,7 +140,11 @@ def _moco(options: Options, bn: str) -> nn.Module:
 def _classifier(options: Options, bn: str) -> nn.Module:
     backbone, features = make_backbone(options.network, image_size=options.size)
     model: nn.Module = nn.Sequential(backbone, nn.Linear(features, CLASSES))
-    if bn != PLAIN:
+    if bn == IN_STEP:
+        for layer in model.modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.__class__ = InStepBatchNorm
+    elif bn != PLAIN:
         model = ShuffleBatchNorm.convert_shuffle_batchnorm(model, mode=bn, groups=options.groups)
     if options.compiled:
         model.compile(dynamic=False)

@@ -7,10 +7,11 @@ it. Those for a GPU are in bench_gpu.py, which measures and judges in one run.
 """
 
 import json
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import harness
-from peers import MODES, PLAIN, SPLIT
+from peers import IN_STEP, MODES, PLAIN, SPLIT
 
 Row = dict[str, Any]
 
@@ -71,13 +72,46 @@ def compiled_targets(summary: list[Row]) -> list[Target]:
 
 
 def step_targets(rows: list[Row]) -> list[Target]:
+    steps = {row["bn"]: row for row in rows if row["step"] == "supervised" and row["compiled"]}
+    floor = f", {IN_STEP}: {steps[IN_STEP]['ratio'][0]:.2f}" if IN_STEP in steps else ""
     return [
         Target(
-            f"compiled step, all layers {row['bn']} / {PLAIN}", row["ratio"][0], 1.10,
-            f"{row['network']}, {row['ranks']} ranks",
+            f"compiled step, all layers {bn} / {PLAIN}", row["ratio"][0], 1.10,
+            f"{row['network']}, {row['ranks']} ranks{floor}",
+        )
+        for bn, row in steps.items()
+        if bn in ("swap", "regroup")
+    ]  # fmt: skip
+
+
+def exchange_targets(rows: list[Row]) -> list[Target]:
+    limits = {("swap", 2): 2, ("swap", 4): 4, ("swap", 8): 6, ("regroup", 8): 1}
+    peers = {"swap": "seed", "regroup": "SyncBatchNorm"}
+    return [
+        Target(
+            f"{row['name']}, times faster than {peers[row['name']]}",
+            row["times_faster_than"][peers[row["name"]]][0],
+            limits[row["name"], row["world_size"]],
+            f"one layer of C = 512 forward, {row['world_size']} ranks",
+            is_least=True,
         )
         for row in rows
-        if row["step"] == "supervised" and row["compiled"] and row["bn"] in ("swap", "regroup")
+        if row["channels"] == 512
+        and row["direction"] == "forward"
+        and (row["name"], row["world_size"]) in limits
+    ]
+
+
+def shuffle_targets(rows: list[Row]) -> list[Target]:
+    limits = {2: 2.5, 4: 8.0, 8: 20.0}
+    floors = {row["world_size"]: row["ratio"] for row in rows if row["name"] == "floor"}
+    return [
+        Target(
+            "batch_shuffle, times faster than MoCo's", 1 / row["ratio"], limits[world_size],
+            f"{world_size} ranks, bare exchanges: {1 / floors[world_size]:.1f}", is_least=True,
+        )
+        for row in rows
+        if row["name"] == "ours" and (world_size := row["world_size"]) in limits
     ]  # fmt: skip
 
 
@@ -89,14 +123,20 @@ def saved(name: str) -> Row | None:
 
 
 def main() -> None:
-    targets = []
-    if (layer := saved("layer")) is not None:
-        targets += layer_targets(layer["summary"], layer["memory"])
-    if (compiled := saved("layer_compiled")) is not None:
-        targets += compiled_targets(compiled["summary"])
-    if (step := saved("step_compiled")) is not None:
-        targets += step_targets(step["rows"])
-    print_targets(targets)
+    readers: dict[str, Callable[[Row], list[Target]]] = {
+        "layer": lambda record: layer_targets(record["summary"], record["memory"]),
+        "layer_compiled": lambda record: compiled_targets(record["summary"]),
+        "step_compiled": lambda record: step_targets(record["rows"]),
+        "exchange": lambda record: exchange_targets(record["rows"]),
+        "batch_shuffle": lambda record: shuffle_targets(record["rows"]),
+    }
+    records = {name: saved(name) for name in readers}
+    print_targets([
+        target
+        for name, record in records.items()
+        if record is not None
+        for target in readers[name](record)
+    ])  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import bench_batch_shuffle
+import bench_exchange
 import bench_gpu
 import bench_kernels
+import bench_key_encoder
 import bench_layer
 import bench_step
 import harness
@@ -20,6 +22,7 @@ import pytest
 import targets
 import torch
 import torch.distributed as dist
+from meters import received_messages
 from torch import Tensor, nn
 
 from ranks import run_on_ranks
@@ -162,25 +165,56 @@ def test_ranks_take_as_many_rounds() -> None:
     assert run_on_ranks(2, _rounds_on_ranks) == [2, 2]
 
 
-def _steps_on_ranks() -> list[int]:
+def _steps_on_ranks() -> list[str]:
     place = Place(dist.get_rank(), 2, torch.device("cpu"), StopRequest(), None)
     options = bench_step.Options(
         ["moco", "supervised"], ["local", "regroup", "batch-shuffle"], "small", 8, 16, 2,
         False, False, False, 0.0, 3,
     )  # fmt: skip
-    return [row["rounds"] for row in bench_step.measure(place, options)]
+    rows = bench_step.measure(place, options)
+    assert {row["rounds"] for row in rows} == {3}
+    return [row["bn"] for row in rows]
 
 
 def test_step_on_ranks() -> None:
-    """Catches a step that DistributedDataParallel refuses."""
-    rounds, others = run_on_ranks(2, _steps_on_ranks, timeout=120)
-    assert rounds == others == [3] * 6
+    """Catches a step that DistributedDataParallel refuses, or whose floor is left out."""
+    kinds, others = run_on_ranks(2, _steps_on_ranks, timeout=120)
+    moco, supervised = ["local", "regroup", "batch-shuffle"], ["local", "regroup"]
+    assert kinds == others == [*moco, peers.PLAIN, peers.IN_STEP, *supervised]
+
+
+def _in_step() -> tuple[float, int]:
+    plain, in_step = nn.BatchNorm2d(5), peers.InStepBatchNorm(5)
+    x, dy = torch.randn(2, 4, 5, 3, 3)
+    with received_messages() as messages:
+        results = [peers._results(layer, x, dy) for layer in (plain, in_step)]
+    errors = [float((a - b).abs().max()) for a, b in zip(*results, strict=True)]
+    return max(errors), len(messages)
+
+
+def test_the_floor_of_a_step_is_batch_norm_and_two_messages() -> None:
+    """Catches a floor that computes something else, or that meets its peers in one direction."""
+    assert run_on_ranks(2, _in_step) == [(0.0, 2)] * 2
 
 
 def test_batch_shuffle(results: Path) -> None:
     """Catches options that no longer reach the ranks."""
     bench_batch_shuffle.main(["--world-sizes=2", "--rounds=3", "--save"])
     assert len(_record(results, "batch_shuffle")["rows"]) == 3
+
+
+def test_exchange(results: Path) -> None:
+    """Catches a pattern or direction that is left out."""
+    bench_exchange.main(["--world-sizes=2", "--channels=8", "--rounds=3", "--save"])
+    rows = _record(results, "exchange")["rows"]
+    ways = {(row["direction"], row["name"]) for row in rows}
+    assert len(rows) == len(ways) == 7 + 4
+
+
+def test_key_encoder(results: Path) -> None:
+    """Catches a way to shuffle a key encoder that is left out."""
+    bench_key_encoder.main(["--world-sizes=2", "--networks=small", "--rounds=3", "--save"])
+    assert len(_record(results, "key_encoder")["rows"]) == 5
 
 
 def test_gpu_program_runs_anywhere(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -221,9 +255,11 @@ def test_targets_are_read_from_results(results: Path, capsys: pytest.CaptureFixt
     harness.save("layer", record["rows"], summary=record["summary"], memory=memory)
     bench_layer.main([*LAYER, *SHORT, "--compiled", "--save", "layer_compiled"])
     bench_step.main([*STEP, *SHORT, "--compiled", "--steps", "supervised", "--save"])
+    bench_exchange.main(["--world-sizes=2", "--channels=512", "--rounds=2", "--save"])
+    bench_batch_shuffle.main(["--world-sizes=2", "--rounds=2", "--save"])
     targets.main()
     lines = capsys.readouterr().out.split("target  ")[-1].splitlines()[1:]
-    assert len(lines) == 4 + 2 + 2
+    assert len(lines) == 4 + 2 + 2 + 1 + 1
     (line,) = (line for line in lines if line.startswith("peak memory"))
     assert line.split()[-5:] == ["<=", "1.02", "MISSED", "regroup,", "groups=4"]
 
