@@ -5,6 +5,7 @@ A row is ``[count, mean, std]``, ``2 * C + 1`` numbers; a gradient row is
 and are pooled in float64 where the device has it.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple, NoReturn
 
@@ -16,7 +17,8 @@ from .kernels.rows import constant, counts, per_sample
 from .mixing import Plan, block_sizes
 from .process_groups import CALL, World
 
-_REJECTED = -1.0  # the count in the rows of a rank that could not accept its input
+# The count in the rows of a rank that could not accept its input: that of whatever it is pooled in.
+_REJECTED = -math.inf
 
 
 class Statistics(NamedTuple):
@@ -123,14 +125,12 @@ def pool(rows: Tensor) -> Tensor:
     channels = rows.shape[-1] // 2
     count, mean, std = wide(rows).split((1, channels, channels), dim=2)
     total = count.sum(dim=1, keepdim=True)
-    share = (count / total.clamp(min=1)).transpose(1, 2)
+    share = (count / total.clamp(min=1)).mT
     with torch.autocast(rows.device.type, enabled=False):
-        pooled_mean = share @ mean
+        pooled_mean = share.bmm(mean)
         distance = mean - pooled_mean
-        variance = share @ torch.addcmul(std.square(), distance, distance)
-    rejected = (count < 0).any(dim=1, keepdim=True)
-    total = torch.where(rejected, _REJECTED, total)
-    return torch.cat([total, pooled_mean, variance.sqrt()], dim=2).to(rows.dtype)
+        variance = share.bmm(torch.addcmul(std.square(), distance, distance))
+    return torch.cat([total, pooled_mean, variance.sqrt_()], dim=2).to(rows.dtype)
 
 
 def wide(rows: Tensor) -> Tensor:
@@ -190,15 +190,15 @@ def _fail(count: Tensor, row: int, plan: Plan, world: World, shape: torch.Size) 
 def _count_error(count: Tensor, row: int, plan: Plan, shape: torch.Size) -> Exception:
     group = plan.rank * plan.groups + row // plan.per_group
     normaliser = plan.normaliser(group, row % plan.per_group)
-    n = int(count[row])
-    if n < 0:
+    n = float(count[row])
+    if n == _REJECTED:
         return RuntimeError(
             f"{CALL}: a peer of rank {plan.rank} rejected its input in this call, so group "
             f"{normaliser} has no statistics to normalise group {group} with; see the peer's error"
         )
     whole = "all groups" if plan.mode == "sync" else f"group {normaliser}"
     return ValueError(
-        f"{CALL}: expected more than 1 value per channel when training, got {n} in {whole}, which "
-        f"normalises group {group} on rank {plan.rank} (mode {plan.mode!r}, input shape "
+        f"{CALL}: expected more than 1 value per channel when training, got {n:g} in {whole}, "
+        f"which normalises group {group} on rank {plan.rank} (mode {plan.mode!r}, input shape "
         f"{tuple(shape)})"
     )

@@ -19,7 +19,8 @@ from .rows import are_equal, block_sum, counts, per_sample
 Sizes = tuple[int, ...]
 
 _LONG = 2**14  # values of a plane
-_PART = 2**19  # values per thread of a difference that is never as large as the input
+_PART = 2**19  # values per thread that are gone through twice while they are in a cache
+_SMALL = 2**22  # values that two passes over cached parts map faster than one pass over all
 
 
 def block_moments(x: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor]:
@@ -29,7 +30,7 @@ def block_moments(x: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor]:
         blocks = [_line_moments(piece) for piece in _pieces(x, sizes)]
         return torch.stack([mean for mean, _ in blocks]), torch.stack([std for _, std in blocks])
     planes, samples = _planes(x)[0], x.shape[:2]
-    count = counts(sizes, planes.shape[1], planes).clamp(min=1)
+    count = _divisor(sizes, planes)
     sums = planes.sum(dim=1).view(samples)
     mean = (block_sum(sums, sizes, torch.float64) / count).to(x.dtype)
     distances = _distances(planes, *_per_plane(sizes, mean)).view(samples)
@@ -40,12 +41,13 @@ def block_moments(x: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor]:
 def block_affine(x: Tensor, sizes: Sizes, center: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """See `reference.block_affine`."""
     x, lines = layout(x)
-    if not lines:
-        return _plane_affine(x, *_per_plane(sizes, center, scale, shift))
     y = torch.empty_like(x)
     shift = torch.addcmul(shift, center, scale, value=-1)
-    source, scales, shifts = _broadcast(x, sizes, scale, shift)
-    torch.addcmul(shifts, source, scales, out=_broadcast(y, sizes)[0])
+    if lines:
+        source, scales, shifts = _broadcast(x, sizes, scale, shift)
+        torch.addcmul(shifts, source, scales, out=_broadcast(y, sizes)[0])
+    else:
+        _plane_affine(_planes(y), _planes(x), *_per_plane(sizes, scale, shift))
     return y
 
 
@@ -75,15 +77,22 @@ def block_grad_affine(
         gradient, factors = _broadcast(dy, sizes, a)
         _broadcast(dx, sizes)[0].addcmul_(gradient, factors)
         return dx
-    a, *rows = _per_plane(sizes, a, center, b, c)
-    dx = _plane_affine(x, *rows)
-    _planes(dx).addcmul_(_planes(dy), a[:, None])
+    dx = torch.empty_like(x)
+    scale, shift, factor = _per_plane(sizes, b, torch.addcmul(c, center, b, value=-1), a)
+    _plane_affine(_planes(dx), _planes(x), scale, shift, _planes(dy), factor)
     return dx
 
 
 def _planes(x: Tensor) -> Tensor:
     """View contiguous ``[N, C, *]`` as ``[1, N * C, L]``."""
     return x.view(1, x.shape[0] * x.shape[1], x.shape[2:].numel())
+
+
+def _divisor(sizes: Sizes, planes: Tensor) -> Tensor | int:
+    """Return the values per channel of each block, at least 1."""
+    if are_equal(sizes):
+        return max(1, sizes[0] * planes.shape[1])
+    return counts(sizes, planes.shape[1], planes).clamp(min=1)
 
 
 def _per_plane(sizes: Sizes, *rows: Tensor) -> tuple[Tensor, ...]:
@@ -96,7 +105,7 @@ def _per_plane(sizes: Sizes, *rows: Tensor) -> tuple[Tensor, ...]:
 
 def _distances(planes: Tensor, centers: Tensor) -> Tensor:
     """Return the norm of each plane's distance to its center, ``[planes]``."""
-    rows = max(1, _PART * torch.get_num_threads() // planes.shape[1])
+    rows = _rows_of_a_part(planes.shape[1])
     differences = planes.new_empty(min(rows, len(planes)), planes.shape[1])
     norms = []
     for part, center in zip(planes.split(rows), centers[:, None].split(rows), strict=True):
@@ -106,18 +115,35 @@ def _distances(planes: Tensor, centers: Tensor) -> Tensor:
         else:
             # A norm adds one after the other, in the dtype of the values; a sum in a tree.
             norms.append(difference.square_().sum(dim=1).sqrt_())
-    return torch.cat(norms)
+    return norms[0] if len(norms) == 1 else torch.cat(norms)
 
 
-def _plane_affine(x: Tensor, center: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """Return ``(x - center) * scale + shift`` with a number per plane."""
-    y, unit, unused = torch.empty_like(x), torch.ones_like(center), x.new_empty(0)
-    # A batch norm in eval mode, with running statistics `center` and 1.
-    torch.native_batch_norm(
-        _planes(x), scale, shift, center, unit, False, 0.0, 0.0,
-        out=(_planes(y), unused, unused.clone()),
-    )  # fmt: skip
-    return y
+def _rows_of_a_part(length: int) -> int:
+    return max(1, _PART * torch.get_num_threads() // length)
+
+
+def _plane_affine(
+    y: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    dy: Tensor | None = None,
+    factor: Tensor | None = None,
+) -> None:
+    """Write ``x * scale + shift + dy * factor``, all ``[1, planes, L]`` with a number per plane."""
+    if x.numel() < _SMALL:
+        rows = _rows_of_a_part(x.shape[2])
+        parts = (tensor.split(rows) for tensor in (y[0], x[0], scale[:, None], shift[:, None]))
+        for out, part, scales, shifts in zip(*parts, strict=True):
+            torch.mul(part, scales, out=out).add_(shifts)
+    else:
+        # A batch norm in eval mode, with running statistics 0 and 1.
+        zero, one, unused = torch.zeros_like(scale), torch.ones_like(scale), x.new_empty(0)
+        torch.native_batch_norm(
+            x, scale, shift, zero, one, False, 0.0, 0.0, out=(y, unused, unused.clone())
+        )
+    if dy is not None and factor is not None:
+        y.addcmul_(dy, factor[:, None])
 
 
 def _pieces(x: Tensor, sizes: Sizes) -> tuple[Tensor, ...]:
