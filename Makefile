@@ -45,7 +45,7 @@ format: setup ## mend what can be mended without thought
 	$(BIN)/ruff format
 
 # Compiling takes long, so the layer has two shapes there, and MoCo is left out.
-bench: setup ## measure layer, steps and shuffles, print targets, draw docs/*_speed.png: 10 minutes
+bench: setup ## measure layers, steps, exchanges, shuffles; print targets, draw docs/*_speed.png: 10 minutes
 	$(BIN)/python benchmarks/bench_layer.py --seconds 8 --save
 	$(BIN)/python benchmarks/bench_layer.py --compiled --shapes 64x112x112 256x14x14 \
 		--seconds 6 --save layer_compiled
@@ -54,7 +54,8 @@ bench: setup ## measure layer, steps and shuffles, print targets, draw docs/*_sp
 	$(BIN)/python benchmarks/bench_step.py --seconds 25 --save
 	$(BIN)/python benchmarks/bench_step.py --compiled --steps supervised --bn swap regroup \
 		--groups 1 --seconds 30 --save
-	$(BIN)/python benchmarks/bench_batch_shuffle.py --world-sizes 2 4 --save
+	$(BIN)/python benchmarks/bench_exchange.py --save
+	$(BIN)/python benchmarks/bench_batch_shuffle.py --save
 	$(BIN)/python benchmarks/targets.py
 	$(BIN)/python docs/draw_benchmarks.py
 
