@@ -46,12 +46,12 @@ format: setup ## mend what can be mended without thought
 
 # Compiling takes long, so the layer has two shapes there, and MoCo is left out.
 bench: setup ## measure layers, steps, exchanges, shuffles; print targets, draw docs/*_speed.png: 10 minutes
-	$(BIN)/python benchmarks/bench_layer.py --seconds 8 --save
+	$(BIN)/python benchmarks/bench_layer.py --seconds 3 --save
 	$(BIN)/python benchmarks/bench_layer.py --compiled --shapes 64x112x112 256x14x14 \
-		--seconds 6 --save layer_compiled
+		--seconds 5 --save layer_compiled
 	$(BIN)/python benchmarks/bench_layer.py --ranks 2 --groups 1 --shapes 64x56x56 512x7x7 \
-		--seconds 6 --save layer_ranks
-	$(BIN)/python benchmarks/bench_step.py --seconds 25 --save
+		--seconds 5 --save layer_ranks
+	$(BIN)/python benchmarks/bench_step.py --seconds 20 --save
 	$(BIN)/python benchmarks/bench_step.py --compiled --steps supervised --bn swap regroup \
 		--groups 1 --seconds 30 --save
 	$(BIN)/python benchmarks/bench_exchange.py --save
