@@ -51,9 +51,9 @@ bench: setup ## measure layers, steps, exchanges, shuffles; print targets, draw 
 		--seconds 5 --save layer_compiled
 	$(BIN)/python benchmarks/bench_layer.py --ranks 2 --groups 1 --shapes 64x56x56 512x7x7 \
 		--seconds 5 --save layer_ranks
-	$(BIN)/python benchmarks/bench_step.py --seconds 20 --save
+	$(BIN)/python benchmarks/bench_step.py --seconds 15 --save
 	$(BIN)/python benchmarks/bench_step.py --compiled --steps supervised --bn swap regroup \
-		--groups 1 --seconds 30 --save
+		--groups 1 --seconds 25 --save
 	$(BIN)/python benchmarks/bench_exchange.py --save
 	$(BIN)/python benchmarks/bench_batch_shuffle.py --save
 	$(BIN)/python benchmarks/targets.py

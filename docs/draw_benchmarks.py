@@ -72,7 +72,7 @@ def draw_layers(axes: Axes, record: Record, title: str) -> None:
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.axhline(1, color="black", linewidth=1)
-    axes.legend(frameon=False, fontsize=8, ncols=4, loc="upper left")
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
 def draw_steps(axes: Axes, rows: list[Record], title: str) -> None:
@@ -88,7 +88,8 @@ def draw_steps(axes: Axes, rows: list[Record], title: str) -> None:
     axes.invert_yaxis()
     axes.axvline(1, color="black", linewidth=1)
     seconds = rows[0]["seconds"][0]
-    axes.set(title=title, xlabel=f"time / {rows[0]['bn']}'s, {1e3 * seconds:.0f} ms a step")
+    axes.set_title(title, fontsize=10)
+    axes.set(xlabel=f"time / {rows[0]['bn']}'s, {1e3 * seconds:.0f} ms a step")
 
 
 def finish(figure: Figure, name: str) -> None:
@@ -121,7 +122,8 @@ def step_figure() -> Figure | None:
         for row in record["rows"]:
             how = "compiled" if row["compiled"] else "eager"
             ranks = "one rank" if row["ranks"] == 1 else f"{row['ranks']} ranks"
-            title = f"{row['step']} step of {row['network']}, {how}, {ranks}"
+            groups = f"groups={row['groups']}"
+            title = f"{row['step']} step of {row['network']}, {how}, {ranks}, {groups}"
             panels.setdefault(title, []).append(row)
     if not panels:
         return None
@@ -130,6 +132,8 @@ def step_figure() -> Figure | None:
     grid = figure.subplots(high, 2, squeeze=False).flat
     for axes, (title, rows) in zip(grid, panels.items(), strict=False):
         draw_steps(axes, rows, title)
+    for axes in list(figure.axes)[len(panels) :]:
+        axes.set_axis_off()
     return figure
 
 
