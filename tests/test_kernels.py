@@ -50,8 +50,18 @@ def test_reference_is_the_formula(
     assert_near(all_four(REFERENCE, x, dy, sizes, rows), loops(x, dy, sizes, rows), tolerance)
 
 
+@pytest.fixture(params=["whole", "in parts", "in parts, one pass"])
+def _cut(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take even small tensors the ways of large ones."""
+    if request.param != "whole":
+        for name in ("_PART", "_LINES", "_LONG"):
+            monkeypatch.setattr(cpu, name, 7)
+        monkeypatch.setattr(cpu, "_SMALL", 0 if "one pass" in request.param else cpu._SMALL)
+
+
 @NAMED
 @DTYPES
+@pytest.mark.usefixtures("_cut")
 def test_cpu_is_the_reference(
     case: tuple[Callable[[], Tensor], tuple[int, ...]], dtype: torch.dtype
 ) -> None:

@@ -27,6 +27,7 @@ CASES: dict[str, tuple[Callable[[], Tensor], torch.dtype]] = {
     "a mean of 1e30": (lambda: _randn(16, 8, 9, 9) * 1e27 + 1e30, FLOAT),
     "values of 1e-25": (lambda: _randn(16, 8, 9, 9) * 1e-25, FLOAT),
     "a million values per plane": (lambda: _randn(4, 2, 1000, 1000) + 3, FLOAT),
+    "one channel": (lambda: _randn(4, 1, 300, 300) + 3, FLOAT),
     "one value per plane": (lambda: _randn(64, 8, 1, 1) + 3, FLOAT),
     "one sample per group": (lambda: _randn(4, 8, 9, 9) + 3, FLOAT),
     "an outlier first": (lambda: _with_outlier(_randn(16, 8, 9, 9)), FLOAT),
@@ -65,7 +66,10 @@ def test_errors_are_those_of_batch_norm(
     """Catches raw moments, sums one after the other in float32, squares that overflow."""
     x = case[0]().to(case[1])
     x = x.contiguous(memory_format=torch.channels_last) if lines else x
-    dy, channels = torch.randn_like(x), x.shape[1]
+    channels = x.shape[1]
+    # Not noise alone: the part of the gradient that is subtracted again must be there.
+    distance = x.double() - x.double().mean(dim=(0, 2, 3), keepdim=True)
+    dy = torch.randn_like(x) + (distance / distance.std()).to(x.dtype)
     # torch's own error is by luck now and then: no digit less is lost than it may lose.
     floor = 8 * torch.finfo(case[1]).eps
     for groups in (1, 4) if x[0, 0].numel() > 1 or len(x) > 4 else (1,):
@@ -75,6 +79,17 @@ def test_errors_are_those_of_batch_norm(
             for name, error in ours.items():
                 limit = (2 if mode == "local" else 4) * theirs[name] + floor
                 assert error <= limit, f"{mode}, {groups} groups, {name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("mean", [0.0, 1e2, 1e4])
+def test_errors_of_transposed_lines_are_those_of_batch_norm(mean: float) -> None:
+    """Catches lines of any length added one after the other, as after a linear layer."""
+    x = (_randn(4, 40_000, 3) + mean).float().transpose(1, 2)
+    dy = torch.randn_like(x) + (x - mean)
+    theirs = _errors([nn.BatchNorm1d(3).double()], x, dy)
+    ours = _errors([ShuffleBatchNorm(3, mode="local").double()], x, dy)
+    for name, error in ours.items():
+        assert error <= 4 * theirs[name] + 1e-6, f"{name}: {error:.1e}, theirs {theirs[name]:.1e}"
 
 
 def test_estimators_run_the_layer_on_tensors_without_numbers() -> None:

@@ -53,7 +53,7 @@ def rotate(rows: Tensor, plan: Plan, world: World, *, inverse: bool = False) -> 
     # The compiler traces the arithmetic once and warns of caches.
     find = _find_route if torch.compiler.is_compiling() else _cached_route
     route = find(plan, inverse, plan.per_group // rows.shape[1])
-    outgoing = _take(rows.reshape(-1, rows.shape[-1]), route.send_order)
+    outgoing = _take(rows.flatten(0, 1), route.send_order)
     if world.size == 1:
         return outgoing.view(shape)
     incoming = torch.empty_like(outgoing)

@@ -49,7 +49,7 @@ def select(x: Tensor) -> Kernels:
     if x.is_cuda:
         # A kernel of ours reads memory, which a subclass, like a fake tensor, may not have.
         has_memory = type(x) in (Tensor, Parameter)
-        return _triton() if has_memory and x.dtype in _TRITON_DTYPES else reference
+        return _triton(x.device) if has_memory and x.dtype in _TRITON_DTYPES else reference
     # aten's loops divide by the number of values, and take half precision only with rows rounded
     # to it.
     full_precision = x.dtype in (torch.float32, torch.float64)
@@ -60,13 +60,15 @@ _TRITON_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 @cache
-def _triton() -> Kernels:
+def _triton(device: torch.device) -> Kernels:
     """Return the Triton kernels, imported at their first use, where Triton is and works."""
     if find_spec("triton") is None:
         return reference
     try:
         triton = cast(Kernels, import_module(f"{__name__}.triton"))
-        triton.block_moments(torch.ones(1, 1, device="cuda"), (1,))
+        triton.block_moments(torch.ones(1, 1, device=device), (1,))
+    except torch.OutOfMemoryError:
+        raise  # it says nothing about Triton, and the next call asks again
     except Exception as error:  # an image without a C compiler, a driver that is too old, ...
         warnings.warn(
             "shuffle_batch_norm: Triton does not work here, so its kernels are replaced by plain "

@@ -19,6 +19,7 @@ from .rows import are_equal, block_sum, counts, per_sample
 Sizes = tuple[int, ...]
 
 _LONG = 2**14  # values of a plane
+_LINES = 2**12  # aten adds lines one after the other, in the dtype of the values
 _PART = 2**19  # values per thread that are gone through twice while they are in a cache
 _SMALL = 2**22  # values that two passes over cached parts map faster than one pass over all
 
@@ -59,7 +60,7 @@ def block_grad_sums(
     dy = as_layout(dy, lines)
     if lines:
         pieces = zip(_pieces(x, sizes), _pieces(dy, sizes), strict=True)
-        sums = [_grad_sums(*piece, center[k], scale[k]) for k, piece in enumerate(pieces)]
+        sums = [_line_grad_sums(*piece, center[k], scale[k]) for k, piece in enumerate(pieces)]
         return torch.stack([total for total, _ in sums]), torch.stack([dot for _, dot in sums])
     total, dot = _grad_sums(_planes(x), _planes(dy), *_per_plane(sizes, center, scale))
     samples = x.shape[:2]
@@ -71,16 +72,28 @@ def block_grad_affine(
 ) -> Tensor:
     """See `reference.block_grad_affine`."""
     x, lines = layout(x)
-    dy = as_layout(dy, lines)
+    dy, dx = as_layout(dy, lines), torch.empty_like(x)
     if lines:
-        dx = block_affine(x, sizes, center, b, c)
-        gradient, factors = _broadcast(dy, sizes, a)
-        _broadcast(dx, sizes)[0].addcmul_(gradient, factors)
+        source, *rows = _broadcast(x, sizes, a, b, center, c)
+        views = _broadcast(dx, sizes)[0], _broadcast(dy, sizes)[0], source
+        lines_of_a_part = _rows_of_a_part(source.shape[0] * source.shape[2])
+        for part in zip(*(view.split(lines_of_a_part, dim=1) for view in views), strict=True):
+            _write_grad(*part, *rows)
         return dx
-    dx = torch.empty_like(x)
-    scale, shift, factor = _per_plane(sizes, b, torch.addcmul(c, center, b, value=-1), a)
-    _plane_affine(_planes(dx), _planes(x), scale, shift, _planes(dy), factor)
+    rows = [row[:, None] for row in _per_plane(sizes, a, b, center, c)]
+    tensors = [*(_planes(tensor)[0] for tensor in (dx, dy, x)), *rows]
+    planes_of_a_part = _rows_of_a_part(tensors[0].shape[1])
+    for part in zip(*(tensor.split(planes_of_a_part) for tensor in tensors), strict=True):
+        _write_grad(*part)
     return dx
+
+
+def _write_grad(
+    dx: Tensor, dy: Tensor, x: Tensor, a: Tensor, b: Tensor, center: Tensor, c: Tensor
+) -> None:
+    """Write ``a * dy + b * (x - center) + c``."""
+    # x * b would be as large as the mean, and so would be what its rounding leaves.
+    torch.sub(x, center, out=dx).mul_(b).add_(c).addcmul_(dy, a)
 
 
 def _planes(x: Tensor) -> Tensor:
@@ -122,15 +135,8 @@ def _rows_of_a_part(length: int) -> int:
     return max(1, _PART * torch.get_num_threads() // length)
 
 
-def _plane_affine(
-    y: Tensor,
-    x: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    dy: Tensor | None = None,
-    factor: Tensor | None = None,
-) -> None:
-    """Write ``x * scale + shift + dy * factor``, all ``[1, planes, L]`` with a number per plane."""
+def _plane_affine(y: Tensor, x: Tensor, scale: Tensor, shift: Tensor) -> None:
+    """Write ``x * scale + shift``, ``[1, planes, L]`` with a number per plane."""
     if x.numel() < _SMALL:
         rows = _rows_of_a_part(x.shape[2])
         parts = (tensor.split(rows) for tensor in (y[0], x[0], scale[:, None], shift[:, None]))
@@ -142,8 +148,6 @@ def _plane_affine(
         torch.native_batch_norm(
             x, scale, shift, zero, one, False, 0.0, 0.0, out=(y, unused, unused.clone())
         )
-    if dy is not None and factor is not None:
-        y.addcmul_(dy, factor[:, None])
 
 
 def _pieces(x: Tensor, sizes: Sizes) -> tuple[Tensor, ...]:
@@ -158,8 +162,15 @@ def _line_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     if x.numel() == 0:
         zeros = x.new_zeros(x.shape[1])
         return zeros, zeros
-    mean, variance = torch.batch_norm_update_stats(x, None, None, 0.0)
-    return mean, variance.sqrt_()
+    parts = x.split(_LINES)
+    moments = [torch.batch_norm_update_stats(part, None, None, 0.0) for part in parts]
+    if len(parts) == 1:
+        return moments[0][0], moments[0][1].sqrt_()
+    share = torch.tensor([len(part) / len(x) for part in parts], dtype=torch.float64)[:, None]
+    means, variances = (torch.stack(rows).double() for rows in zip(*moments, strict=True))
+    mean = (share * means).sum(dim=0)
+    variance = (share * (means - mean).square_().add_(variances)).sum(dim=0)
+    return mean.to(x.dtype), variance.sqrt_().to(x.dtype)
 
 
 def _broadcast(x: Tensor, sizes: Sizes, *rows: Tensor) -> tuple[Tensor, ...]:
@@ -172,6 +183,20 @@ def _broadcast(x: Tensor, sizes: Sizes, *rows: Tensor) -> tuple[Tensor, ...]:
         sizes = (1,) * x.shape[0]
     view = x.movedim(1, -1).view(len(sizes), sizes[0] * x.shape[2:].numel(), x.shape[1])
     return (view, *(row[:, None, :] for row in rows))
+
+
+def _line_grad_sums(
+    x: Tensor, dy: Tensor, center: Tensor, inverse_std: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return `_grad_sums` of one block in lines."""
+    parts = zip(x.split(_LINES), dy.split(_LINES), strict=True)
+    sums = [_grad_sums(*part, center, inverse_std) for part in parts]
+    if len(sums) == 1:
+        return sums[0]
+    total, dot = (
+        torch.stack(rows).sum(dim=0, dtype=torch.float64) for rows in zip(*sums, strict=True)
+    )
+    return total.to(x.dtype), dot.to(x.dtype)
 
 
 def _grad_sums(x: Tensor, dy: Tensor, center: Tensor, inverse_std: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,8 +7,10 @@ from torch import Tensor
 def layout(x: Tensor) -> tuple[Tensor, bool]:
     """Return ``[N, C, *]``, copied if it has neither layout, and whether it is in lines.
 
-    ``L = 1`` is in lines too: planes of one value have nothing to sum.
+    ``L = 1`` is in lines too: planes of one value have nothing to sum. ``C = 1`` is in planes.
     """
+    if x.is_contiguous() and x.shape[2:].numel() > 1:
+        return x, False
     if _in_lines(x):
         return x, True
     if not x.is_contiguous():

@@ -4,6 +4,8 @@ Tensors are ``[N, C, *]``; a block is a run of samples. Rows are ``[blocks, C]``
 float64 for float64 input, and so is every sum, whatever the input's dtype.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -15,14 +17,19 @@ Sizes = tuple[int, ...]
 def block_moments(x: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor]:
     """Return each block's mean and (biased) standard deviation, 0 for an empty block.
 
-    Two passes: the squares are of the distance to the mean, so nothing cancels. The standard
-    deviation has the input's scale; where a square doesn't fit the dtype it is infinite.
+    Two passes: the squares are of the distance to the mean, so next to nothing cancels. The sum of
+    these distances is what the first pass has rounded off the mean. The standard deviation has the
+    input's scale; where a square doesn't fit the dtype it is infinite.
     """
     planes = _planes(x)
     count = counts(sizes, planes.shape[2], planes).clamp(min=1)
     mean = block_sum(planes.sum(dim=2), sizes) / count
-    squares = (planes - per_sample(mean, sizes)[:, :, None]).square().sum(dim=2)
-    return mean, (block_sum(squares, sizes) / count).sqrt()
+    distances = planes - per_sample(mean, sizes)[:, :, None]
+    rest = block_sum(distances.sum(dim=2), sizes) / count
+    squares = block_sum(distances.square().sum(dim=2), sizes) / count
+    # Squares beyond the dtype are infinite; inf - inf would be NaN.
+    std = torch.where(squares < math.inf, squares - rest * rest, squares).clamp(min=0).sqrt()
+    return mean + rest, std
 
 
 def block_affine(x: Tensor, sizes: Sizes, center: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
