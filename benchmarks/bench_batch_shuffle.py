@@ -124,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         results += [{"world_size": world_size, "name": name, **row} for name, row in rows.items()]
     if arguments.save:
-        print(f"wrote {save('batch_shuffle', results)}")
+        print(f"wrote {save('batch_shuffle', results, on_ranks=True, on_gpu=False)}")
 
 
 if __name__ == "__main__":

@@ -158,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             _print(row)
         results += rows
     if arguments.save:
-        print(f"wrote {save('exchange', results)}")
+        print(f"wrote {save('exchange', results, on_ranks=True, on_gpu=False)}")
 
 
 if __name__ == "__main__":

@@ -254,7 +254,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         took[part] = time.perf_counter() - begun
         if arguments.save:  # after every part: what is measured is not lost when time runs out
             summary = [target._asdict() | {"is_met": target.is_met} for target in targets]
-            save("gpu", summary, failed=failed, seconds=took, **tables)
+            more: dict[str, Any] = {"failed": failed, "seconds": took, **tables}
+            save("gpu", summary, **more)
     print_targets(targets)
     print("\n" + ", ".join(f"{part} {seconds:.0f} s" for part, seconds in took.items()))
     for part, why in failed.items():

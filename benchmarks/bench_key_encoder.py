@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 )
             results += rows
     if arguments.save:
-        print(f"wrote {save('key_encoder', results)}")
+        print(f"wrote {save('key_encoder', results, on_ranks=True, on_gpu=False)}")
 
 
 if __name__ == "__main__":

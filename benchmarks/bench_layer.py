@@ -86,7 +86,9 @@ def _measure_shape(place: Place, options: Options, shape: tuple[int, int, int]) 
     made = [
         torch.randn(options.batch, *shape, device=place.device, dtype=options.dtype) for _ in "xy"
     ]
-    x, dy = (tensor.contiguous(memory_format=layout) for tensor in made)
+    x, noise = (tensor.contiguous(memory_format=layout) for tensor in made)
+    # Noise alone would hide a gradient without the part that goes through the statistics.
+    dy = noise + x
     field = contestants(
         shape[0], options.groups,
         channels_last=options.channels_last, on_cuda=device == "cuda", compiled=options.compiled,
@@ -244,7 +246,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         for row in memory:
             print(f"  {row['name']:36}{row['bytes'] / 2**20:8.1f} MiB{row['ratio']:8.3f}")
     if arguments.save:
-        print(f"wrote {save(arguments.save, rows, summary=summary, memory=memory)}")
+        where = dict(on_ranks=arguments.ranks > 1, on_gpu=device == "cuda")
+        path = save(arguments.save, rows, **where, summary=summary, memory=memory)
+        print(f"wrote {path}")
 
 
 if __name__ == "__main__":

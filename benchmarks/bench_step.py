@@ -5,8 +5,8 @@
 `moco` is a step of MoCo: queries forward and backward, keys forward, loss against the queue, moving
 the key encoder, SGD; `--bn` is the key encoder's. `supervised` is a step of a classifier all of
 whose layers are converted, against nn.BatchNorm2d. On several ranks there is also nn.BatchNorm2d
-that sums one number with its peers in each direction of each layer, to wait for them as all must
-that share statistics. Both under DistributedDataParallel, one thread per rank. Prints, as a ratio
+that gets one number from a peer in each direction of each layer, to wait for it as all must that
+share statistics. Both under DistributedDataParallel, one thread per rank. Prints, as a ratio
 to `local` and to nn.BatchNorm2d, median and, in brackets, 20 and 80 percent points; and what
 compiling took. `--save` writes benchmarks/results/NAME.json (step, or step_compiled).
 """
@@ -225,7 +225,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print_rows(rows)
     if arguments.save is not None:
         name = arguments.save or ("step_compiled" if arguments.compiled else "step")
-        print(f"wrote {save(name, rows)}")
+        path = save(name, rows, on_ranks=arguments.ranks > 1, on_gpu=device == "cuda")
+        print(f"wrote {path}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -94,8 +96,8 @@ def laps_of(
     for run in contestants.values():
         run(lambda: None)
     laps: dict[str, Laps] = {name: Laps([], []) for name in contestants}
-    for _ in rounds_within(seconds, least, most):
-        for name, run in contestants.items():
+    for number in rounds_within(seconds, least, most):
+        for name, run in _from(number, contestants):
             if dist.is_initialized():
                 dist.barrier()  # so that no contestant waits for a rank that the last one held up
             stopwatch = Stopwatch(device)
@@ -104,6 +106,13 @@ def laps_of(
             laps[name].stages.append(stages)
             laps[name].host.append(host)
     return laps
+
+
+def _from(number: int, contestants: Mapping[str, Staged]) -> list[tuple[str, Staged]]:
+    """Start each round with another one: what ran before leaves caches and memory in its state."""
+    order = list(contestants.items())
+    first = number % len(order)
+    return order[first:] + order[:first]
 
 
 def rounds_within(seconds: float, least: int, most: int) -> Iterator[int]:
@@ -171,11 +180,26 @@ def _timing(times: list[float], peer: list[float]) -> Timing:
     return Timing(*spread(times), *ratios(times, peer))
 
 
-def save(name: str, rows: list[dict[str, Any]], **more: Any) -> Path:
-    """Write the rows, and more, with what is needed to judge them; return the file."""
+def save(
+    name: str,
+    rows: list[dict[str, Any]],
+    *,
+    on_ranks: bool = False,
+    on_gpu: bool | None = None,
+    **more: Any,
+) -> Path:
+    """Write the rows, and more, with what is needed to judge them; return the file.
+
+    Args:
+        name: of the file.
+        rows: the results.
+        on_ranks: each of several ranks measured, which have one thread each on the CPU.
+        on_gpu: where; by default on a GPU if there is one.
+        **more: further entries of the file.
+    """
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    record = {"benchmark": name, **_circumstances(), **more, "rows": rows}
+    record = {"benchmark": name, **_circumstances(on_ranks, on_gpu), **more, "rows": rows}
     lines = (f" {json.dumps(key)}: {_text(value)}" for key, value in record.items())
     path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     return path
@@ -189,12 +213,16 @@ def _text(value: object) -> str:
     return "[\n  " + ",\n  ".join(map(json.dumps, short)) + "\n ]"
 
 
-def _circumstances() -> dict[str, Any]:
-    cuda = torch.cuda.is_available()
+def _circumstances(on_ranks: bool, on_gpu: bool | None) -> dict[str, Any]:
+    if on_gpu is None:
+        on_gpu = torch.cuda.is_available()
     return {
-        "device": torch.cuda.get_device_name() if cuda else _processor(),
-        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if on_gpu else _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": 1 if on_ranks and not on_gpu else torch.get_num_threads(),
         "torch": torch.__version__,
+        "cuda": torch.version.cuda if on_gpu else None,
+        "triton": version("triton") if on_gpu and find_spec("triton") else None,
         "python": platform.python_version(),
         "commit": _commit(),
         "date": datetime.now(UTC).date().isoformat(),

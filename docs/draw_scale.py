@@ -154,7 +154,7 @@ def print_paper() -> None:
 
 
 def draw_measured(axes: Axes, record: dict[str, Any], gloo: Gloo) -> None:
-    worlds, cores = worlds_of(record), record["threads"]
+    worlds, cores = worlds_of(record), record["cores"]
     for way, aside in zip(LAYERS, (1.0, 0.96, 1.04, 1.0), strict=True):  # bars side by side
         rows = [find(record, way, world) for world in worlds]
         middle = [1e3 * row["median"] for row in rows]
@@ -187,9 +187,9 @@ def main() -> None:
     record = load("exchange")
     rows, samples = rows_measured(record), samples_measured(load("batch_shuffle"))
     # Bytes show in whole samples only.
-    gloo = fit(rows + list(samples.values()), record["threads"])
+    gloo = fit(rows + list(samples.values()), record["cores"])
     print_measured(record)
-    print_fit(rows, samples, gloo, record["threads"])
+    print_fit(rows, samples, gloo, record["cores"])
     print_paper()
 
     figure = Figure(figsize=(13, 4.8), facecolor="white", layout="constrained")

@@ -5,9 +5,12 @@ Small tensors, few rounds, and no time is looked at: speed is for a machine that
 
 import json
 import math
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import bench_batch_shuffle
 import bench_exchange
@@ -153,6 +156,67 @@ def test_step(options: list[str], results: Path) -> None:
     assert [row["bn"] for row in rows if row["step"] == "moco"] == kinds
     supervised = [row["bn"] for row in rows if row["step"] == "supervised"]
     assert supervised == ["nn.BatchNorm2d", *kinds[:-1]]
+
+
+def test_percent_points_and_ratios() -> None:
+    """Catches other percentiles, and a ratio of the peer's time to one's own."""
+    eleven = [float(k) for k in range(11)]
+    assert harness.spread(eleven) == (5.0, 2.0, 8.0)
+    assert harness.ratios([2.0, 6.0, 4.0], [1.0, 2.0, 1.0]) == pytest.approx((3.0, 2.4, 3.6))
+    assert harness.geometric_mean([2.0, 8.0]) == pytest.approx(4.0)
+
+
+def test_a_slower_contestant_has_a_larger_ratio() -> None:
+    """Catches ratios the wrong way round, in the harness and in the layer's summary."""
+    timings = harness.interleaved({"peer": lambda: None, "slow": lambda: time.sleep(0.01)}, 5)
+    assert timings["peer"].ratio == 1.0
+    assert timings["slow"].ratio > 2.0
+    assert timings["slow"].median > 0.009
+
+
+def test_laps_are_those_of_each_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches times from the start in place of stages, and rounds that begin with the same one."""
+    clock = iter([0.0, 1.0, 3.0, 10.0, 14.0])
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: next(clock))  # type: ignore[attr-defined]
+    stopwatch = harness.Stopwatch("cpu")
+    stopwatch.lap()
+    stopwatch.lap()
+    assert stopwatch.read() == ([1.0, 2.0], 3.0)
+    order: list[str] = []
+    monkeypatch.undo()
+
+    def run(name: str, lap: Callable[[], None]) -> None:
+        order.append(name)
+        lap()
+
+    runs = {name: partial(run, name) for name in "abc"}
+    laps = harness.laps_of(runs, "cpu", 0.0, least=3, most=3)
+    assert "".join(order) == "abc" + "abc" + "bca" + "cab"
+    assert [len(laps[name].stages) for name in "abc"] == [3, 3, 3]
+
+
+def _barriers() -> int:
+    runs = {name: partial(harness.one_stage, lambda: None) for name in "ab"}
+    with mock.patch.object(dist, "barrier", wraps=dist.barrier) as barrier:
+        harness.laps_of(runs, "cpu", 0.0, least=3, most=3)
+    return barrier.call_count
+
+
+def test_ranks_start_each_contestant_together() -> None:
+    """Catches a contestant that pays for the one before it on another rank."""
+    assert run_on_ranks(2, _barriers) == [6, 6]
+
+
+def test_results_say_where_they_come_from(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches the GPU's name, or many threads, for ranks on a CPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    torch.set_num_threads(2)
+    harness.save("here", [{}], on_ranks=True, on_gpu=False)
+    harness.save("there", [{}])
+    here, there = (_record(results, name) for name in ("here", "there"))
+    assert here["threads"] == 1
+    assert here["device"] != there["device"] == "a GPU"
 
 
 def _rounds_on_ranks() -> int:
