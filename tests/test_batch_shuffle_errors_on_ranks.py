@@ -2,6 +2,7 @@
 
 import re
 import time
+import warnings
 from typing import Any
 
 import pytest
@@ -64,8 +65,14 @@ def _plan_of_another_group(bad: bool) -> Any:
     return batch_shuffle(_x(), plan=other if bad else mine, process_group=dist.group.WORLD)
 
 
-def _nested(bad: bool) -> Any:
+def _sparse(bad: bool) -> Any:
     return batch_shuffle(_x().to_sparse() if bad else _x())
+
+
+def _nested(bad: bool) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that nested tensors are a prototype
+        return batch_shuffle(torch.nested.nested_tensor([_x(2), _x(3)]) if bad else _x())
 
 
 def _meta(bad: bool) -> Any:
@@ -84,12 +91,14 @@ def _index_as_plan(bad: bool) -> Any:
 
 def _detached(bad: bool) -> Any:
     shuffled, plan = batch_shuffle(_x())
-    restored = batch_unshuffle(shuffled, plan)
-    return batch_unshuffle(restored.detach()[:] if bad else shuffled, plan)
+    # Nobody holds the very tensor that came back, but its memory.
+    restored = batch_unshuffle(shuffled, plan).detach()[:]
+    return batch_unshuffle(restored if bad else shuffled, plan)
 
 
 REJECTED = {
-    _nested: r"batch_shuffle: expected dense tensors \(or None\), got torch.sparse_coo in leaf 0",
+    _sparse: r"batch_shuffle: expected dense tensors \(or None\), got torch.sparse_coo in leaf 0",
+    _nested: r"batch_shuffle: expected dense tensors \(or None\), got nested in leaf 0",
     _meta: r"batch_shuffle: expected dense tensors \(or None\), got meta in leaf 0",
     _number_as_generator: "batch_shuffle: generator must be a torch.Generator, got int",
     _detached: r"batch_unshuffle: leaf 0, shape \(6, 2\), was unshuffled with this plan already",
@@ -316,3 +325,32 @@ def test_a_rank_outside_the_group_is_told() -> None:
     inside, outside = run_on_ranks(2, _outside)
     assert inside == "a member"
     assert outside.startswith("batch_shuffle: rank 1 is not a member of the process_group")
+
+
+class _Named(nn.Module):
+    """Its outputs come in the order in which their names are given."""
+
+    def __init__(self, names: str) -> None:
+        super().__init__()
+        self.norm, self.names = nn.BatchNorm1d(2), names
+
+    def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
+        self.norm(inputs["a"])
+        return {name: inputs[name] for name in self.names}
+
+
+def _in_another_order(outputs: bool) -> str:
+    first = dist.get_rank() == 0
+    encoder = ShuffledEncoder(_Named("ab" if first or not outputs else "ba"))
+    inputs = {name: _x() for name in ("ab" if first or outputs else "ba")}
+    with pytest.raises(ValueError, match="ranks disagree on tree") as caught:
+        encoder(**inputs)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("outputs", [False, True])
+def test_an_encoder_with_names_in_another_order_is_told(outputs: bool) -> None:
+    """Catches one rank's images mixed with another's masks, which have the same shape."""
+    call = "batch_unshuffle" if outputs else "batch_shuffle"
+    for text in run_on_ranks(2, _in_another_order, outputs):
+        assert text.startswith(f"{call}: ")

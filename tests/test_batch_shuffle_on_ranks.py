@@ -25,6 +25,7 @@ from shuffle_batchnorm import (
     set_shuffle_state,
 )
 from shuffle_batchnorm.permutations import Key, Route, samples_sent_to
+from shuffle_batchnorm.process_groups import World
 from shuffle_batchnorm.shuffle_plan import ShufflePlan
 
 
@@ -380,3 +381,66 @@ def _no_grad() -> None:
 def test_results_are_plain_tensors() -> None:
     """Catches a view, which can't be changed in place, and a graph where none is wanted."""
     run_on_ranks(2, _no_grad)
+
+
+def _sampler_before_the_group() -> list[str]:
+    sampler = ShuffledPairSampler(range(16), batch_size=2)
+    sampler._world = World()  # as it is before init_process_group
+    texts = []
+    for use in (lambda: next(iter(sampler)), lambda: sampler.plan(0)):
+        with pytest.raises(RuntimeError, match="make it after init_process_group") as caught:
+            use()
+        texts.append(str(caught.value))
+    return texts
+
+
+def test_a_sampler_made_before_the_group_is_refused() -> None:
+    """Catches ranks that load the same samples and shuffle nothing."""
+    for rank, texts in enumerate(run_on_ranks(2, _sampler_before_the_group)):
+        assert all(f"rank 0 of 1, but this is rank {rank} of 2" in text for text in texts)
+
+
+def _keys_by_epoch() -> list[list[int]]:
+    sampler = ShuffledPairSampler(range(64), batch_size=32, shuffle=False)
+    keys = []
+    for epoch in range(2):
+        sampler.set_epoch(epoch)
+        keys.append([key for _, key in next(iter(sampler))])
+    return keys
+
+
+def test_each_epoch_has_other_keys() -> None:
+    """Catches an epoch that the shuffles don't know of, where the order of the data is kept."""
+    for first, second in run_on_ranks(2, _keys_by_epoch):
+        assert first != second
+
+
+def _leaving_with_the_first() -> list[tuple[int, ...]]:
+    """Which of rank 1's samples are on the rank of rank 0's first one, by step."""
+    company: list[tuple[int, ...]] = []
+    for _ in range(40):
+        x = torch.arange(4) + 4 * dist.get_rank()
+        shuffled = batch_shuffle(x)[0].tolist()
+        company.append(tuple(sample for sample in shuffled if sample >= 4) if 0 in shuffled else ())
+    return company
+
+
+def test_ranks_choose_for_themselves() -> None:
+    """Catches one choice for all ranks, by which samples of the same place always meet."""
+    here, there = run_on_ranks(2, _leaving_with_the_first)
+    company = {mine or theirs for mine, theirs in zip(here, there, strict=True)}
+    # Any two of rank 1's four samples: 6 pairs, each in any order.
+    assert len({frozenset(pair) for pair in company}) == 6
+
+
+def _evaluates() -> int:
+    encoder = ShuffledEncoder(nn.BatchNorm1d(3)).eval()
+    x = torch.randn(4, 3)
+    with received_messages() as messages:
+        assert torch.equal(encoder(x), encoder.encoder(x))
+    return len(messages)
+
+
+def test_evaluation_sends_nothing() -> None:
+    """Catches a shuffle in eval mode, where ranks may have batches of any number."""
+    assert run_on_ranks(2, _evaluates) == [0, 0]

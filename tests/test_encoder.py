@@ -1,7 +1,9 @@
 """ShuffledEncoder: transparent, complete, and honest when it does nothing."""
 
+import contextlib
 import copy
 import io
+import re
 import warnings
 from typing import Any
 
@@ -122,14 +124,33 @@ def test_outputs_that_cannot_come_back_are_refused() -> None:
 )
 def test_it_warns_once_when_it_does_nothing(encoder: nn.Module, reason: str | None) -> None:
     """Catches a silent no-op (CMC#39), a warning at every step, and a false alarm."""
-    shuffled = ShuffledEncoder(encoder)
-    if reason is not None:
-        with pytest.warns(
-            UserWarning, match=f"ShuffledEncoder: the shuffle does nothing.*{reason}"
-        ):
-            shuffled._warn_if_it_does_nothing()
-        shuffled._has_looked = True
-    if not any(isinstance(m, nn.SyncBatchNorm) for m in encoder.modules()):  # raises on the CPU
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            shuffled(torch.randn(8, 3))
+    shuffled, x = ShuffledEncoder(encoder), torch.randn(8, 3)
+    # nn.SyncBatchNorm may refuse the CPU.
+    refusal = contextlib.suppress(ValueError)
+    with warnings.catch_warnings(record=True) as caught, refusal:
+        warnings.simplefilter("always")
+        shuffled.eval()
+        shuffled.train()(x)
+        shuffled(x)
+    expected = [] if reason is None else [f"ShuffledEncoder: the shuffle does nothing: .*{reason}"]
+    assert len(caught) == len(expected)
+    for warning, text in zip(caught, expected, strict=True):
+        assert re.match(text, str(warning.message))
+        assert warning.filename == __file__
+
+
+def test_outputs_that_need_no_gradient_stay_so() -> None:
+    """Catches a key that is detached in the encoder and comes back as a part of the graph."""
+
+    class Keys(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = ShuffleBatchNorm(3, mode="local", groups=2)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            y = self.norm(x)
+            return {"query": y, "key": y.detach()}
+
+    outputs = ShuffledEncoder(Keys())(torch.randn(8, 3, requires_grad=True))
+    assert outputs["query"].requires_grad
+    assert not outputs["key"].requires_grad

@@ -4,6 +4,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import notices, process_groups
 from .functional import is_recomputation
@@ -56,7 +57,7 @@ def check_leaves(call: str, leaves: list[Any], world: World) -> int:
     for k, leaf in enumerate(leaves):
         if leaf is None:
             continue
-        kind = _strange_kind(leaf)
+        kind = strange_kind(leaf)
         if kind:
             raise TypeError(f"{call}: expected dense tensors (or None), got {kind} in leaf {k}")
         if leaf.ndim == 0:
@@ -85,13 +86,18 @@ def check_leaves(call: str, leaves: list[Any], world: World) -> int:
     return tensors[0].shape[0]
 
 
-def _strange_kind(leaf: Any) -> str:
+def strange_kind(leaf: Any) -> str:
     """Return what a leaf is that has no samples to move; nothing if it is an ordinary tensor."""
     if not isinstance(leaf, Tensor):
         return type(leaf).__name__
     if leaf.layout != torch.strided:
         return str(leaf.layout)
-    kinds = {"nested": leaf.is_nested, "quantized": leaf.is_quantized, "meta": leaf.is_meta}
+    kinds = {
+        "DTensor": hasattr(leaf, "device_mesh"),
+        "nested": leaf.is_nested,
+        "quantized": leaf.is_quantized,
+        "meta": leaf.is_meta,
+    }
     return " ".join(name for name, so in kinds.items() if so)
 
 
@@ -113,10 +119,9 @@ def check_fit(call: str, n: int, world: World, plan: ShufflePlan) -> None:
 def check_not_returned(leaves: list[Any], plan: ShufflePlan) -> None:
     """Raise if a leaf is what `batch_unshuffle` has brought back by this plan."""
     # By their memory, which a view or a detached tensor has in common with what was returned.
-    alive = (leaf for leaf in (ref() for ref in plan._returned) if leaf is not None)
-    returned = {leaf.untyped_storage().data_ptr() for leaf in alive if leaf.numel()}
+    returned = {ref.cdata for ref in plan._returned if not ref.expired()}
     for k, leaf in enumerate(leaves):
-        if leaf is not None and leaf.numel() and leaf.untyped_storage().data_ptr() in returned:
+        if leaf is not None and StorageWeakRef(leaf.untyped_storage()).cdata in returned:
             raise ValueError(
                 f"{UNSHUFFLE}: leaf {k}, shape {tuple(leaf.shape)}, was unshuffled with this plan "
                 "already; unshuffle what was computed from the shuffled batch, and once"

@@ -6,12 +6,12 @@ samples; see ``docs/batch_shuffle.md`` for when to choose which.
 
 import contextlib
 import re
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 
 from . import notices, process_groups, shuffle_agreement
@@ -25,6 +25,7 @@ from .batch_checks import (
     check_sources,
     not_a_plan,
     raise_alone,
+    strange_kind,
 )
 from .habits import Form, expected_form, note_form
 from .moves import OtherStampError, move_nothing, move_samples, stamped_width
@@ -105,6 +106,8 @@ def batch_shuffle(
         world = process_groups.resolve(process_group, SHUFFLE)
     leaves, spec = pytree.tree_flatten(batch)
     if torch.compiler.is_compiling():
+        if generator is not None:
+            raise ValueError(f"{SHUFFLE}: generator is not supported under torch.compile")
         return _shuffle_in_graph(leaves, spec, world, plan)
 
     n, error = 0, None
@@ -175,8 +178,8 @@ def batch_unshuffle(batch: Tree, plan: ShufflePlan) -> Tree:
         error = caught
     terms = _terms(UNSHUFFLE, describe(plan), leaves, spec, plan.key)
     moved, _ = _agree_and_move(terms, leaves, n, error, world, plan)
-    alive = [ref for ref in plan._returned if ref() is not None]
-    plan._returned[:] = alive + [weakref.ref(leaf) for leaf in moved]
+    alive = [ref for ref in plan._returned if not ref.expired()]
+    plan._returned[:] = alive + [StorageWeakRef(leaf.untyped_storage()) for leaf in moved]
     return _unflatten(moved, leaves, spec)
 
 
@@ -299,8 +302,8 @@ def _choose_key(
 
 def _terms(call: str, order: str, leaves: list[Any], spec: Any, key: Key) -> Terms:
     described = [
-        "None" if leaf is None else f"[N{''.join(f', {n}' for n in leaf.shape[1:])}] {leaf.dtype}"
-        if isinstance(leaf, Tensor) else type(leaf).__name__
+        "None" if leaf is None else strange_kind(leaf)
+        or f"[N{''.join(f', {n}' for n in leaf.shape[1:])}] {leaf.dtype}"
         for leaf in leaves
     ]  # fmt: skip
     gradient = [_needs_gradient(leaf) for leaf in leaves]

@@ -5,7 +5,7 @@ import warnings
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
@@ -81,7 +81,9 @@ class ShuffledEncoder(nn.Module):
             self._has_looked = True
             self._warn_if_it_does_nothing()
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        shuffled, plan = batch_shuffle(_without_constants(leaves), process_group=self.process_group)
+        batch = pytree.tree_unflatten(_without_constants(leaves), spec)
+        # As a tree, so that ranks whose trees differ are told, and don't mix unlike tensors.
+        shuffled, plan = batch_shuffle(batch, process_group=self.process_group)
         args, kwargs = pytree.tree_unflatten(_with_constants(shuffled, leaves), spec)
         compiling = torch.compiler.is_compiling()
         begun = 0 if compiling else notices.exchanges(plan.world)
@@ -95,7 +97,7 @@ class ShuffledEncoder(nn.Module):
             notices.break_off(plan.world, f"{CALL}: {error}")  # they may be in any layer
             raise
         leaves, spec = pytree.tree_flatten(outputs)
-        restored = batch_unshuffle(_without_constants(leaves), plan)
+        restored = batch_unshuffle(pytree.tree_unflatten(_without_constants(leaves), spec), plan)
         return pytree.tree_unflatten(_with_constants(restored, leaves), spec)
 
     def _warn_if_it_does_nothing(self) -> None:
@@ -115,7 +117,7 @@ class ShuffledEncoder(nn.Module):
             )
         else:
             return
-        warnings.warn(f"{CALL}: the shuffle does nothing: {reason}", stacklevel=4)
+        warnings.warn(f"{CALL}: the shuffle does nothing: {reason}", stacklevel=5)
 
     def train(self, mode: bool = True) -> Self:
         """Set training mode, here and in the encoder."""
@@ -194,5 +196,6 @@ def _without_constants(leaves: list[Any]) -> list[Any]:
     return [None if isinstance(leaf, (bool, int, float, str)) else leaf for leaf in leaves]
 
 
-def _with_constants(moved: list[Tensor | None], leaves: list[Any]) -> list[Any]:
-    return [old if new is None else new for new, old in zip(moved, leaves, strict=True)]
+def _with_constants(moved: Tree, leaves: list[Any]) -> list[Any]:
+    found = pytree.tree_leaves(moved)
+    return [old if new is None else new for new, old in zip(found, leaves, strict=True)]

@@ -49,8 +49,10 @@ class _Move(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.call, ctx.route, ctx.world = call, route, world
         moved = _move(call, route, world, leaves, stamp)
+        needed = ctx.needs_input_grad[4:]
+        # Else a queue's detached features would come back as parts of this step's graph.
         ctx.mark_non_differentiable(
-            *(leaf for leaf in moved if not (leaf.is_floating_point() or leaf.is_complex()))
+            *(leaf for leaf, need in zip(moved, needed, strict=True) if not need)
         )
         return moved
 

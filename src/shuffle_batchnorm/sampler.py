@@ -43,6 +43,8 @@ class ShuffledPairSampler(Sampler[list[tuple[int, int]]]):
 
     Raises:
         ValueError: `batch_size` below 1.
+        RuntimeError: used in another process group than it was made in, or made before there was
+            one.
 
     Source:
         K. He in facebookresearch/moco issue 20.
@@ -73,6 +75,7 @@ class ShuffledPairSampler(Sampler[list[tuple[int, int]]]):
         self.batch_size, self.seed, self.epoch = batch_size, seed, 0
         self.shuffle, self.drop_last = shuffle, drop_last
         # Workers get a copy of the dataset only, so a group may stay here.
+        self._process_group = process_group
         self._world = process_groups.resolve(process_group, CALL)
 
     def set_epoch(self, epoch: int) -> None:
@@ -87,6 +90,7 @@ class ShuffledPairSampler(Sampler[list[tuple[int, int]]]):
 
     def plan(self, step: int) -> ShufflePlan:
         """Return the plan of a step of this epoch, to give to `batch_unshuffle`."""
+        self._check_world()
         if not 0 <= step < len(self):
             raise ValueError(f"{CALL}: step must be below {len(self)}, got {step}")
         key, sizes = self._key(step), self._sizes(step)
@@ -94,6 +98,7 @@ class ShuffledPairSampler(Sampler[list[tuple[int, int]]]):
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         """Yield this rank's pairs of indices, step by step."""
+        self._check_world()
         order = list(range(len(self.dataset)))
         if self.shuffle:
             order = permutation(Key(self.seed, self.epoch), DATA_SET, 0, len(order)).tolist()
@@ -106,6 +111,15 @@ class ShuffledPairSampler(Sampler[list[tuple[int, int]]]):
             queries = samples[first : first + sizes[rank]]
             keys = samples_sent_to(rank, self._key(step), sizes).tolist()
             yield [(query, samples[key]) for query, key in zip(queries, keys, strict=True)]
+
+    def _check_world(self) -> None:
+        """Raise unless the ranks are those for which the sampler was made."""
+        world = process_groups.resolve(self._process_group, CALL)
+        if world != self._world:
+            raise RuntimeError(
+                f"{CALL}: made on rank {self._world.rank} of {self._world.size}, but this is rank "
+                f"{world.rank} of {world.size}; make it after init_process_group"
+            )
 
     def _key(self, step: int) -> Key:
         return Key(self.seed, self.epoch * len(self) + step)

@@ -1,9 +1,8 @@
 """ShufflePlan: where one shuffle sends the samples of a rank."""
 
-import weakref
 from dataclasses import dataclass, field
 
-from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from .permutations import Key, Route
 from .process_groups import World
@@ -28,8 +27,8 @@ class ShufflePlan:
     sizes: tuple[int, ...]
     key: Key
     route: Route
-    # What this plan has brought back and somebody still holds: it must not be brought back twice.
-    _returned: "list[weakref.ref[Tensor]]" = field(default_factory=list, repr=False)
+    # The memory of what this plan has brought back, while somebody holds it: not twice.
+    _returned: list[StorageWeakRef] = field(default_factory=list, repr=False)
 
 
 def describe(plan: ShufflePlan) -> str:
