@@ -354,3 +354,74 @@ def test_an_encoder_with_names_in_another_order_is_told(outputs: bool) -> None:
     call = "batch_unshuffle" if outputs else "batch_shuffle"
     for text in run_on_ranks(2, _in_another_order, outputs):
         assert text.startswith(f"{call}: ")
+
+
+def _half() -> Any:
+    """A group of all ranks that is not the default one, and a plan of it."""
+    group = dist.new_group(list(range(dist.get_world_size())))
+    return group, batch_shuffle(_x(), process_group=group)[1]
+
+
+def _index_as_plan_of_another_group() -> Any:
+    plans: list[Any] = [torch.arange(6), _half()[1]]
+    return batch_shuffle(_x(), plan=plans[dist.get_rank()])
+
+
+def _nothing_as_plan_of_another_group() -> Any:
+    plans: list[Any] = [None, _half()[1]]
+    return batch_unshuffle(_x(), plans[dist.get_rank()])
+
+
+def _plans_of_different_groups() -> Any:
+    plans = [_half()[1], batch_shuffle(_x())[1]]
+    return batch_unshuffle(_x(), plans[dist.get_rank()])
+
+
+class _Fails(nn.Module):
+    """Raises on rank 1 before a layer that communicates in the default group."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.calls = ShuffleBatchNorm(2), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        if dist.get_rank() == 1 and self.calls == 2:
+            raise ArithmeticError("out of luck")
+        y: Tensor = self.norm(x)
+        return y
+
+
+def _encoder_with_layers_of_another_group() -> Any:
+    encoder = ShuffledEncoder(_Fails(), process_group=_half()[0])
+    encoder(_x())
+    return encoder(_x())
+
+
+DEADLOCKS = {
+    _index_as_plan_of_another_group: (0, "plan must be what batch_shuffle returned, got Tensor"),
+    _nothing_as_plan_of_another_group: (
+        0,
+        "plan must be what batch_shuffle returned, got NoneType",
+    ),
+    _plans_of_different_groups: (0, "ranks wait for each other in different process groups: rank"),
+    _encoder_with_layers_of_another_group: (1, "out of luck"),
+}
+
+
+def _outcome(function: Any) -> tuple[str, float]:
+    start = time.monotonic()
+    with pytest.raises((TypeError, RuntimeError, ArithmeticError)) as caught:
+        function()
+    return str(caught.value), time.monotonic() - start
+
+
+@pytest.mark.parametrize("function", DEADLOCKS, ids=lambda f: f.__name__)
+def test_ranks_that_wait_in_different_groups_are_told(function: Any) -> None:
+    """Catches ranks that wait for each other until the group's time limit, half an hour."""
+    outcomes = run_on_ranks(2, _outcome, function, fresh=True)
+    rank, reason = DEADLOCKS[function]
+    assert reason in outcomes[rank][0], outcomes
+    for text, seconds in outcomes:
+        assert reason in text or "ranks wait for each other" in text, outcomes
+        assert seconds < 15

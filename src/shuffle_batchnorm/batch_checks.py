@@ -15,8 +15,9 @@ SHUFFLE, UNSHUFFLE = "batch_shuffle", "batch_unshuffle"
 
 
 def raise_alone(call: str, error: Exception) -> NoReturn:
-    """Raise what this rank finds before it knows its peers, who may wait for it in all ranks."""
+    """Raise what this rank finds before it knows its peers, who may wait for it in any group."""
     if not torch.compiler.is_compiling():
+        notices.report_everywhere(str(error))
         notices.break_off(process_groups.resolve(None, call), str(error))
     raise error
 

@@ -189,7 +189,10 @@ def reject(plan: ShufflePlan, error: Exception) -> NoReturn:
     Communication: as `batch_unshuffle`; the ranks stay in step.
     """
     terms = Terms(UNSHUFFLE, describe(plan), "", "", "", int(plan.key.seed), int(plan.key.step))
-    _agree_and_move(terms, [], 0, error, plan.world, plan)
+    try:
+        _agree_and_move(terms, [], 0, error, plan.world, plan)
+    except RuntimeError as failure:
+        raise error from (None if failure is error else failure)
     raise error
 
 
@@ -228,7 +231,13 @@ def _agree_and_move(
                 return moved, found
         elif expected is not None:
             move_nothing(*expected, world, _device(leaves, world))
-    sizes, seed = agree(terms, n, error, world, _device(leaves, world))
+    try:
+        sizes, seed = agree(terms, n, error, world, _device(leaves, world))
+    except RuntimeError as failure:
+        # The peers could not be told in this group: what is wrong here comes first.
+        if error is None or failure is error:
+            raise
+        raise error from failure
     with _in_step(world):
         found = find(sizes, seed)
         moved = _move(terms.call, _tensors(leaves), found)

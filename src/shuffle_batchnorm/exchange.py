@@ -231,7 +231,7 @@ def _finish(
         start(False)
         return
     notices.begin(world, call)
-    work = start(True)
+    work, has_note = start(True), False
     while True:
         try:
             work.wait(_PATIENCE)
@@ -241,10 +241,15 @@ def _finish(
             try:
                 notices.raise_if_a_peer_failed(world, call)
                 (while_waiting or notices.raise_if_a_peer_compares)(world)
+                has_note = True
+                notices.raise_if_a_peer_waits_elsewhere(world, call)
             except (RuntimeError, ValueError):
                 notices.break_off(world)  # the work is still under way
+                notices.stop_waiting()
                 raise
         else:
+            if has_note:
+                notices.stop_waiting()
             return
     try:
         work.wait()  # it may have ended well, just after the wait

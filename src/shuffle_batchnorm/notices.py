@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 
-from .process_groups import CALL, World
+from .process_groups import CALL, World, resolve
 
 # Seconds until a rank suspects that a peer's layer is in mode `local`, which may also be just slow.
 _LONG = 10.0
@@ -137,6 +137,54 @@ def raise_if_a_peer_is_local(world: World, since: float, channels: int) -> None:
             f"{CALL}: ranks disagree on mode: 'local' on rank {rank}, another mode on rank "
             f"{world.rank}"
         )
+
+
+def raise_if_a_peer_waits_elsewhere(world: World, call: str) -> None:
+    """Raise if a peer waits in another group for this rank, which waits for it here.
+
+    Leaves a note of where this rank waits, until `stop_waiting`. Only a note of an exchange in
+    which this rank has not taken part counts: that one can't have ended.
+    """
+    store, mine = _store(), _state(world).exchanges
+    store.set(_waiting_key(dist.get_rank()), f"{world.name} {mine} {call}")
+    for peer in dist.get_process_group_ranks(world.group):
+        key = _waiting_key(peer)
+        if peer == dist.get_rank() or not store.check([key]):
+            continue
+        name, exchange, their_call = store.get(key).decode().split(maxsplit=2)
+        other = _world_named(name)
+        if other is None or other == world or _state(other).exchanges >= int(exchange):
+            continue
+        message = (
+            f"ranks wait for each other in different process groups: rank {dist.get_rank()} in "
+            f"{call} in group {world.name!r}, rank {peer} in {their_call} in group {name!r}"
+        )
+        for group in (other, world):  # peers may come here later
+            report_failure(group, message)
+        raise RuntimeError(f"{call}: {message}")
+
+
+def stop_waiting() -> None:
+    """Take back the note of where this rank waits."""
+    _store().delete_key(_waiting_key(dist.get_rank()))
+
+
+def report_everywhere(message: str) -> None:
+    """Tell the peers in every group with which this rank has exchanged anything."""
+    for group in list(_states):
+        world = _world_named(group.group_name)
+        if world is not None:
+            report_failure(world, message)
+
+
+def _world_named(name: str) -> World | None:
+    """Return this rank's view of a group; None if it isn't in it, or the group is gone."""
+    groups = dist.distributed_c10d._world.pg_names.items()
+    return next((resolve(group) for group, other in groups if other == name), None)
+
+
+def _waiting_key(rank: int) -> str:
+    return f"shuffle_batchnorm/waiting/{rank}"
 
 
 def _read(world: World, *parts: str | int) -> str:
