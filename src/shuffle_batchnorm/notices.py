@@ -101,7 +101,7 @@ def begin(world: World, call: str) -> None:
         state.has_notice = False
         # A peer's notice may have taken its place.
         if _read(world, "stopped").split(maxsplit=2)[1:2] == [str(world.rank)]:
-            _store().delete_key(_key(world, "stopped"))
+            _store().set(_key(world, "stopped"), "")
 
 
 def raise_if_a_peer_failed(world: World, call: str) -> None:
@@ -145,13 +145,13 @@ def raise_if_a_peer_waits_elsewhere(world: World, call: str) -> None:
     Leaves a note of where this rank waits, until `stop_waiting`. Only a note of an exchange in
     which this rank has not taken part counts: that one can't have ended.
     """
-    store, mine = _store(), _state(world).exchanges
-    store.set(_waiting_key(dist.get_rank()), f"{world.name} {mine} {call}")
+    mine = _state(world).exchanges
+    _store().set(_waiting_key(dist.get_rank()), f"{world.name} {mine} {call}")
     for peer in dist.get_process_group_ranks(world.group):
-        key = _waiting_key(peer)
-        if peer == dist.get_rank() or not store.check([key]):
+        note = "" if peer == dist.get_rank() else _text(_waiting_key(peer))
+        if not note:
             continue
-        name, exchange, their_call = store.get(key).decode().split(maxsplit=2)
+        name, exchange, their_call = note.split(maxsplit=2)
         other = _world_named(name)
         if other is None or other == world or _state(other).exchanges >= int(exchange):
             continue
@@ -166,7 +166,7 @@ def raise_if_a_peer_waits_elsewhere(world: World, call: str) -> None:
 
 def stop_waiting() -> None:
     """Take back the note of where this rank waits."""
-    _store().delete_key(_waiting_key(dist.get_rank()))
+    _store().set(_waiting_key(dist.get_rank()), "")
 
 
 def report_everywhere(message: str) -> None:
@@ -189,7 +189,12 @@ def _waiting_key(rank: int) -> str:
 
 def _read(world: World, *parts: str | int) -> str:
     """Return what a rank has left in the store, or an empty string."""
-    key = _key(world, *parts)
+    return _text(_key(world, *parts))
+
+
+def _text(key: str) -> str:
+    """Return the text of a key, or an empty string if there is none."""
+    # Keys are emptied and never deleted: to get one that is gone waits for it, and then raises.
     text: str = _store().get(key).decode() if _store().check([key]) else ""
     return text
 
