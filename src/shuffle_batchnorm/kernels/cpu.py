@@ -1,4 +1,4 @@
-"""The four kernels for the CPU, from aten's loops, faster than ``nn.BatchNorm2d``.
+"""The four kernels for the CPU, from aten's loops, about as fast as ``nn.BatchNorm2d``.
 
 aten's batch norms know channels, not blocks. Two ways turn blocks into channels without a copy:
 
