@@ -243,8 +243,9 @@ def _finish(
                 (while_waiting or notices.raise_if_a_peer_compares)(world)
                 has_note = True
                 notices.raise_if_a_peer_waits_elsewhere(world, call)
-            except (RuntimeError, ValueError):
+            except (RuntimeError, ValueError) as error:
                 notices.break_off(world)  # the work is still under way
+                notices.note_departure(world, str(error))
                 notices.stop_waiting()
                 raise
         else:

@@ -68,6 +68,11 @@ def break_off(world: World, message: str = "") -> None:
         report_failure(world, message)
 
 
+def note_departure(world: World, message: str) -> None:
+    """Note for good that this rank has left the group, for a peer that withdraws its own notice."""
+    _store().set(_key(world, "left"), f"{_state(world).exchanges} {world.rank} {message}")
+
+
 def exchanges(world: World) -> int:
     """Return how many exchanges this rank has begun in the group."""
     return 0 if world.size == 1 else _state(world).exchanges
@@ -106,7 +111,7 @@ def begin(world: World, call: str) -> None:
 
 def raise_if_a_peer_failed(world: World, call: str) -> None:
     """Raise what made a peer stop before the exchange that this rank waits in."""
-    notice = _read(world, "stopped")
+    notice = _read(world, "stopped") or _read(world, "left")
     if not notice:
         return
     exchange, rank, message = notice.split(maxsplit=2)
