@@ -243,9 +243,8 @@ def _finish(
                 (while_waiting or notices.raise_if_a_peer_compares)(world)
                 has_note = True
                 notices.raise_if_a_peer_waits_elsewhere(world, call)
-            except (RuntimeError, ValueError) as error:
+            except (RuntimeError, ValueError):
                 notices.break_off(world)  # the work is still under way
-                notices.note_departure(world, str(error))
                 notices.stop_waiting()
                 raise
         else:

@@ -68,11 +68,6 @@ def break_off(world: World, message: str = "") -> None:
         report_failure(world, message)
 
 
-def note_departure(world: World, message: str) -> None:
-    """Note for good that this rank has left the group, for a peer that withdraws its own notice."""
-    _store().set(_key(world, "left"), f"{_state(world).exchanges} {world.rank} {message}")
-
-
 def exchanges(world: World) -> int:
     """Return how many exchanges this rank has begun in the group."""
     return 0 if world.size == 1 else _state(world).exchanges
@@ -117,7 +112,10 @@ def raise_if_a_peer_failed(world: World, call: str) -> None:
     exchange, rank, message = notice.split(maxsplit=2)
     # A rank that raised together with its peer, and goes on, expects the same of the peer.
     if int(exchange) > _state(world).failed_at:
-        raise RuntimeError(f"{call}: rank {rank} stopped: {message}")
+        # For good: the peer may withdraw its notice, and then wait for this rank, which has gone.
+        reason = f"{call}: rank {rank} stopped: {message}"
+        _store().set(_key(world, "left"), f"{_state(world).exchanges} {world.rank} {reason}")
+        raise RuntimeError(reason)
 
 
 def raise_if_a_peer_compares(world: World) -> None:
