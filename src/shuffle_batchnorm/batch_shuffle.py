@@ -189,10 +189,7 @@ def reject(plan: ShufflePlan, error: Exception) -> NoReturn:
     Communication: as `batch_unshuffle`; the ranks stay in step.
     """
     terms = Terms(UNSHUFFLE, describe(plan), "", "", "", int(plan.key.seed), int(plan.key.step))
-    try:
-        _agree_and_move(terms, [], 0, error, plan.world, plan)
-    except RuntimeError as failure:
-        raise error from (None if failure is error else failure)
+    _agree_and_move(terms, [], 0, error, plan.world, plan)
     raise error
 
 
@@ -222,7 +219,7 @@ def _agree_and_move(
     fits = error is None and (not isinstance(plan, ShufflePlan) or is_stratified(plan.sizes))
     form = Form(terms.call, n, stamped_width(_tensors(leaves))) if fits and n else None
     expected = expected_form(world)
-    with _in_step(world):
+    with _own_first(error), _in_step(world):
         if expected is not None and form == expected:
             found = find((n,) * world.size, terms.seed)
             with contextlib.suppress(OtherStampError):
@@ -231,18 +228,24 @@ def _agree_and_move(
                 return moved, found
         elif expected is not None:
             move_nothing(*expected, world, _device(leaves, world))
-    try:
+    with _own_first(error):
         sizes, seed = agree(terms, n, error, world, _device(leaves, world))
-    except RuntimeError as failure:
-        # The peers could not be told in this group: what is wrong here comes first.
-        if error is None or failure is error:
-            raise
-        raise error from failure
     with _in_step(world):
         found = find(sizes, seed)
         moved = _move(terms.call, _tensors(leaves), found)
     note_form(world, form if is_stratified(sizes) else None)
     return moved, found
+
+
+@contextlib.contextmanager
+def _own_first(error: Exception | None) -> Iterator[None]:
+    """Raise what is wrong on this rank, if anything is, in place of what follows from it."""
+    try:
+        yield
+    except RuntimeError as failure:
+        if error is None or failure is error:
+            raise
+        raise error from failure
 
 
 @contextlib.contextmanager

@@ -231,7 +231,15 @@ def _finish(
         start(False)
         return
     notices.begin(world, call)
-    work, has_note = start(True), False
+    work = start(True)
+    try:
+        _wait(work, world, call, while_waiting or notices.raise_if_a_peer_compares)
+    finally:
+        notices.stop_waiting(world)
+
+
+def _wait(work: Any, world: World, call: str, while_waiting: Waiting) -> None:
+    """Wait for a collective's end, and look now and then whether it can come."""
     while True:
         try:
             work.wait(_PATIENCE)
@@ -240,16 +248,12 @@ def _finish(
                 break
             try:
                 notices.raise_if_a_peer_failed(world, call)
-                (while_waiting or notices.raise_if_a_peer_compares)(world)
-                has_note = True
+                while_waiting(world)
                 notices.raise_if_a_peer_waits_elsewhere(world, call)
             except (RuntimeError, ValueError):
                 notices.break_off(world)  # the work is still under way
-                notices.stop_waiting()
                 raise
         else:
-            if has_note:
-                notices.stop_waiting()
             return
     try:
         work.wait()  # it may have ended well, just after the wait

@@ -34,6 +34,7 @@ class _GroupState:
     failed_at: int = -1  # the exchange at which this rank last raised, and its peers may have
     has_notice: bool = False
     out_of_step: bool = False  # an exchange was left before its end
+    has_note: bool = False  # of where this rank waits
 
 
 Waiting = Callable[[World], None]
@@ -148,8 +149,9 @@ def raise_if_a_peer_waits_elsewhere(world: World, call: str) -> None:
     Leaves a note of where this rank waits, until `stop_waiting`. Only a note of an exchange in
     which this rank has not taken part counts: that one can't have ended.
     """
-    mine = _state(world).exchanges
-    _store().set(_waiting_key(dist.get_rank()), f"{world.name} {mine} {call}")
+    state = _state(world)
+    state.has_note = True
+    _store().set(_waiting_key(dist.get_rank()), f"{world.name} {state.exchanges} {call}")
     for peer in dist.get_process_group_ranks(world.group):
         note = "" if peer == dist.get_rank() else _text(_waiting_key(peer))
         if not note:
@@ -167,9 +169,12 @@ def raise_if_a_peer_waits_elsewhere(world: World, call: str) -> None:
         raise RuntimeError(f"{call}: {message}")
 
 
-def stop_waiting() -> None:
-    """Take back the note of where this rank waits."""
-    _store().set(_waiting_key(dist.get_rank()), "")
+def stop_waiting(world: World) -> None:
+    """Take back the note of where this rank waits, if there is one."""
+    state = _state(world)
+    if state.has_note:
+        state.has_note = False
+        _store().set(_waiting_key(dist.get_rank()), "")
 
 
 def report_everywhere(message: str) -> None:
