@@ -130,11 +130,22 @@ def test_large_means_cancel_no_more_than_in_batch_norm(
     assert (y.double() - exact).norm() <= 3 * theirs
 
 
+@pytest.mark.parametrize("shape", [(32, 4, 49), (3, 4, 49), (2, 4, 5000), (640, 4, 1)], ids=str)
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_moments_of_the_reference_keep_their_digits(shape: tuple[int, ...], blocks: int) -> None:
+    """Catches what is rounded off a mean, of a plane or a block, left in it or in the deviation."""
+    x, sizes = torch.randn(shape) + 1e6, block_sizes(shape[0], 1, blocks)
+    mean, std = reference.block_moments(x, sizes)
+    for k, block in enumerate(x.double().split(sizes)):
+        exact = torch.std_mean(block, dim=(0, 2), correction=0)
+        assert (mean[k] - exact[1]).abs().max() <= 0.51 * 2**-4, "half the last place of 1e6"
+        assert (std[k] / exact[0] - 1).abs().max() < 1e-6
+
+
 def test_kernels_are_chosen_by_device_and_dtype() -> None:
-    """Catches half precision or an empty batch sent to aten's loops, and float32 that is not."""
-    assert select(torch.zeros(2, 3)) is CPU
-    assert select(torch.zeros(2, 3, dtype=torch.float64)) is CPU
-    assert select(torch.zeros(2, 3, dtype=torch.bfloat16)) is REFERENCE
+    """Catches an empty batch sent to aten's loops, and full batches that are not."""
+    for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+        assert select(torch.zeros(2, 3, dtype=dtype)) is CPU
     assert select(torch.zeros(0, 3)) is REFERENCE
     assert select(torch.zeros(2, 3, device="meta")) is REFERENCE
 

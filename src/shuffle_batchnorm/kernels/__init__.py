@@ -43,20 +43,18 @@ class Kernels(Protocol):
 
 def select(x: Tensor) -> Kernels:
     """Return the kernels for a tensor: its device's own, or the reference."""
-    # The compiler fuses the reference better than opaque calls.
+    # The compiler fuses the reference better than opaque calls, and aten's loops divide by the
+    # number of values.
     if torch.compiler.is_compiling() or x.numel() == 0:
         return reference
     if x.is_cuda:
         # A kernel of ours reads memory, which a subclass, like a fake tensor, may not have.
         has_memory = type(x) in (Tensor, Parameter)
-        return _triton(x.device) if has_memory and x.dtype in _TRITON_DTYPES else reference
-    # aten's loops divide by the number of values, and take half precision only with rows rounded
-    # to it.
-    full_precision = x.dtype in (torch.float32, torch.float64)
-    return cpu if x.device.type == "cpu" and full_precision else reference
+        return _triton(x.device) if has_memory and x.dtype in _DTYPES else reference
+    return cpu if x.device.type == "cpu" and x.dtype in _DTYPES else reference
 
 
-_TRITON_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 @cache

@@ -8,13 +8,15 @@ aten's batch norms know channels, not blocks. Two ways turn blocks into channels
   blocks.
 - *lines* ``[N * L, C]``, for channels-last input: the sums take one call per block, the affine
   kernels a broadcast.
+
+aten takes half precision only with rows rounded to it, so that is copied to float32 and back.
 """
 
 import torch
 from torch import Tensor
 
 from .layouts import as_layout, layout
-from .rows import are_equal, block_sum, counts, per_sample
+from .rows import accumulation_dtype, are_equal, block_sum, counts, per_sample
 
 Sizes = tuple[int, ...]
 
@@ -26,7 +28,7 @@ _SMALL = 2**22  # values that two passes over cached parts map faster than one p
 
 def block_moments(x: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor]:
     """See `reference.block_moments`."""
-    x, lines = layout(x)
+    x, lines = layout(_full(x))
     if lines:
         blocks = [_line_moments(piece) for piece in _pieces(x, sizes)]
         return torch.stack([mean for mean, _ in blocks]), torch.stack([std for _, std in blocks])
@@ -41,7 +43,8 @@ def block_moments(x: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor]:
 
 def block_affine(x: Tensor, sizes: Sizes, center: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """See `reference.block_affine`."""
-    x, lines = layout(x)
+    dtype = x.dtype
+    x, lines = layout(_full(x))
     y = torch.empty_like(x)
     shift = torch.addcmul(shift, center, scale, value=-1)
     if lines:
@@ -49,15 +52,15 @@ def block_affine(x: Tensor, sizes: Sizes, center: Tensor, scale: Tensor, shift: 
         torch.addcmul(shifts, source, scales, out=_broadcast(y, sizes)[0])
     else:
         _plane_affine(_planes(y), _planes(x), *_per_plane(sizes, scale, shift))
-    return y
+    return y.to(dtype)
 
 
 def block_grad_sums(
     dy: Tensor, x: Tensor, sizes: Sizes, center: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
     """See `reference.block_grad_sums`."""
-    x, lines = layout(x)
-    dy = as_layout(dy, lines)
+    x, lines = layout(_full(x))
+    dy = as_layout(_full(dy), lines)
     if lines:
         pieces = zip(_pieces(x, sizes), _pieces(dy, sizes), strict=True)
         sums = [_line_grad_sums(*piece, center[k], scale[k]) for k, piece in enumerate(pieces)]
@@ -71,21 +74,22 @@ def block_grad_affine(
     dy: Tensor, x: Tensor, sizes: Sizes, a: Tensor, b: Tensor, center: Tensor, c: Tensor
 ) -> Tensor:
     """See `reference.block_grad_affine`."""
-    x, lines = layout(x)
-    dy, dx = as_layout(dy, lines), torch.empty_like(x)
+    dtype = x.dtype
+    x, lines = layout(_full(x))
+    dy, dx = as_layout(_full(dy), lines), torch.empty_like(x)
     if lines:
         source, *rows = _broadcast(x, sizes, a, b, center, c)
         views = _broadcast(dx, sizes)[0], _broadcast(dy, sizes)[0], source
         lines_of_a_part = _rows_of_a_part(source.shape[0] * source.shape[2])
         for part in zip(*(view.split(lines_of_a_part, dim=1) for view in views), strict=True):
             _write_grad(*part, *rows)
-        return dx
+        return dx.to(dtype)
     rows = [row[:, None] for row in _per_plane(sizes, a, b, center, c)]
     tensors = [*(_planes(tensor)[0] for tensor in (dx, dy, x)), *rows]
     planes_of_a_part = _rows_of_a_part(tensors[0].shape[1])
     for part in zip(*(tensor.split(planes_of_a_part) for tensor in tensors), strict=True):
         _write_grad(*part)
-    return dx
+    return dx.to(dtype)
 
 
 def _write_grad(
@@ -94,6 +98,10 @@ def _write_grad(
     """Write ``a * dy + b * (x - center) + c``."""
     # x * b would be as large as the mean, and so would be what its rounding leaves.
     torch.sub(x, center, out=dx).mul_(b).add_(c).addcmul_(dy, a)
+
+
+def _full(x: Tensor) -> Tensor:
+    return x.to(accumulation_dtype(x))
 
 
 def _planes(x: Tensor) -> Tensor:

@@ -17,19 +17,27 @@ Sizes = tuple[int, ...]
 def block_moments(x: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor]:
     """Return each block's mean and (biased) standard deviation, 0 for an empty block.
 
-    Two passes: the squares are of the distance to the mean, so next to nothing cancels. The sum of
-    these distances is what the first pass has rounded off the mean. The standard deviation has the
-    input's scale; where a square doesn't fit the dtype it is infinite.
+    Two passes over each sample's channel, its plane, then the planes of a block are pooled. Every
+    square is of a distance to a mean, so next to nothing cancels; the sum of the distances is what
+    was rounded off that mean. The standard deviation has the input's scale; where a square doesn't
+    fit the dtype it is infinite.
     """
     planes = _planes(x)
-    count = counts(sizes, planes.shape[2], planes).clamp(min=1)
-    mean = block_sum(planes.sum(dim=2), sizes) / count
-    distances = planes - per_sample(mean, sizes)[:, :, None]
-    rest = block_sum(distances.sum(dim=2), sizes) / count
-    squares = block_sum(distances.square().sum(dim=2), sizes) / count
+    length, size = max(1, planes.shape[2]), counts(sizes, 1, planes).clamp(min=1)
+    # A compiler writes these rows down, and goes through a plane while it is in a cache.
+    means = planes.sum(dim=2) / length
+    distances = planes - means[:, :, None]
+    rest = distances.sum(dim=2) / length
+    squares = distances.square().sum(dim=2) / length
+
+    mean = block_sum(means, sizes) / size
+    shift = means - per_sample(mean, sizes)
+    offset = block_sum(shift + rest, sizes) / size
+    # x - mean = distance + shift
+    variance = block_sum(squares + shift * (shift + 2 * rest), sizes) / size
     # Squares beyond the dtype are infinite; inf - inf would be NaN.
-    std = torch.where(squares < math.inf, squares - rest * rest, squares).clamp(min=0).sqrt()
-    return mean + rest, std
+    variance = torch.where(variance < math.inf, variance - offset.square(), variance)
+    return mean + offset, variance.clamp(min=0).sqrt()
 
 
 def block_affine(x: Tensor, sizes: Sizes, center: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
