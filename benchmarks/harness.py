@@ -4,6 +4,7 @@ import json
 import math
 import os
 import platform
+import random
 import statistics
 import subprocess
 import time
@@ -97,7 +98,7 @@ def laps_of(
         run(lambda: None)
     laps: dict[str, Laps] = {name: Laps([], []) for name in contestants}
     for number in rounds_within(seconds, least, most):
-        for name, run in _from(number, contestants):
+        for name, run in _order(number, contestants):
             if dist.is_initialized():
                 dist.barrier()  # so that no contestant waits for a rank that the last one held up
             stopwatch = Stopwatch(device)
@@ -108,11 +109,13 @@ def laps_of(
     return laps
 
 
-def _from(number: int, contestants: Mapping[str, Staged]) -> list[tuple[str, Staged]]:
-    """Start each round with another one: what ran before leaves caches and memory in its state."""
-    order = list(contestants.items())
-    first = number % len(order)
-    return order[first:] + order[:first]
+def _order(number: int, contestants: Mapping[str, Staged]) -> list[tuple[str, Staged]]:
+    """Give each round another order, the same on all ranks.
+
+    What ran before leaves caches and memory in its state; no contestant shall always follow the
+    same one.
+    """
+    return random.Random(number).sample(list(contestants.items()), len(contestants))
 
 
 def rounds_within(seconds: float, least: int, most: int) -> Iterator[int]:

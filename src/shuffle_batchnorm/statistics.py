@@ -50,7 +50,7 @@ def unpack(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return count ``[R, 1]``, mean and std ``[R, C]`` of rows ``[..., 2 * C + 1]``."""
     rows = rows.reshape(-1, rows.shape[-1])
     channels = rows.shape[1] // 2
-    count, mean, std = rows.split((1, channels, channels), dim=1)
+    count, mean, std = rows.split_with_sizes((1, channels, channels), dim=1)
     return count, mean, std
 
 
@@ -123,7 +123,7 @@ def pool(rows: Tensor) -> Tensor:
     ``std**2 = sum n_s (std_s**2 + (mean_s - mean)**2) / n``. A rejected row rejects the pool.
     """
     channels = rows.shape[-1] // 2
-    count, mean, std = wide(rows).split((1, channels, channels), dim=2)
+    count, mean, std = wide(rows).split_with_sizes((1, channels, channels), dim=2)
     total = count.sum(dim=1, keepdim=True)
     share = (count / total.clamp(min=1)).mT
     with torch.autocast(rows.device.type, enabled=False):

@@ -12,6 +12,8 @@ aten's batch norms know channels, not blocks. Two ways turn blocks into channels
 aten takes half precision only with rows rounded to it, so that is copied to float32 and back.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -80,14 +82,12 @@ def block_grad_affine(
     if lines:
         source, *rows = _broadcast(x, sizes, a, b, center, c)
         views = _broadcast(dx, sizes)[0], _broadcast(dy, sizes)[0], source
-        lines_of_a_part = _rows_of_a_part(source.shape[0] * source.shape[2])
-        for part in zip(*(view.split(lines_of_a_part, dim=1) for view in views), strict=True):
+        for part in _parts(*views, dim=1, width=source.shape[0] * source.shape[2]):
             _write_grad(*part, *rows)
         return dx.to(dtype)
     rows = [row[:, None] for row in _per_plane(sizes, a, b, center, c)]
-    tensors = [*(_planes(tensor)[0] for tensor in (dx, dy, x)), *rows]
-    planes_of_a_part = _rows_of_a_part(tensors[0].shape[1])
-    for part in zip(*(tensor.split(planes_of_a_part) for tensor in tensors), strict=True):
+    tensors = [_planes(tensor)[0] for tensor in (dx, dy, x)]
+    for part in _parts(*tensors, *rows, dim=0, width=tensors[0].shape[1]):
         _write_grad(*part)
     return dx.to(dtype)
 
@@ -118,6 +118,8 @@ def _divisor(sizes: Sizes, planes: Tensor) -> Tensor | int:
 
 def _per_plane(sizes: Sizes, *rows: Tensor) -> tuple[Tensor, ...]:
     """Give each plane its number in rows ``[blocks, C]``: each ``[N * C]``, contiguous."""
+    if sizes[0] == sizes[-1] == 1:
+        return tuple(row.reshape(-1) for row in rows)
     if are_equal(sizes):
         spread = torch.stack(rows)[:, :, None].expand(-1, -1, sizes[0], -1)
         return spread.reshape(len(rows), -1).contiguous().unbind()
@@ -126,12 +128,11 @@ def _per_plane(sizes: Sizes, *rows: Tensor) -> tuple[Tensor, ...]:
 
 def _distances(planes: Tensor, centers: Tensor) -> Tensor:
     """Return the norm of each plane's distance to its center, ``[planes]``."""
-    rows = _rows_of_a_part(planes.shape[1])
-    differences = planes.new_empty(min(rows, len(planes)), planes.shape[1])
-    norms = []
-    for part, center in zip(planes.split(rows), centers[:, None].split(rows), strict=True):
+    length, norms = planes.shape[1], []
+    differences = planes.new_empty(min(_rows_of_a_part(length), len(planes)), length)
+    for part, center in _parts(planes, centers[:, None], dim=0, width=length):
         difference = torch.sub(part, center, out=differences[: len(part)])
-        if planes.shape[1] < _LONG:
+        if length < _LONG:
             norms.append(torch.linalg.vector_norm(difference, dim=1))
         else:
             # A norm adds one after the other, in the dtype of the values; a sum in a tree.
@@ -139,16 +140,23 @@ def _distances(planes: Tensor, centers: Tensor) -> Tensor:
     return norms[0] if len(norms) == 1 else torch.cat(norms)
 
 
-def _rows_of_a_part(length: int) -> int:
-    return max(1, _PART * torch.get_num_threads() // length)
+def _parts(*tensors: Tensor, dim: int, width: int) -> Iterable[tuple[Tensor, ...]]:
+    """Cut tensors alike along an axis, `width` values wide, into parts that stay in a cache."""
+    rows = _rows_of_a_part(width)
+    if tensors[0].shape[dim] <= rows:
+        return (tensors,)
+    return zip(*(tensor.split(rows, dim) for tensor in tensors), strict=True)
+
+
+def _rows_of_a_part(width: int) -> int:
+    return max(1, _PART * torch.get_num_threads() // width)
 
 
 def _plane_affine(y: Tensor, x: Tensor, scale: Tensor, shift: Tensor) -> None:
     """Write ``x * scale + shift``, ``[1, planes, L]`` with a number per plane."""
     if x.numel() < _SMALL:
-        rows = _rows_of_a_part(x.shape[2])
-        parts = (tensor.split(rows) for tensor in (y[0], x[0], scale[:, None], shift[:, None]))
-        for out, part, scales, shifts in zip(*parts, strict=True):
+        tensors = y[0], x[0], scale[:, None], shift[:, None]
+        for out, part, scales, shifts in _parts(*tensors, dim=0, width=x.shape[2]):
             torch.mul(part, scales, out=out).add_(shifts)
     else:
         # A batch norm in eval mode, with running statistics 0 and 1.
