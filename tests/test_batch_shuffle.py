@@ -1,6 +1,7 @@
 """The shuffle's index arithmetic, and what can be seen of it in one process."""
 
 import itertools
+import re
 from collections import Counter
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from shuffle_batchnorm import (
+    ShuffledPairSampler,
     batch_shuffle,
     batch_unshuffle,
     get_shuffle_state,
@@ -200,3 +202,21 @@ def test_plans_that_do_not_fit_are_refused() -> None:
         set_shuffle_state((1, 2.5))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"from 0 to 2\*\*62"):
         set_shuffle_state((1, -1))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "rule"),
+    [
+        ({"batch_size": 0}, ValueError, "batch_size must be from 1 to 2**62, got 0"),
+        ({"batch_size": 2.0}, TypeError, "batch_size must be an int, got 2.0"),
+        ({"batch_size": True}, TypeError, "batch_size must be an int, got True"),
+        ({"batch_size": 2, "seed": -1}, ValueError, "seed must be from 0 to 2**62, got -1"),
+        ({"batch_size": 2, "seed": None}, TypeError, "seed must be an int, got None"),
+    ],
+)
+def test_bad_options_of_the_sampler_are_refused(
+    options: dict[str, Any], error: type[Exception], rule: str
+) -> None:
+    """Catches an error that comes much later, from the arithmetic of a permutation."""
+    with pytest.raises(error, match=re.escape(f"ShuffledPairSampler: {rule}")):
+        ShuffledPairSampler(range(8), **options)

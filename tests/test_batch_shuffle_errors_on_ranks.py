@@ -356,6 +356,24 @@ def test_an_encoder_with_names_in_another_order_is_told(outputs: bool) -> None:
         assert text.startswith(f"{call}: ")
 
 
+def _large_trees() -> str:
+    names = [f"leaf {k}" for k in range(400)]
+    if dist.get_rank() == 1:
+        names[300] = "another leaf"
+    with pytest.raises(ValueError, match="ranks disagree on tree") as caught:
+        batch_shuffle({name: torch.zeros(2) for name in names})
+    batch_shuffle(_x(2))  # the ranks are in step
+    return str(caught.value)
+
+
+def test_the_difference_of_large_trees_is_shown() -> None:
+    """Catches two texts of 2,048 equal characters for a difference that comes after them."""
+    for text in run_on_ranks(2, _large_trees):
+        assert "leaf 300" in text
+        assert "another leaf" in text
+        assert len(text) < 1500
+
+
 def _half() -> Any:
     """A group of all ranks that is not the default one, and a plan of it."""
     group = dist.new_group(list(range(dist.get_world_size())))

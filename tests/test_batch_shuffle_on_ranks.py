@@ -1,6 +1,7 @@
 """batch_shuffle between real processes: round trips, gradients, traffic, memory, the compiler."""
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -334,6 +335,48 @@ def test_the_stratified_case_compiles_in_one_graph() -> None:
         assert torch.equal(two, eager_two)
 
 
+def _compiled_in_a_checkpoint() -> list[str]:
+    warnings.filterwarnings("ignore", message=".*should not be instantiated")
+    x = torch.randn(4, 2, requires_grad=True)
+    plan = batch_shuffle(x)[1]
+
+    def around(x: Tensor) -> Tensor:
+        shuffled, plan = batch_shuffle(x)
+        y: Tensor = batch_unshuffle(shuffled.sin(), plan)
+        return y
+
+    def inside(x: Tensor) -> Tensor:
+        shuffled, plan = batch_shuffle(x)
+        features = checkpoint(torch.sin, shuffled, use_reentrant=False)
+        y: Tensor = batch_unshuffle(features, plan)
+        return y
+
+    def with_a_plan(x: Tensor) -> Tensor:
+        y: Tensor = batch_unshuffle(batch_shuffle(x, plan=plan)[0].sin(), plan)
+        return y
+
+    def compile(run: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def checkpointed(x: Tensor) -> Tensor:
+            y: Tensor = run(x) if run is inside else checkpoint(run, x, use_reentrant=False)
+            return y
+
+        return torch.compile(checkpointed, fullgraph=True, backend="aot_eager")
+
+    for run in (inside, with_a_plan):
+        x.grad = None
+        compile(run)(x).sum().backward()
+        torch.testing.assert_close(truth.gradient(x), x.detach().cos())
+    with pytest.raises(Exception, match="activation checkpoint") as caught:
+        compile(around)(x)
+    return [str(caught.value)]
+
+
+def test_a_compiled_shuffle_inside_a_checkpoint_is_refused() -> None:
+    """Catches gradients of other samples; and a refusal of a checkpoint that does no harm."""
+    for (text,) in run_on_ranks(2, _compiled_in_a_checkpoint, fresh=True, timeout=120):
+        assert "batch_shuffle: an activation checkpoint repeats this shuffle" in text
+
+
 def _sampled(length: int, drop_last: bool) -> int:
     images = torch.randn(length, 3, generator=torch.Generator().manual_seed(0))
     sampler = ShuffledPairSampler(images, batch_size=4, seed=5, drop_last=drop_last)
@@ -398,6 +441,24 @@ def test_a_sampler_made_before_the_group_is_refused() -> None:
     """Catches ranks that load the same samples and shuffle nothing."""
     for rank, texts in enumerate(run_on_ranks(2, _sampler_before_the_group)):
         assert all(f"rank 0 of 1, but this is rank {rank} of 2" in text for text in texts)
+
+
+def _different_samplers(options: list[dict[str, Any]]) -> str:
+    mine = options[dist.get_rank()]
+    sampler = ShuffledPairSampler(range(mine.pop("length", 16)), batch_size=4, **mine)
+    with pytest.raises(ValueError, match="ranks disagree on order") as caught:
+        batch_unshuffle(torch.randn(4, 2), sampler.plan(0))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("other", "said"), [({"length": 17}, "17 samples"), ({"shuffle": False}, "shuffle=False")]
+)
+def test_ranks_whose_samplers_differ_are_told(other: dict[str, Any], said: str) -> None:
+    """Catches features brought to the queries of other images: the plans alone are the same."""
+    for text in run_on_ranks(2, _different_samplers, [{}, other]):
+        assert "16 samples, batch_size=4, seed=0, shuffle=True, drop_last=True" in text
+        assert said in text
 
 
 def _keys_by_epoch() -> list[list[int]]:

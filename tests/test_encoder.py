@@ -44,6 +44,29 @@ def test_state_and_names_are_the_encoders_own() -> None:
     assert ShuffledEncoder(Encoder()).load_state_dict(other.state_dict())
 
 
+class Versioned(nn.Linear):
+    """Its state is not what nn.Module makes of it, and has a version."""
+
+    _version = 3
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        state: dict[str, Any] = super().state_dict(*args, **kwargs)
+        return {name: value for name, value in state.items() if "bias" not in name}
+
+    def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        assert state_dict._metadata[""]["version"] == 3
+        return super().load_state_dict({**state_dict, "bias": torch.ones(2)}, *args, **kwargs)
+
+
+def test_a_state_of_the_encoders_own_making_is_kept() -> None:
+    """Catches a wrapper that saves and loads what the encoder would have changed."""
+    shuffled = ShuffledEncoder(Versioned(2, 2))
+    state = nn.Linear.state_dict(shuffled.encoder)
+    assert list(shuffled.state_dict()) == ["weight"]
+    assert shuffled.load_state_dict(state)
+    assert torch.equal(shuffled.bias, torch.ones(2))
+
+
 def test_mode_device_dtype_and_attributes_reach_the_encoder() -> None:
     """Catches a wrapper that only looks like the encoder."""
     encoder = Encoder().eval()
@@ -55,6 +78,13 @@ def test_mode_device_dtype_and_attributes_reach_the_encoder() -> None:
     assert shuffled.width == 2
     shuffled.head = nn.Linear(3, 7)
     assert encoder.head.out_features == 7
+    shuffled.width, shuffled.mine = 3, 4
+    assert encoder.width == 3
+    assert shuffled.mine == 4
+    assert not hasattr(encoder, "mine")
+    with pytest.raises(AttributeError, match="ShuffledEncoder: encoder can't be replaced"):
+        shuffled.encoder = Encoder()
+    assert shuffled.encoder is encoder
     with pytest.raises(AttributeError, match="nothing"):
         _ = shuffled.nothing
     assert "(head): Linear" in repr(shuffled)

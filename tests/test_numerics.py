@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from shuffle_batchnorm import ShuffleBatchNorm, shuffle_batch_norm
 from shuffle_batchnorm.kernels import reference, select
+from shuffle_batchnorm.statistics import pool
 from truth import gradient
 
 FLOAT, HALF = torch.float32, torch.bfloat16
@@ -111,3 +112,17 @@ def test_constant_channels_stay_what_they_are() -> None:
         assert (mean - 0.1).abs().max() < 1e-7
         assert std.max() < 1e-7
         assert not std.isnan().any()
+
+
+@pytest.mark.parametrize("mean", [0.0, 1e4])
+def test_pooled_rows_are_rounded_once(mean: float) -> None:
+    """Catches means that are added up in float32, and Chan's formula without the count."""
+    count = torch.randint(1, 9, (2, 64, 1)).double()
+    means, stds = _randn(2, 64, 5) + mean, _randn(2, 64, 5).abs()
+    rows = torch.cat([count, means, stds], dim=2).float()
+    count, means, stds = rows.double().split((1, 5, 5), dim=2)
+    share = count / count.sum(dim=1, keepdim=True)
+    pooled = (share * means).sum(dim=1, keepdim=True)
+    variance = (share * (stds.square() + (means - pooled).square())).sum(dim=1, keepdim=True)
+    exact = torch.cat([count.sum(dim=1, keepdim=True), pooled, variance.sqrt()], dim=2)
+    assert torch.equal(pool(rows), exact.float())

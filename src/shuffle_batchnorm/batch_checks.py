@@ -8,6 +8,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import notices, process_groups
 from .functional import is_recomputation
+from .permutations import IN_A_CHECKPOINT
 from .process_groups import World
 from .shuffle_plan import ShufflePlan
 
@@ -38,10 +39,7 @@ def not_a_plan(call: str, plan: Any) -> str:
 def check_sources(plan: Any, generator: Any) -> None:
     """Raise unless an order can come from a plan, or from a generator, or from neither."""
     if is_recomputation() and plan is None:
-        raise RuntimeError(
-            f"{SHUFFLE}: an activation checkpoint repeats this shuffle in the backward pass, with "
-            "another permutation; shuffle outside the checkpoint, or pass plan="
-        )
+        raise RuntimeError(IN_A_CHECKPOINT)
     if plan is not None and not isinstance(plan, ShufflePlan):
         raise TypeError(not_a_plan(SHUFFLE, plan))
     if generator is not None and not isinstance(generator, torch.Generator):

@@ -292,7 +292,7 @@ def _shuffle_in_graph(
         key = shuffle_agreement.next_key_in_graph(world)
         device = _device(leaves, world)
         route = stratified_route(key, n, world.size, world.rank, device)
-        plan = ShufflePlan(world, (n,) * world.size, key, route, [])
+        plan = ShufflePlan(world, (n,) * world.size, key, route, _returned=[])
     return _unflatten(_move(SHUFFLE, _tensors(leaves), plan), leaves, spec), plan
 
 

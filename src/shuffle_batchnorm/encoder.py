@@ -26,7 +26,8 @@ class ShuffledEncoder(nn.Module):
     In eval mode the encoder is called as it is, without communication.
 
     The encoder's parameters, buffers and submodules are this module's own, under the same names:
-    ``state_dict`` and ``named_parameters`` are the encoder's. Other attributes are found on it.
+    ``state_dict`` and ``named_parameters`` are the encoder's. Other attributes are found, and set,
+    on it.
 
     Communication: that of one `batch_shuffle` of the arguments and one `batch_unshuffle` of the
     outputs; backward as much for what needs a gradient.
@@ -42,6 +43,7 @@ class ShuffledEncoder(nn.Module):
     Raises:
         TypeError: when called: an argument or output of a type not named above.
         ValueError: when called: a scalar tensor, or another N; see `batch_shuffle`.
+        AttributeError: `encoder` is set to another module.
 
     Warns:
         UserWarning: the shuffle does nothing, at the first call in training mode: no batch norm
@@ -134,15 +136,16 @@ class ShuffledEncoder(nn.Module):
         self.encoder._apply(fn, recurse)
         return self
 
-    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.encoder._save_to_state_dict(*args, **kwargs)
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the encoder's state, as it gives it."""
+        return self.encoder.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Hand a state to the encoder."""
+        return self.encoder.load_state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.encoder._load_from_state_dict(*args, **kwargs)
-
-    @property
-    def _version(self) -> int:  # type: ignore[override]
-        return int(self.encoder._version)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -152,6 +155,17 @@ class ShuffledEncoder(nn.Module):
             if "encoder" not in self.__dict__:
                 raise
             return getattr(self.encoder, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set on the encoder what is the encoder's."""
+        if "encoder" not in self.__dict__:
+            super().__setattr__(name, value)
+        elif name == "encoder":
+            raise AttributeError(f"{CALL}: encoder can't be replaced; wrap the new one instead")
+        elif name in self.__dict__ or hasattr(type(self), name) or not hasattr(self.encoder, name):
+            super().__setattr__(name, value)
+        else:
+            setattr(self.encoder, name, value)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         # A process group can't be copied, and need not be.

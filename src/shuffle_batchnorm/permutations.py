@@ -10,12 +10,17 @@ from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
+from torch.fx import traceback
 
 Number = int | Tensor
 
 # A rank's samples before they leave, what it has received, all samples of all ranks, a data set.
 LEAVING, ARRIVED, ALL_SAMPLES, DATA_SET = range(4)
 
+IN_A_CHECKPOINT = (
+    "batch_shuffle: an activation checkpoint repeats this shuffle in the backward pass, with "
+    "another permutation; shuffle outside the checkpoint, or pass plan="
+)
 _LOW_32 = 0xFFFFFFFF
 
 
@@ -61,6 +66,9 @@ def _(
     n: int,
     device: torch.device,
 ) -> Tensor:
+    # A compiler traces what a checkpoint holds with this note of what is to be done with it.
+    if "recompute" in traceback.get_current_meta():
+        raise RuntimeError(IN_A_CHECKPOINT)
     return torch.empty(len(kinds), n, dtype=torch.int64, device=device)
 
 

@@ -42,7 +42,9 @@ class ShuffledPairSampler(Sampler[list[tuple[int, int]]]):
         N pairs ``(query index, key index)`` per step.
 
     Raises:
-        ValueError: `batch_size` below 1.
+        TypeError: `batch_size` or `seed` is not an int.
+        ValueError: `batch_size` below 1, `seed` below 0 or above ``2**62``; and by
+            `batch_unshuffle`, on all ranks, if their samplers differ in an option or in length.
         RuntimeError: used in another process group than it was made in, or made before there was
             one.
 
@@ -68,8 +70,11 @@ class ShuffledPairSampler(Sampler[list[tuple[int, int]]]):
         drop_last: bool = True,
         process_group: ProcessGroupLike = None,
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"{CALL}: batch_size must be at least 1, got {batch_size}")
+        for name, value, least in (("batch_size", batch_size, 1), ("seed", seed, 0)):
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"{CALL}: {name} must be an int, got {value!r}")
+            if not least <= value <= 2**62:
+                raise ValueError(f"{CALL}: {name} must be from {least} to 2**62, got {value}")
         process_groups.check_process_group(CALL, process_group)
         self.dataset = _Pairs(dataset)
         self.batch_size, self.seed, self.epoch = batch_size, seed, 0
@@ -94,7 +99,15 @@ class ShuffledPairSampler(Sampler[list[tuple[int, int]]]):
         if not 0 <= step < len(self):
             raise ValueError(f"{CALL}: step must be below {len(self)}, got {step}")
         key, sizes = self._key(step), self._sizes(step)
-        return ShufflePlan(self._world, sizes, key, make_route(key, sizes, self._world.rank))
+        route = make_route(key, sizes, self._world.rank)
+        return ShufflePlan(self._world, sizes, key, route, str(self))
+
+    def __repr__(self) -> str:
+        """Return the options that all ranks must have in common."""
+        return (
+            f"{CALL}({len(self.dataset)} samples, batch_size={self.batch_size}, seed={self.seed}, "
+            f"shuffle={self.shuffle}, drop_last={self.drop_last})"
+        )
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         """Yield this rank's pairs of indices, step by step."""

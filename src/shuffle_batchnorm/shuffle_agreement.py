@@ -13,6 +13,7 @@ from . import exchange, process_groups
 from .permutations import Key
 from .process_groups import ProcessGroupLike, World
 
+_PART = exchange.ANSWER_BYTES // 4  # characters: each is 4 bytes at most
 NEW_SEED, STATE, GENERATOR, PLAN = "a new seed", "the group's state", "a generator", "a plan"
 
 
@@ -33,7 +34,8 @@ def agree(
 ) -> tuple[tuple[int, ...], int]:
     """Check that all ranks, two or more, call alike; return their batch sizes and rank 0's seed.
 
-    Communication: 72 bytes from every rank to every rank; an all_gather of 2 KiB before an error.
+    Communication: 72 bytes from every rank to every rank; before an error all_gathers of 2 KiB,
+    until a difference has been found.
 
     Raises:
         Exception: `error` on the rank that has one; RuntimeError that quotes it on its peers;
@@ -51,9 +53,14 @@ def agree(
     for rank, (ok, *_) in enumerate(headers):
         if not ok:
             raise RuntimeError(f"{terms.call}: rank {rank} rejected its batch: {texts[rank]}")
+    start = 0
+    while texts[0] and texts[0] == texts[other]:  # long, and alike so far
+        start += _PART
+        texts = exchange.gather_texts(text[start : start + _PART], device, world, terms.call)
+    before = "... " if start else ""
     raise ValueError(
-        f"{terms.call}: ranks disagree on {name}: {texts[0]} on rank 0, "
-        f"{texts[other]} on rank {other}"
+        f"{terms.call}: ranks disagree on {name}: {before}{texts[0]} on rank 0, "
+        f"{before}{texts[other]} on rank {other}"
     )
 
 

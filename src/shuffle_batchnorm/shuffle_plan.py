@@ -21,12 +21,14 @@ class ShufflePlan:
         sizes: the batch size of every rank.
         key: seed and step of the permutation.
         route: this rank's part.
+        origin: what else the ranks must have in common for the plan to be theirs.
     """
 
     world: World
     sizes: tuple[int, ...]
     key: Key
     route: Route
+    origin: str = ""
     # The memory of what this plan has brought back, while somebody holds it: not twice.
     _returned: list[StorageWeakRef] = field(default_factory=list, repr=False)
 
@@ -34,4 +36,4 @@ class ShufflePlan:
 def describe(plan: ShufflePlan) -> str:
     """Return what a plan is in an agreement: two of one key can be of different sizes."""
     sizes = plan.sizes[0] if len(set(plan.sizes)) == 1 else plan.sizes
-    return f"{PLAN} for {sizes} samples per rank"
+    return f"{PLAN} for {sizes} samples per rank{plan.origin and ' of '}{plan.origin}"
