@@ -90,6 +90,15 @@ def test_mode_device_dtype_and_attributes_reach_the_encoder() -> None:
     assert "(head): Linear" in repr(shuffled)
 
 
+def test_a_process_group_of_the_encoders_own_is_left_alone() -> None:
+    """Catches a layer as encoder that loses its group to the wrapper around it."""
+    layer = nn.SyncBatchNorm(3)
+    layer.process_group = "its own"
+    shuffled = ShuffledEncoder(layer)
+    assert layer.process_group == "its own"
+    assert shuffled.process_group is None
+
+
 def test_copies_are_whole_and_separate() -> None:
     """Catches a copy whose parameters aren't those of its encoder: MoCo's key encoder is one."""
     shuffled = ShuffledEncoder(Encoder())

@@ -70,10 +70,10 @@ class ShuffledEncoder(nn.Module):
         # Not a submodule, which would put a prefix before every name: it shares its registries.
         for name in _SHARED:
             self.__dict__[name] = encoder.__dict__[name]
-        self.__dict__["encoder"] = encoder
         self.process_group = process_group
         self.training = encoder.training
         self._has_looked = False
+        self.__dict__["encoder"] = encoder  # from here on, what the encoder has is set on it
 
     def forward(self, *args: Any, **kwargs: Any) -> Tree:
         """Shuffle the tensors among the arguments, encode, unshuffle the outputs."""
