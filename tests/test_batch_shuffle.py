@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import warnings
 from collections import Counter
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import truth
 from shuffle_batchnorm import (
     ShuffledPairSampler,
     batch_shuffle,
@@ -220,3 +222,26 @@ def test_bad_options_of_the_sampler_are_refused(
     """Catches an error that comes much later, from the arithmetic of a permutation."""
     with pytest.raises(error, match=re.escape(f"ShuffledPairSampler: {rule}")):
         ShuffledPairSampler(range(8), **options)
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels last"])
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_one_process_compiles_with_its_gradient(last: bool, dynamic: bool | None) -> None:
+    """Catches a gradient of zeros, which torch 2.11 compiles to where a result is its input."""
+    warnings.filterwarnings("ignore", message=".*should not be instantiated")
+    torch._dynamo.reset()
+
+    def step(x: Tensor) -> Any:
+        shuffled, plan = batch_shuffle(x)
+        return batch_unshuffle(shuffled.sin(), plan)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for n in (6, 8):
+        x = torch.randn(n, 2, 3, 4)
+        x = x.contiguous(memory_format=torch.channels_last) if last else x
+        x.requires_grad_()
+        y = compiled(x)
+        y.sum().backward()
+        assert torch.equal(y, x.sin())
+        assert y.stride() == x.stride()
+        torch.testing.assert_close(truth.gradient(x), x.detach().cos())

@@ -78,10 +78,7 @@ def _move(
         move = _move_in_graph if torch.compiler.is_compiling() else _move_bytes
         return move(call, route, world, leaves, stamp)
     order = route.send_order[route.place_order]
-    return tuple(
-        leaf.index_select(0, order).contiguous(memory_format=_memory_format(leaf))
-        for leaf in leaves
-    )
+    return tuple(_in_format(leaf.index_select(0, order), _memory_format(leaf)) for leaf in leaves)
 
 
 def _move_bytes(
@@ -239,10 +236,14 @@ def _unpack(part: Tensor, leaf: Tensor, order: Tensor) -> Tensor:
         moved = torch.where(never, leaf, moved)
     else:
         moved = moved.clone()
-    last = _memory_format(leaf)
-    if last == torch.contiguous_format:
-        return moved.contiguous() if not moved.is_contiguous() else moved
-    return moved.contiguous(memory_format=last)
+    return _in_format(moved, _memory_format(leaf))
+
+
+def _in_format(moved: Tensor, memory_format: torch.memory_format) -> Tensor:
+    # Where `contiguous` returns the tensor itself, torch 2.11 compiles a gradient of zeros.
+    if moved.is_contiguous(memory_format=memory_format):
+        return moved
+    return moved.contiguous(memory_format=memory_format)
 
 
 def _memory_format(leaf: Tensor) -> torch.memory_format:
