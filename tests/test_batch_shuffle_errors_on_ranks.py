@@ -3,6 +3,7 @@
 import re
 import time
 import warnings
+from functools import partial
 from typing import Any
 
 import pytest
@@ -309,6 +310,29 @@ def test_a_call_without_a_plan_ends_the_others() -> None:
     assert second[0] == message
     assert first[0] == f"batch_unshuffle: rank 1 stopped: {message}"
     assert all("the process group is out of step" in texts[1] for texts in (first, second))
+
+
+def _mistaken_alike(times: int) -> list[str]:
+    nothing: Any = None
+    mistakes = partial(batch_unshuffle, plan=nothing), partial(batch_shuffle, process_group="data")
+    texts = []
+    for mistake in (*mistakes, mistakes[0]):
+        for _ in range(times if dist.get_rank() else 1):
+            with pytest.raises(TypeError) as caught:
+                mistake(_x())
+        texts.append(str(caught.value))
+        shuffled, plan = batch_shuffle(_x())
+        batch_unshuffle(shuffled, plan)
+        time.sleep(0.3 * dist.get_rank())
+    return texts
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_ranks_that_make_the_same_mistake_go_on(times: int) -> None:
+    """Catches a group given up for a mistake that all ranks made, in step, and caught."""
+    for texts in run_on_ranks(3, _mistaken_alike, times):
+        assert texts[0] == "batch_unshuffle: plan must be what batch_shuffle returned, got NoneType"
+        assert "process_group must be None, a ProcessGroup or a 1-D DeviceMesh" in texts[1]
 
 
 def _outside() -> str:

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 import torch.distributed as dist
 from meters import Message, PeakMemory, received_messages
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
@@ -290,7 +292,7 @@ def _checkpointed() -> str:
 def test_a_shuffle_inside_a_checkpoint_is_refused() -> None:
     """Catches a recomputation with another permutation, whose gradients are of other samples."""
     for text in run_on_ranks(2, _checkpointed):
-        assert text.startswith("batch_shuffle: an activation checkpoint repeats this shuffle")
+        assert text.startswith("batch_shuffle: an activation checkpoint, or a compiler")
 
 
 def test_a_wrong_guess_is_made_ever_more_rarely() -> None:
@@ -335,12 +337,12 @@ def test_the_stratified_case_compiles_in_one_graph() -> None:
         assert torch.equal(two, eager_two)
 
 
-def _compiled_in_a_checkpoint() -> list[str]:
+def _compiled_and_repeated() -> list[str]:
     warnings.filterwarnings("ignore", message=".*should not be instantiated")
     x = torch.randn(4, 2, requires_grad=True)
     plan = batch_shuffle(x)[1]
 
-    def around(x: Tensor) -> Tensor:
+    def whole(x: Tensor) -> Tensor:
         shuffled, plan = batch_shuffle(x)
         y: Tensor = batch_unshuffle(shuffled.sin(), plan)
         return y
@@ -355,26 +357,67 @@ def _compiled_in_a_checkpoint() -> list[str]:
         y: Tensor = batch_unshuffle(batch_shuffle(x, plan=plan)[0].sin(), plan)
         return y
 
-    def compile(run: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        def checkpointed(x: Tensor) -> Tensor:
-            y: Tensor = run(x) if run is inside else checkpoint(run, x, use_reentrant=False)
-            return y
+    def checkpointed(run: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        return partial(checkpoint, run, use_reentrant=False)
 
-        return torch.compile(checkpointed, fullgraph=True, backend="aot_eager")
-
-    for run in (inside, with_a_plan):
+    compile: Any = partial(torch.compile, fullgraph=True, backend="aot_eager")
+    for run in (compile(inside), compile(checkpointed(with_a_plan)), compile(whole)):
         x.grad = None
-        compile(run)(x).sum().backward()
+        run(x).sum().backward()
         torch.testing.assert_close(truth.gradient(x), x.detach().cos())
-    with pytest.raises(Exception, match="activation checkpoint") as caught:
-        compile(around)(x)
-    return [str(caught.value)]
+    # At its first import the partitioner's file is full of what torch itself calls deprecated.
+    warnings.simplefilter("ignore", DeprecationWarning)
+    texts = []
+    for run in (compile(checkpointed(whole)), checkpointed(compile(whole))):
+        y = run(x)
+        with pytest.raises(RuntimeError) as caught:
+            y.sum().backward()
+        texts.append(str(caught.value))
+    torch._dynamo.reset()
+    with torch._functorch.config.patch(activation_memory_budget=0.5):
+        y = compile(whole, backend="aot_eager_decomp_partition")(x)
+        with pytest.raises(RuntimeError) as caught:
+            y.sum().backward()
+    return [*texts, str(caught.value)]
 
 
-def test_a_compiled_shuffle_inside_a_checkpoint_is_refused() -> None:
+def test_a_compiled_shuffle_that_is_repeated_is_refused() -> None:
     """Catches gradients of other samples; and a refusal of a checkpoint that does no harm."""
-    for (text,) in run_on_ranks(2, _compiled_in_a_checkpoint, fresh=True, timeout=120):
-        assert "batch_shuffle: an activation checkpoint repeats this shuffle" in text
+    for texts in run_on_ranks(2, _compiled_and_repeated, fresh=True, timeout=120):
+        for text in texts:
+            assert "batch_shuffle: an activation checkpoint, or a compiler" in text
+
+
+def _compiled_in_a_group() -> None:
+    warnings.filterwarnings("ignore", message=".*should not be instantiated")
+    group = dist.new_group([0, 1])
+    mesh = init_device_mesh("cpu", (2,))
+    layer = ShuffleBatchNorm(2, mode="regroup", process_group=group)
+    encoder = ShuffledEncoder(nn.BatchNorm1d(2), process_group=group)
+
+    def shuffle(x: Tensor, group: Any) -> Tensor:
+        shuffled, plan = batch_shuffle(x, process_group=group)
+        y: Tensor = batch_unshuffle(shuffled.sin(), plan)
+        return y
+
+    x = torch.randn(4, 2)
+    runs: list[Any] = [
+        layer,
+        encoder,
+        *(partial(shuffle, group=given) for given in (group, dist.group.WORLD, mesh, None)),
+    ]
+    for run in runs:
+        torch._dynamo.reset()
+        results: list[Tensor] = []
+        for same in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
+            set_shuffle_state((3, 1), group)
+            results.append(same(x))
+        torch.testing.assert_close(*results)
+
+
+def test_every_handle_of_a_group_compiles() -> None:
+    """Catches a question about a handle that the compiler can't answer."""
+    run_on_ranks(2, _compiled_in_a_group, fresh=True, timeout=120)
 
 
 def _sampled(length: int, drop_last: bool) -> int:

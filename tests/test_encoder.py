@@ -82,12 +82,26 @@ def test_mode_device_dtype_and_attributes_reach_the_encoder() -> None:
     assert encoder.width == 3
     assert shuffled.mine == 4
     assert not hasattr(encoder, "mine")
+    del shuffled.width, shuffled.mine
+    assert not hasattr(encoder, "width")
     with pytest.raises(AttributeError, match="ShuffledEncoder: encoder can't be replaced"):
         shuffled.encoder = Encoder()
     assert shuffled.encoder is encoder
     with pytest.raises(AttributeError, match="nothing"):
         _ = shuffled.nothing
     assert "(head): Linear" in repr(shuffled)
+
+
+def test_a_child_that_is_called_encoder_is_found() -> None:
+    """Catches the wrapper's own name in the way of the model's: tools look names up by parts."""
+    model = nn.Module()
+    model.encoder, model.head = nn.Sequential(nn.Linear(3, 2)), nn.Linear(2, 2)
+    shuffled = ShuffledEncoder(model)
+    assert shuffled.encoder is model.encoder
+    for name, parameter in shuffled.named_parameters():
+        assert shuffled.get_parameter(name) is parameter
+    shuffled.encoder = nn.Identity()
+    assert isinstance(model.encoder, nn.Identity)
 
 
 def test_a_process_group_of_the_encoders_own_is_left_alone() -> None:

@@ -7,9 +7,9 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import notices, process_groups
-from .functional import is_recomputation
-from .permutations import IN_A_CHECKPOINT
+from .permutations import REPEATED
 from .process_groups import World
+from .recomputation import is_recomputation
 from .shuffle_plan import ShufflePlan
 
 SHUFFLE, UNSHUFFLE = "batch_shuffle", "batch_unshuffle"
@@ -19,7 +19,7 @@ def raise_alone(call: str, error: Exception) -> NoReturn:
     """Raise what this rank finds before it knows its peers, who may wait for it in any group."""
     if not torch.compiler.is_compiling():
         notices.report_everywhere(str(error))
-        notices.break_off(process_groups.resolve(None, call), str(error))
+        notices.stop_alone(process_groups.resolve(None, call), str(error))
     raise error
 
 
@@ -39,7 +39,7 @@ def not_a_plan(call: str, plan: Any) -> str:
 def check_sources(plan: Any, generator: Any) -> None:
     """Raise unless an order can come from a plan, or from a generator, or from neither."""
     if is_recomputation() and plan is None:
-        raise RuntimeError(IN_A_CHECKPOINT)
+        raise RuntimeError(REPEATED)
     if plan is not None and not isinstance(plan, ShufflePlan):
         raise TypeError(not_a_plan(SHUFFLE, plan))
     if generator is not None and not isinstance(generator, torch.Generator):

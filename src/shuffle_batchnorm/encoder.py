@@ -27,7 +27,7 @@ class ShuffledEncoder(nn.Module):
 
     The encoder's parameters, buffers and submodules are this module's own, under the same names:
     ``state_dict`` and ``named_parameters`` are the encoder's. Other attributes are found, and set,
-    on it.
+    on it. ``encoder`` is the encoder itself, unless that has an attribute of this name.
 
     Communication: that of one `batch_shuffle` of the arguments and one `batch_unshuffle` of the
     outputs; backward as much for what needs a gradient.
@@ -73,12 +73,12 @@ class ShuffledEncoder(nn.Module):
         self.process_group = process_group
         self.training = encoder.training
         self._has_looked = False
-        self.__dict__["encoder"] = encoder  # from here on, what the encoder has is set on it
+        self.__dict__["_encoder"] = encoder  # from here on, what the encoder has is set on it
 
     def forward(self, *args: Any, **kwargs: Any) -> Tree:
         """Shuffle the tensors among the arguments, encode, unshuffle the outputs."""
         if not self.training:
-            return self.encoder(*args, **kwargs)
+            return self._encoder(*args, **kwargs)
         if not self._has_looked and not torch.compiler.is_compiling():
             self._has_looked = True
             self._warn_if_it_does_nothing()
@@ -90,7 +90,7 @@ class ShuffledEncoder(nn.Module):
         compiling = torch.compiler.is_compiling()
         begun = 0 if compiling else notices.exchanges(plan.world)
         try:
-            outputs = self.encoder(*args, **kwargs)
+            outputs = self._encoder(*args, **kwargs)
         except Exception as error:
             if compiling:
                 raise
@@ -103,7 +103,7 @@ class ShuffledEncoder(nn.Module):
         return pytree.tree_unflatten(_with_constants(restored, leaves), spec)
 
     def _warn_if_it_does_nothing(self) -> None:
-        layers = [m for m in self.encoder.modules() if isinstance(m, _BatchNorm)]
+        layers = [m for m in self._encoder.modules() if isinstance(m, _BatchNorm)]
         world = process_groups.resolve(self.process_group, CALL)
         if not layers:
             reason = "the encoder has no batch norm layer, so the company of a sample is no matter"
@@ -124,48 +124,57 @@ class ShuffledEncoder(nn.Module):
     def train(self, mode: bool = True) -> Self:
         """Set training mode, here and in the encoder."""
         self.training = mode
-        self.encoder.train(mode)
+        self._encoder.train(mode)
         return self
 
     def apply(self, fn: Any) -> Self:
         """Apply a function to every module of the encoder and to the encoder itself."""
-        self.encoder.apply(fn)
+        self._encoder.apply(fn)
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        self.encoder._apply(fn, recurse)
+        self._encoder._apply(fn, recurse)
         return self
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Return the encoder's state, as it gives it."""
-        return self.encoder.state_dict(*args, **kwargs)
+        return self._encoder.state_dict(*args, **kwargs)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Hand a state to the encoder."""
-        return self.encoder.load_state_dict(*args, **kwargs)
+        return self._encoder.load_state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.encoder._load_from_state_dict(*args, **kwargs)
+        self._encoder._load_from_state_dict(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
             # While a copy is made there is no encoder yet.
-            if "encoder" not in self.__dict__:
+            if "_encoder" not in self.__dict__:
                 raise
-            return getattr(self.encoder, name)
+            if name == "encoder" and not hasattr(self._encoder, name):
+                return self._encoder
+            return getattr(self._encoder, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set on the encoder what is the encoder's."""
-        if "encoder" not in self.__dict__:
+        if "_encoder" not in self.__dict__ or name in self.__dict__ or hasattr(type(self), name):
             super().__setattr__(name, value)
+        elif hasattr(self._encoder, name):
+            setattr(self._encoder, name, value)
         elif name == "encoder":
             raise AttributeError(f"{CALL}: encoder can't be replaced; wrap the new one instead")
-        elif name in self.__dict__ or hasattr(type(self), name) or not hasattr(self.encoder, name):
-            super().__setattr__(name, value)
         else:
-            setattr(self.encoder, name, value)
+            super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        """Delete from the encoder what is the encoder's."""
+        if name in self.__dict__:
+            super().__delattr__(name)
+        else:
+            delattr(self._encoder, name)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         # A process group can't be copied, and need not be.
@@ -177,7 +186,7 @@ class ShuffledEncoder(nn.Module):
 
     def __repr__(self) -> str:
         """Return the encoder's description inside this one's."""
-        inner = repr(self.encoder).replace("\n", "\n  ")
+        inner = repr(self._encoder).replace("\n", "\n  ")
         return f"{type(self).__name__}(\n  {inner}\n)"
 
 

@@ -13,6 +13,7 @@ from .autograd import Normalise
 from .kernels.rows import constant
 from .mixing import Options, Plan, check_options, make_plan
 from .process_groups import CALL, ProcessGroupLike, World
+from .recomputation import is_recomputation
 from .statistics import (
     Statistics,
     check_counts,
@@ -203,13 +204,6 @@ def _accept(
         if options.mode != "local":
             notices.report_failure(world, str(error))
         raise error
-
-
-def is_recomputation() -> bool:
-    """Whether an activation checkpoint runs this forward again, inside a backward pass."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._current_graph_task_id() != -1
 
 
 def _update_running(

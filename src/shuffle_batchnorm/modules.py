@@ -11,9 +11,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from . import process_groups
 from .agreement import Agreed, check_input
 from .convert import convert, revert
-from .functional import is_recomputation, normalise
+from .functional import normalise
 from .mixing import Options, check_options
 from .process_groups import ProcessGroupLike
+from .recomputation import is_recomputation
 from .statistics import own_statistics, per_sample_statistics
 
 

@@ -34,6 +34,7 @@ class _GroupState:
     failed_at: int = -1  # the exchange at which this rank last raised, and its peers may have
     has_notice: bool = False
     out_of_step: bool = False  # an exchange was left before its end
+    stopped_alone: bool = False  # before an exchange that its peers may have begun
     has_note: bool = False  # of where this rank waits
 
 
@@ -69,6 +70,17 @@ def break_off(world: World, message: str = "") -> None:
         report_failure(world, message)
 
 
+def stop_alone(world: World, message: str) -> None:
+    """Note that this rank raises before it knows whether its peers do; tell them why.
+
+    The group is of no use if they don't: see `begin`.
+    """
+    if world.size > 1:
+        report_failure(world, message)
+        _state(world).stopped_alone = True
+        _store().set(_key(world, "alone", world.rank), str(_state(world).exchanges))
+
+
 def exchanges(world: World) -> int:
     """Return how many exchanges this rank has begun in the group."""
     return 0 if world.size == 1 else _state(world).exchanges
@@ -93,6 +105,10 @@ def _state(world: World) -> _GroupState:
 def begin(world: World, call: str) -> None:
     """Count an exchange. Withdraw this rank's notice: its caller caught the error and goes on."""
     state = _state(world)
+    if state.stopped_alone:
+        state.stopped_alone = False
+        if not _all_have_stopped(world):
+            break_off(world)
     if state.out_of_step:
         if not _read(world, "stopped"):  # the first reason stays
             report_failure(world, _OUT_OF_STEP)
@@ -103,6 +119,16 @@ def begin(world: World, call: str) -> None:
         # A peer's notice may have taken its place.
         if _read(world, "stopped").split(maxsplit=2)[1:2] == [str(world.rank)]:
             _store().set(_key(world, "stopped"), "")
+
+
+def _all_have_stopped(world: World) -> bool:
+    """Wait until all ranks have stopped alone before the same exchange, or one has begun it."""
+    mine, since = str(_state(world).exchanges), time.monotonic()
+    while not _read(world, "left") and time.monotonic() - since < _LONG:
+        if all(_read(world, "alone", rank) == mine for rank in range(world.size)):
+            return True
+        time.sleep(0.01)
+    return False
 
 
 def raise_if_a_peer_failed(world: World, call: str) -> None:

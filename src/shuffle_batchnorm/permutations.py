@@ -10,16 +10,18 @@ from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
-from torch.fx import traceback
+
+from .recomputation import is_recomputation
 
 Number = int | Tensor
 
 # A rank's samples before they leave, what it has received, all samples of all ranks, a data set.
 LEAVING, ARRIVED, ALL_SAMPLES, DATA_SET = range(4)
 
-IN_A_CHECKPOINT = (
-    "batch_shuffle: an activation checkpoint repeats this shuffle in the backward pass, with "
-    "another permutation; shuffle outside the checkpoint, or pass plan="
+REPEATED = (
+    "batch_shuffle: an activation checkpoint, or a compiler that saves memory, repeats this "
+    "shuffle in the backward pass, with another permutation; shuffle outside the checkpoint, or "
+    "pass plan="
 )
 _LOW_32 = 0xFFFFFFFF
 
@@ -54,6 +56,10 @@ def permutations(
 def _permutations_op(
     seed: Tensor, step: Tensor, kinds: list[int], rank: int, n: int, device: torch.device
 ) -> Tensor:
+    # The step may have moved on since the forward pass. Here and not where the compiler traces,
+    # because a checkpoint can be around what has been compiled.
+    if is_recomputation():
+        raise RuntimeError(REPEATED)
     return _permutations(int(seed), int(step), kinds, rank, n).to(device)
 
 
@@ -66,9 +72,6 @@ def _(
     n: int,
     device: torch.device,
 ) -> Tensor:
-    # A compiler traces what a checkpoint holds with this note of what is to be done with it.
-    if "recompute" in traceback.get_current_meta():
-        raise RuntimeError(IN_A_CHECKPOINT)
     return torch.empty(len(kinds), n, dtype=torch.int64, device=device)
 
 

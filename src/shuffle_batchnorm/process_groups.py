@@ -5,6 +5,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 CALL = "shuffle_batch_norm"
 ProcessGroupLike = Any  # None, a ProcessGroup or a 1-D DeviceMesh
@@ -27,7 +28,8 @@ def check_process_group(call: str, process_group: ProcessGroupLike) -> None:
     """Raise a TypeError or ValueError unless `process_group` is a handle of a known kind."""
     if process_group is None or not dist.is_available():
         return
-    if hasattr(process_group, "get_group"):
+    # Of a handle's attributes the compiler knows too little to be asked.
+    if isinstance(process_group, DeviceMesh):
         if process_group.ndim != 1:
             raise ValueError(
                 f"{call}: process_group must be a 1-D DeviceMesh, got {process_group.ndim}-D; "
@@ -46,7 +48,7 @@ def resolve(process_group: ProcessGroupLike, call: str = CALL) -> World:
         return World()
     if process_group is None:
         process_group = dist.group.WORLD
-    elif hasattr(process_group, "get_group"):
+    elif isinstance(process_group, DeviceMesh):
         process_group = process_group.get_group()
     rank = -1 if _is_non_member(process_group) else dist.get_rank(process_group)
     if rank < 0:
