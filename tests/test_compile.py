@@ -62,17 +62,26 @@ def test_ranks_compile_to_one_graph(mode: str, blocks: int) -> None:
 
 
 @pytest.mark.parametrize("mode", ["local", "sync", "swap", "regroup"])
-def test_batches_of_many_sizes_share_few_graphs(mode: str) -> None:
-    """Catches a recompilation for each batch size, by a loop over samples."""
+@pytest.mark.parametrize("marked", [False, True])
+def test_batches_of_many_sizes_share_few_graphs(mode: str, marked: bool) -> None:
+    """Catches a recompilation for each batch size, by a loop over samples or over full blocks."""
     torch._dynamo.reset()
-    layer = ShuffleBatchNorm(4, mode=mode, groups=4)
+    layer, eager = (ShuffleBatchNorm(4, mode=mode, groups=8).double() for _ in range(2))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
         run = torch.compile(layer, fullgraph=True, backend=counter)
-        for n in range(36, 100, 4):
-            x = torch.randn(n, 4, 3, requires_grad=True)
-            y = run(x)
-            y.pow(3).sum().backward()
-            torch.testing.assert_close(y, layer(x), rtol=1e-4, atol=1e-4)
-    assert counter.frame_count <= 4
+        # With 2 samples per group, most of its blocks are empty.
+        for n in (16, 24, 40, 56, 72, 96, 128, 136):
+            x = torch.randn(n, 4, 3, dtype=torch.float64)
+            xs = [x.clone().requires_grad_() for _ in range(2)]
+            if marked:
+                torch._dynamo.mark_dynamic(xs[0], 0)
+            ys = run(xs[0]), eager(xs[1])
+            for y in ys:
+                y.pow(3).sum().backward()
+            torch.testing.assert_close(*ys)
+            torch.testing.assert_close(*map(gradient, xs))
+            for pair in zip(layer.buffers(), eager.buffers(), strict=True):
+                torch.testing.assert_close(*pair)
+    assert counter.frame_count <= (2 if marked else 3)

@@ -1,6 +1,8 @@
 """Hard numbers: errors against float64 are those of nn.BatchNorm2d, group by group."""
 
 import copy
+import math
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -104,14 +106,41 @@ def test_estimators_run_the_layer_on_tensors_without_numbers() -> None:
         assert y.shape == empty.shape
 
 
-def test_constant_channels_stay_what_they_are() -> None:
-    """Catches a variance of rounding errors, or below 0, and what 1 / sqrt makes of it."""
-    x = torch.full((8, 3, 5, 5), 0.1)
+def test_tensors_without_memory_or_values_pass() -> None:
+    """Catches a context that a meta tensor has not, and statistics of nothing that are learned."""
+    for mode in ("local", "sync", "swap", "regroup"):
+        layer = ShuffleBatchNorm(3, mode=mode, groups=2, device="meta")
+        assert layer(torch.randn(8, 3, 5, device="meta")).shape == (8, 3, 5)
+        layer, plain = ShuffleBatchNorm(3, mode=mode, groups=2), nn.BatchNorm2d(3)
+        nothing = torch.empty(8, 3, 0, 5)
+        assert layer(nothing).shape == plain(nothing).shape
+        for ours, theirs in zip(layer.buffers(), plain.buffers(), strict=True):
+            assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_infinity_makes_the_mean_that_batch_norm_has(bad: float, compiled: bool) -> None:
+    """Catches a correction of an infinite mean, which is not a number."""
+    torch._dynamo.reset()
+    warnings.simplefilter("ignore", DeprecationWarning)  # dynamo's, of its own autograd.Function
+    layer, plain = ShuffleBatchNorm(3, mode="local"), nn.BatchNorm2d(3)
+    x = torch.randn(4, 3, 5, 5)
+    x[1, 0, 2, 2] = bad
+    plain(x)
+    (torch.compile(layer, fullgraph=True, backend="aot_eager") if compiled else layer)(x)
+    torch.testing.assert_close(layer.running_mean, plain.running_mean, equal_nan=True)
+    torch.testing.assert_close(layer.running_var, plain.running_var, equal_nan=True)
+
+
+@pytest.mark.parametrize("value", [0.1, 100.1, 10_000.1])
+def test_constant_channels_stay_what_they_are(value: float) -> None:
+    """Catches a mean whose rounding is the same in all planes, and a variance of such errors."""
+    x = torch.full((16, 3, 32, 32), value)
     for kernels in (select(x), reference):
-        mean, std = kernels.block_moments(x, (4, 4))
-        assert (mean - 0.1).abs().max() < 1e-7
-        assert std.max() < 1e-7
-        assert not std.isnan().any()
+        mean, std = kernels.block_moments(x, (8, 8))
+        assert torch.equal(mean, x[:2, :, 0, 0])
+        assert std.max() <= 0.1 * torch.finfo(x.dtype).eps * value
 
 
 @pytest.mark.parametrize("mean", [0.0, 1e4])

@@ -10,7 +10,7 @@ from torch import Tensor
 from . import kernels, notices, process_groups
 from .agreement import Agreed, agree, check_input, wire_of
 from .autograd import Normalise
-from .kernels.rows import constant
+from .kernels.rows import are_equal, counts, is_known
 from .mixing import Options, Plan, check_options, make_plan
 from .process_groups import CALL, ProcessGroupLike, World
 from .recomputation import is_recomputation
@@ -143,8 +143,9 @@ def normalise(
     }  # fmt: skip
     _accept(input, parameters, options, plan, world, agreed, num_features)
 
-    if world.size == 1:
+    if world.size == 1 and is_known(input.shape[0] // plan.groups < plan.per_group):
         # Ranks keep theirs: a peer with a larger batch has samples in blocks that are empty here.
+        # So does a graph for batches of any size.
         plan = plan.without_empty_blocks(input.shape[0])
     sizes = plan.sizes(input.shape[0])
     length = input.shape[2:].numel()
@@ -153,7 +154,8 @@ def normalise(
         statistics = mix(pack(sizes, length, mean, std, plan), plan, world)
         check_counts(statistics, sizes, plan, world, input.shape)
         if running_mean is not None and running_var is not None and not is_recomputation():
-            _update_running(running_mean, running_var, statistics, sizes, plan, momentum)
+            filled = sizes if length > 0 else (0,) * len(sizes)
+            _update_running(running_mean, running_var, statistics, filled, plan, momentum)
     used, source = statistics.used, statistics.source
     # The compiler refuses the same tensor twice.
     output = Normalise.apply(  # type: ignore[no-untyped-call]
@@ -218,19 +220,19 @@ def _update_running(
 
     In `regroup` the mean over all ranks of these averages is the average over all new groups.
     """
-    rows = statistics.used
-    filled = tuple(k for k, n in enumerate(sizes) if n > 0)
-    if not filled:
+    count, mean, std = unpack(statistics.used)
+    filled = None if are_equal(sizes) else counts(sizes, 1, count) > 0
+    if filled is None and sizes[0] == 0:
         if plan.mode != "sync":
             return
         # An empty rank learns what the others have seen; if all are empty, nothing.
-        momentum = momentum * (rows[0, 0, 0] > 0)
-    elif len(filled) < len(sizes):
-        rows = rows.flatten(0, 1).index_select(0, constant(filled, torch.int64, rows))
-    count, mean, std = unpack(rows)
+        momentum = momentum * (count[0, 0] > 0)
     unbiased = std.square() * (count / (count - 1).clamp(min=1))
     for running, batch in ((running_mean, mean), (running_var, unbiased)):
-        new = batch.mean(dim=0)
+        if filled is None:
+            new = batch.mean(dim=0)
+        else:
+            new = torch.where(filled, batch, 0).sum(dim=0) / filled.sum()
         step = momentum.to(new.dtype) if isinstance(momentum, Tensor) else momentum
         if running.dtype == new.dtype:
             running.lerp_(new, step)

@@ -36,11 +36,15 @@ def block_moments(x: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor]:
         return torch.stack([mean for mean, _ in blocks]), torch.stack([std for _, std in blocks])
     planes, samples = _planes(x)[0], x.shape[:2]
     count = _divisor(sizes, planes)
-    sums = planes.sum(dim=1).view(samples)
-    mean = (block_sum(sums, sizes, torch.float64) / count).to(x.dtype)
-    distances = _distances(planes, *_per_plane(sizes, mean)).view(samples)
-    std = (block_sum(distances.square_(), sizes) / count).sqrt_()
-    return mean, std
+    near = block_sum(planes.sum(dim=1).view(samples), sizes) / count
+    # The sums of the distances are what has been rounded off the mean: as much in every plane, if
+    # they are alike.
+    sums = _distance_sums(planes, *_per_plane(sizes, near))
+    # In float64, where the square of a large one fits. What is infinitely far says nothing.
+    both = block_sum(sums.view(2 * samples[0], samples[1]), sizes * 2, torch.float64)
+    rest, squares = (total / count for total in both.chunk(2))
+    variance = torch.addcmul(squares, rest.nan_to_num_(0.0, 0.0, 0.0), rest, value=-1)
+    return near.add_(rest), variance.clamp_(min=0).sqrt_().to(x.dtype)
 
 
 def block_affine(x: Tensor, sizes: Sizes, center: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -126,18 +130,21 @@ def _per_plane(sizes: Sizes, *rows: Tensor) -> tuple[Tensor, ...]:
     return tuple(per_sample(row, sizes).view(-1) for row in rows)
 
 
-def _distances(planes: Tensor, centers: Tensor) -> Tensor:
-    """Return the norm of each plane's distance to its center, ``[planes]``."""
-    length, norms = planes.shape[1], []
+def _distance_sums(planes: Tensor, centers: Tensor) -> Tensor:
+    """Return the sums of each plane's distances to its center and of their squares, ``[2, P]``."""
+    length = planes.shape[1]
     differences = planes.new_empty(min(_rows_of_a_part(length), len(planes)), length)
-    for part, center in _parts(planes, centers[:, None], dim=0, width=length):
+    sums = planes.new_empty(2, len(planes))
+    tensors = planes, centers[:, None], *sums.unbind()
+    for part, center, total, square in _parts(*tensors, dim=0, width=length):
         difference = torch.sub(part, center, out=differences[: len(part)])
+        torch.sum(difference, dim=1, out=total)
         if length < _LONG:
-            norms.append(torch.linalg.vector_norm(difference, dim=1))
+            torch.linalg.vector_norm(difference, dim=1, out=square).square_()
         else:
             # A norm adds one after the other, in the dtype of the values; a sum in a tree.
-            norms.append(difference.square_().sum(dim=1).sqrt_())
-    return norms[0] if len(norms) == 1 else torch.cat(norms)
+            torch.sum(difference.square_(), dim=1, out=square)
+    return sums
 
 
 def _parts(*tensors: Tensor, dim: int, width: int) -> Iterable[tuple[Tensor, ...]]:

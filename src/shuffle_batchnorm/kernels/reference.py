@@ -32,7 +32,8 @@ def block_moments(x: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor]:
 
     mean = block_sum(means, sizes) / size
     shift = means - per_sample(mean, sizes)
-    offset = block_sum(shift + rest, sizes) / size
+    # Where the mean is infinite, nothing has been rounded off it.
+    offset = (block_sum(shift + rest, sizes) / size).nan_to_num(0.0, 0.0, 0.0)
     # x - mean = distance + shift
     variance = block_sum(squares + shift * (shift + 2 * rest), sizes) / size
     # Squares beyond the dtype are infinite; inf - inf would be NaN.

@@ -102,6 +102,19 @@ def _places(sizes: Sizes) -> tuple[int, ...]:
 
 
 def are_equal(sizes: Sizes) -> bool:
-    """Return whether all blocks have the same number of samples."""
+    """Return whether all blocks have the same number of samples.
+
+    Under a compiler, whether they have in every batch that the graph is for.
+    """
     # As tensor_split cuts a group, sizes fall by at most one from its first block to its last.
-    return sizes[0] == sizes[-1]
+    return is_known(sizes[0] == sizes[-1])
+
+
+def is_known(condition: bool) -> bool:
+    """Return whether a condition holds; under a compiler, in all batches that the graph is for."""
+    if not torch.compiler.is_compiling():
+        return condition
+    # An import that takes long, of what a compiler has imported.
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(condition)
