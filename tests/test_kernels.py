@@ -142,6 +142,22 @@ def test_moments_of_the_reference_keep_their_digits(shape: tuple[int, ...], bloc
         assert (std[k] / exact[0] - 1).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("sizes", [(8,), (5, 3), (1,) * 8], ids=str)
+def test_a_bad_guess_of_the_mean_costs_no_digits(
+    sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches cancellation where the values that are looked at first are far from all others."""
+    monkeypatch.setattr(cpu, "_SMALL", 0)
+    x = torch.randn(8, 3, 3200)
+    x[:, 1, ::200] += 1e4  # 16 of 3200, those that a guess is made from
+    x[:, 2] = 100.1
+    mean, std = cpu.block_moments(x, sizes)
+    for k, block in enumerate(x.double().split(sizes)):
+        exact = torch.std_mean(block, dim=(0, 2), correction=0)
+        torch.testing.assert_close(mean[k], exact[1].float(), rtol=3e-7, atol=3e-7)
+        torch.testing.assert_close(std[k], exact[0].float(), rtol=1e-6, atol=1e-6)
+
+
 def test_kernels_are_chosen_by_device_and_dtype() -> None:
     """Catches an empty batch sent to aten's loops, and full batches that are not."""
     for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):

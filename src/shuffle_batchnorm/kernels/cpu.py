@@ -34,17 +34,17 @@ def block_moments(x: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor]:
     if lines:
         blocks = [_line_moments(piece) for piece in _pieces(x, sizes)]
         return torch.stack([mean for mean, _ in blocks]), torch.stack([std for _, std in blocks])
-    planes, samples = _planes(x)[0], x.shape[:2]
-    count = _divisor(sizes, planes)
-    near = block_sum(planes.sum(dim=1).view(samples), sizes) / count
-    # The sums of the distances are what has been rounded off the mean: as much in every plane, if
-    # they are alike.
-    sums = _distance_sums(planes, *_per_plane(sizes, near))
-    # In float64, where the square of a large one fits. What is infinitely far says nothing.
-    both = block_sum(sums.view(2 * samples[0], samples[1]), sizes * 2, torch.float64)
-    rest, squares = (total / count for total in both.chunk(2))
-    variance = torch.addcmul(squares, rest.nan_to_num_(0.0, 0.0, 0.0), rest, value=-1)
-    return near.add_(rest), variance.clamp_(min=0).sqrt_().to(x.dtype)
+    # A small tensor stays in a cache, where it can be read again for the mean itself.
+    is_large = x.numel() >= _SMALL
+    center = _means(x, sizes, only_some=is_large).nan_to_num_(0.0, 0.0, 0.0)
+    offset, square = _moments_about(center, x, sizes)
+    if is_large and _cancel(center, offset, square):
+        center += offset.nan_to_num(0.0, 0.0, 0.0)
+        offset, square = _moments_about(center, x, sizes)
+    # square - offset**2; where the square is infinite, that of the offset may be as well.
+    root, far = square.sqrt_(), offset.abs()
+    variance = (root - far) * (root + far)
+    return center.add_(offset), variance.clamp_(min=0).sqrt_()
 
 
 def block_affine(x: Tensor, sizes: Sizes, center: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -128,6 +128,40 @@ def _per_plane(sizes: Sizes, *rows: Tensor) -> tuple[Tensor, ...]:
         spread = torch.stack(rows)[:, :, None].expand(-1, -1, sizes[0], -1)
         return spread.reshape(len(rows), -1).contiguous().unbind()
     return tuple(per_sample(row, sizes).view(-1) for row in rows)
+
+
+def _means(x: Tensor, sizes: Sizes, *, only_some: bool) -> Tensor:
+    """Return the means of blocks, ``[blocks, C]``, or only of some values here and there."""
+    length = x.shape[2:].numel()
+    values = x.view(*x.shape[:2], length)
+    if only_some:
+        values = values[:, :, :: -(-length // 16)]
+        if are_equal(sizes):  # then four samples of each block will do
+            values = values.unflatten(0, (len(sizes), sizes[0]))[:, :: -(-sizes[0] // 4)]
+            few: Tensor = values.mean(dim=3).mean(dim=1)
+            return few
+    return block_sum(values.mean(dim=2), sizes) / counts(sizes, 1, x).clamp_(min=1)
+
+
+def _moments_about(center: Tensor, x: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor]:
+    """Return the mean distance to a center, and the mean square of it, ``[blocks, C]``."""
+    planes, (n, channels) = _planes(x)[0], x.shape[:2]
+    sums = _distance_sums(planes, *_per_plane(sizes, center)).view(2 * n, channels)
+    count = _divisor(sizes, planes)
+    offset, square = (total / count for total in block_sum(sums, sizes * 2).chunk(2))
+    return offset, square
+
+
+def _cancel(center: Tensor, offset: Tensor, square: Tensor) -> bool:
+    """Whether a center is so far off that ``square - offset**2`` loses digits.
+
+    That is, over four deviations, and more than rounding.
+    """
+    # A tensor without numbers is taken at its word.
+    if type(center) is not Tensor:
+        return False
+    cancels = square - offset.square() < square / 17
+    return bool((cancels & (square > (1e-6 * center).square())).any())
 
 
 def _distance_sums(planes: Tensor, centers: Tensor) -> Tensor:
