@@ -176,6 +176,18 @@ def test_no_samples_at_all() -> None:
     assert results["y"].shape == results["dx"].shape == x.shape
 
 
+@pytest.mark.parametrize("kernels", [CPU, REFERENCE], ids=["cpu", "reference"])
+@pytest.mark.parametrize("shape", [(3, 4), (3, 4, 5)], ids=str)
+def test_numbers_kept_from_call_to_call_stay_what_they_are(
+    kernels: Kernels, shape: tuple[int, ...]
+) -> None:
+    """Catches a kernel that writes to the counts that the next call will read."""
+    x, sizes = randn(*shape), (2, 1, 0)
+    before = kernel_rows.counts(sizes, 1, x).clone()
+    all_four(kernels, x, x, sizes, rows_for(x, sizes, 4))
+    assert torch.equal(kernel_rows.counts(sizes, 1, x), before)
+
+
 def test_what_a_cuda_graph_reads_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches index tensors freed by a full cache, whose memory a replay goes on reading."""
 

@@ -140,7 +140,7 @@ def _means(x: Tensor, sizes: Sizes, *, only_some: bool) -> Tensor:
             values = values.unflatten(0, (len(sizes), sizes[0]))[:, :: -(-sizes[0] // 4)]
             few: Tensor = values.mean(dim=3).mean(dim=1)
             return few
-    return block_sum(values.mean(dim=2), sizes) / counts(sizes, 1, x).clamp_(min=1)
+    return block_sum(values.mean(dim=2), sizes) / counts(sizes, 1, x).clamp(min=1)
 
 
 def _moments_about(center: Tensor, x: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor]:
