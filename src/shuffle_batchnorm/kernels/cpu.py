@@ -160,8 +160,9 @@ def _cancel(center: Tensor, offset: Tensor, square: Tensor) -> bool:
     # A tensor without numbers is taken at its word.
     if type(center) is not Tensor:
         return False
+    rounding = 16 * torch.finfo(center.dtype).eps * center
     cancels = square - offset.square() < square / 17
-    return bool((cancels & (square > (1e-6 * center).square())).any())
+    return bool((cancels & (square > rounding.square())).any())
 
 
 def _distance_sums(planes: Tensor, centers: Tensor) -> Tensor:
