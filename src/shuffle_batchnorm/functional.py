@@ -154,8 +154,8 @@ def normalise(
         statistics = mix(pack(sizes, length, mean, std, plan), plan, world)
         check_counts(statistics, sizes, plan, world, input.shape)
         if running_mean is not None and running_var is not None and not is_recomputation():
-            filled = sizes if length > 0 else (0,) * len(sizes)
-            _update_running(running_mean, running_var, statistics, filled, plan, momentum)
+            seen = sizes if length > 0 else (0,) * len(sizes)
+            _update_running(running_mean, running_var, statistics, seen, plan, momentum)
     used, source = statistics.used, statistics.source
     # The compiler refuses the same tensor twice.
     output = Normalise.apply(  # type: ignore[no-untyped-call]

@@ -113,11 +113,11 @@ def _planes(x: Tensor) -> Tensor:
     return x.view(1, x.shape[0] * x.shape[1], x.shape[2:].numel())
 
 
-def _divisor(sizes: Sizes, planes: Tensor) -> Tensor | int:
-    """Return the values per channel of each block, at least 1."""
+def _divisor(sizes: Sizes, length: int, like: Tensor) -> Tensor | int:
+    """Return `length` times the samples of each block, at least 1."""
     if are_equal(sizes):
-        return max(1, sizes[0] * planes.shape[1])
-    return counts(sizes, planes.shape[1], planes).clamp(min=1)
+        return max(1, sizes[0] * length)
+    return counts(sizes, length, like).clamp(min=1)
 
 
 def _per_plane(sizes: Sizes, *rows: Tensor) -> tuple[Tensor, ...]:
@@ -140,14 +140,14 @@ def _means(x: Tensor, sizes: Sizes, *, only_some: bool) -> Tensor:
             values = values.unflatten(0, (len(sizes), sizes[0]))[:, :: -(-sizes[0] // 4)]
             few: Tensor = values.mean(dim=3).mean(dim=1)
             return few
-    return block_sum(values.mean(dim=2), sizes) / counts(sizes, 1, x).clamp(min=1)
+    return block_sum(values.mean(dim=2), sizes) / _divisor(sizes, 1, x)
 
 
 def _moments_about(center: Tensor, x: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor]:
     """Return the mean distance to a center, and the mean square of it, ``[blocks, C]``."""
     planes, (n, channels) = _planes(x)[0], x.shape[:2]
     sums = _distance_sums(planes, *_per_plane(sizes, center)).view(2 * n, channels)
-    count = _divisor(sizes, planes)
+    count = _divisor(sizes, planes.shape[1], planes)
     offset, square = (total / count for total in block_sum(sums, sizes * 2).chunk(2))
     return offset, square
 
