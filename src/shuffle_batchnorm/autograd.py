@@ -9,7 +9,7 @@ from torch import Tensor
 from . import kernels
 from .mixing import Plan
 from .process_groups import CALL, World
-from .statistics import mix_gradients, unpack
+from .statistics import known_count, mix_gradients, unpack
 
 
 class Normalise(torch.autograd.Function):
@@ -34,13 +34,12 @@ class Normalise(torch.autograd.Function):
         world: World,
     ) -> Tensor:
         """Return y. `used` and `source` are rows as in `Statistics`; None for `source` = `used`."""
-        mean, rho = _normaliser(used, eps)
-        sources = (mean, rho) if source is None else _normaliser(source, eps)
-        count = unpack(used if source is None else source)[0]
-        ctx.save_for_backward(x, weight, mean, rho, count, *sources)
+        count, mean, rho = _normaliser(used, eps)
+        sources = (count, mean, rho) if source is None else _normaliser(source, eps)
+        scale = rho if weight is None else rho * weight.to(rho.dtype)
+        ctx.save_for_backward(x, weight, mean, rho, scale, *sources)
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.call = (sizes, plan, world)
-        scale = rho if weight is None else rho * weight.to(rho.dtype)
         shift = torch.zeros_like(mean) if bias is None else bias.to(mean.dtype).expand_as(mean)
         return kernels.select(x).block_affine(x, sizes, mean, scale, shift)
 
@@ -75,31 +74,32 @@ def _gradients(
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """Return the gradients of input, weight and bias.
 
-    `rows` are mean and rho of each block's normaliser, then count, mean and rho of the one that the
-    block is pooled in. Always exchanges, even where no gradient of the input is needed: a peer may
-    need one.
+    `rows` are mean, rho and ``rho * w`` of each block's normaliser, then count, mean and rho of the
+    one that the block is pooled in. Always exchanges, even where no gradient of the input is
+    needed: a peer may need one.
     """
     kernel = kernels.select(x)
-    mean, rho, count, source_mean, source_rho = rows
+    mean, rho, scale, count, source_mean, source_rho = rows
     total, dot = kernel.block_grad_sums(dy, x, sizes, mean, rho)
-    w = 1.0 if weight is None else weight.to(rho.dtype)
-    sums = torch.cat([w * total, w * dot], dim=1).view(plan.groups, plan.per_group, -1)
-    s0, s1 = mix_gradients(sums, plan, world).reshape(len(sizes), -1).chunk(2, dim=1)
+    sums = torch.stack([total, dot], dim=1)
+    weighted = sums if weight is None else sums * weight.to(sums.dtype)
+    weighted = weighted.view(plan.groups, plan.per_group, -1)
+    mixed = mix_gradients(weighted, plan, world).reshape(sums.shape)
     dweight, dbias = dot.sum(dim=0), total.sum(dim=0)
     if not needs_dx:
         return None, dweight, dbias
-    step = -source_rho / count.clamp(min=1)
-    dx = kernel.block_grad_affine(
-        dy, x, sizes, w * rho, step * source_rho * s1, source_mean, step * s0
-    )
+    known = known_count(plan, world, x.shape)  # 0: no values to multiply by infinity
+    step = source_rho / (-count.clamp(min=1) if known is None else -known)
+    c, b = (step[:, None] * mixed).unbind(dim=1)
+    dx = kernel.block_grad_affine(dy, x, sizes, scale, b * source_rho, source_mean, c)
     return dx, dweight, dbias
 
 
-def _normaliser(rows: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return mean and ``1 / sqrt(std**2 + eps)``, ``[R, C]``, of rows ``[groups, B, 2C + 1]``."""
-    _, mean, std = unpack(rows)
+def _normaliser(rows: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return count, mean and ``1 / sqrt(std**2 + eps)`` of rows ``[groups, B, 2C + 1]``."""
+    count, mean, std = unpack(rows)
     # hypot: the square of a deviation that fits the dtype may not.
-    return mean, torch.hypot(std, std.new_full((), math.sqrt(eps))).reciprocal()
+    return count, mean, torch.hypot(std, std.new_full((), math.sqrt(eps))).reciprocal_()
 
 
 class _FirstDerivative(torch.autograd.Function):

@@ -17,6 +17,7 @@ from .recomputation import is_recomputation
 from .statistics import (
     Statistics,
     check_counts,
+    known_count,
     mix,
     pack,
     rejection,
@@ -155,7 +156,8 @@ def normalise(
         check_counts(statistics, sizes, plan, world, input.shape)
         if running_mean is not None and running_var is not None and not is_recomputation():
             seen = sizes if length > 0 else (0,) * len(sizes)
-            _update_running(running_mean, running_var, statistics, seen, plan, momentum)
+            known = known_count(plan, world, input.shape)
+            _update_running(running_mean, running_var, statistics, seen, known, plan, momentum)
     used, source = statistics.used, statistics.source
     # The compiler refuses the same tensor twice.
     output = Normalise.apply(  # type: ignore[no-untyped-call]
@@ -213,6 +215,7 @@ def _update_running(
     running_var: Tensor,
     statistics: Statistics,
     sizes: tuple[int, ...],
+    known: int | None,
     plan: Plan,
     momentum: float | Tensor,
 ) -> None:
@@ -227,7 +230,8 @@ def _update_running(
             return
         # An empty rank learns what the others have seen; if all are empty, nothing.
         momentum = momentum * (count[0, 0] > 0)
-    unbiased = std.square() * (count / (count - 1).clamp(min=1))
+    rise = count / (count - 1).clamp(min=1) if known is None else known / (known - 1)
+    unbiased = std.square() * rise
     for running, batch in ((running_mean, mean), (running_var, unbiased)):
         if filled is None:
             new = batch.mean(dim=0)

@@ -151,6 +151,14 @@ def own_statistics(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     return per_sample(mean, sizes), per_sample(std, sizes)
 
 
+def known_count(plan: Plan, world: World, shape: torch.Size) -> int | None:
+    """Return the values per channel of any normaliser, where a rank knows it without its peers."""
+    if world.size > 1 and plan.mode != "local":
+        return None
+    # In one process a new group has as many samples as any.
+    return shape[2:].numel() * shape[0] // (1 if plan.mode == "sync" else plan.groups)
+
+
 def check_counts(
     statistics: Statistics, sizes: tuple[int, ...], plan: Plan, world: World, shape: torch.Size
 ) -> None:
@@ -159,10 +167,9 @@ def check_counts(
     On the CPU the error is raised here and names the group. A GPU raises a device-side assertion,
     so that no step has to wait for the counts.
     """
-    if world.size == 1 or plan.mode == "local":
-        # A new group has as many samples as any: no need to look at the counts.
-        values = shape[2:].numel() * shape[0] // (1 if plan.mode == "sync" else plan.groups)
-        if values == 1:
+    known = known_count(plan, world, shape)
+    if known is not None:
+        if known == 1:
             _fail(unpack(statistics.used)[0][:, 0], 0, plan, world, shape)
         return
     count = unpack(statistics.used)[0][:, 0]

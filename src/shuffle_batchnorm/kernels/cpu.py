@@ -12,7 +12,9 @@ aten's batch norms know channels, not blocks. Two ways turn blocks into channels
 aten takes half precision only with rows rounded to it, so that is copied to float32 and back.
 """
 
-from collections.abc import Iterable
+import itertools
+import math
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -34,16 +36,12 @@ def block_moments(x: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor]:
     if lines:
         blocks = [_line_moments(piece) for piece in _pieces(x, sizes)]
         return torch.stack([mean for mean, _ in blocks]), torch.stack([std for _, std in blocks])
-    # A small tensor stays in a cache, where it can be read again for the mean itself.
-    is_large = x.numel() >= _SMALL
-    center = _means(x, sizes, only_some=is_large).nan_to_num_(0.0, 0.0, 0.0)
+    center = _guess(x, sizes)
     offset, square = _moments_about(center, x, sizes)
-    if is_large and _cancel(center, offset, square):
-        center += offset.nan_to_num(0.0, 0.0, 0.0)
-        offset, square = _moments_about(center, x, sizes)
-    # square - offset**2; where the square is infinite, that of the offset may be as well.
-    root, far = square.sqrt_(), offset.abs()
-    variance = (root - far) * (root + far)
+    # At most 4 bits cancel: the guess is at most sqrt(15) deviations off. A square that fits no
+    # more must not meet another.
+    limit = math.sqrt(torch.finfo(x.dtype).max)
+    variance = torch.addcmul(square, offset, offset.clamp(-limit, limit), value=-1)
     return center.add_(offset), variance.clamp_(min=0).sqrt_()
 
 
@@ -56,8 +54,12 @@ def block_affine(x: Tensor, sizes: Sizes, center: Tensor, scale: Tensor, shift: 
     if lines:
         source, scales, shifts = _broadcast(x, sizes, scale, shift)
         torch.addcmul(shifts, source, scales, out=_broadcast(y, sizes)[0])
+    elif x.numel() < _SMALL:
+        tensors = _planes(y, sizes), _planes(x, sizes), *_rows(sizes, scale, shift)
+        for out, part, scales, shifts in _parts(*tensors):
+            torch.mul(part, scales, out=out).add_(shifts)
     else:
-        _plane_affine(_planes(y), _planes(x), *_per_plane(sizes, scale, shift))
+        _one_pass_affine(y, x, *_per_plane(sizes, scale, shift))
     return y.to(dtype)
 
 
@@ -71,8 +73,9 @@ def block_grad_sums(
         pieces = zip(_pieces(x, sizes), _pieces(dy, sizes), strict=True)
         sums = [_line_grad_sums(*piece, center[k], scale[k]) for k, piece in enumerate(pieces)]
         return torch.stack([total for total, _ in sums]), torch.stack([dot for _, dot in sums])
-    total, dot = _grad_sums(_planes(x), _planes(dy), *_per_plane(sizes, center, scale))
     samples = x.shape[:2]
+    planes = 1, samples.numel(), x.shape[2:].numel()
+    total, dot = _grad_sums(x.view(planes), dy.view(planes), *_per_plane(sizes, center, scale))
     return block_sum(total.view(samples), sizes), block_sum(dot.view(samples), sizes)
 
 
@@ -85,13 +88,11 @@ def block_grad_affine(
     dy, dx = as_layout(_full(dy), lines), torch.empty_like(x)
     if lines:
         source, *rows = _broadcast(x, sizes, a, b, center, c)
-        views = _broadcast(dx, sizes)[0], _broadcast(dy, sizes)[0], source
-        for part in _parts(*views, dim=1, width=source.shape[0] * source.shape[2]):
-            _write_grad(*part, *rows)
-        return dx.to(dtype)
-    rows = [row[:, None] for row in _per_plane(sizes, a, b, center, c)]
-    tensors = [_planes(tensor)[0] for tensor in (dx, dy, x)]
-    for part in _parts(*tensors, *rows, dim=0, width=tensors[0].shape[1]):
+        views = _broadcast(dx, sizes)[0], _broadcast(dy, sizes)[0], source, *rows
+    else:
+        rows = _rows(sizes, a, b, center, c)
+        views = _planes(dx, sizes), _planes(dy, sizes), _planes(x, sizes), *rows
+    for part in _parts(*views):
         _write_grad(*part)
     return dx.to(dtype)
 
@@ -108,9 +109,17 @@ def _full(x: Tensor) -> Tensor:
     return x.to(accumulation_dtype(x))
 
 
-def _planes(x: Tensor) -> Tensor:
-    """View contiguous ``[N, C, *]`` as ``[1, N * C, L]``."""
-    return x.view(1, x.shape[0] * x.shape[1], x.shape[2:].numel())
+def _planes(x: Tensor, sizes: Sizes) -> Tensor:
+    """View contiguous ``[N, C, *]`` as ``[blocks, n, C, L]``; uneven blocks sample by sample."""
+    blocks = len(sizes) if are_equal(sizes) else x.shape[0]
+    return x.view(blocks, x.shape[0] // blocks, x.shape[1], x.shape[2:].numel())
+
+
+def _rows(sizes: Sizes, *rows: Tensor) -> list[Tensor]:
+    """View rows ``[blocks, C]`` to broadcast with `_planes`."""
+    if not are_equal(sizes):
+        rows = tuple(per_sample(row, sizes) for row in rows)
+    return [row.view(len(row), 1, row.shape[1], 1) for row in rows]
 
 
 def _divisor(sizes: Sizes, length: int, like: Tensor) -> Tensor | int:
@@ -130,82 +139,69 @@ def _per_plane(sizes: Sizes, *rows: Tensor) -> tuple[Tensor, ...]:
     return tuple(per_sample(row, sizes).view(-1) for row in rows)
 
 
-def _means(x: Tensor, sizes: Sizes, *, only_some: bool) -> Tensor:
-    """Return the means of blocks, ``[blocks, C]``, or only of some values here and there."""
-    length = x.shape[2:].numel()
-    values = x.view(*x.shape[:2], length)
-    if only_some:
-        values = values[:, :, :: -(-length // 16)]
-        if are_equal(sizes):  # then four samples of each block will do
-            values = values.unflatten(0, (len(sizes), sizes[0]))[:, :: -(-sizes[0] // 4)]
-            few: Tensor = values.mean(dim=3).mean(dim=1)
-            return few
-    return block_sum(values.mean(dim=2), sizes) / _divisor(sizes, 1, x)
+def _guess(x: Tensor, sizes: Sizes) -> Tensor:
+    """Return the mean of at least a sixteenth of each block's values, ``[blocks, C]``."""
+    values = _planes(x, sizes)
+    samples, length = values.shape[1], values.shape[3]
+    step = min(samples, 16)
+    few = values[:, ::step, :, : -(-length * step // 16)].mean(dim=(1, 3))
+    if not are_equal(sizes):
+        few = block_sum(few, sizes) / _divisor(sizes, 1, few)
+    return few.nan_to_num_(0.0, 0.0, 0.0)
 
 
 def _moments_about(center: Tensor, x: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor]:
     """Return the mean distance to a center, and the mean square of it, ``[blocks, C]``."""
-    planes, (n, channels) = _planes(x)[0], x.shape[:2]
-    sums = _distance_sums(planes, *_per_plane(sizes, center)).view(2 * n, channels)
-    count = _divisor(sizes, planes.shape[1], planes)
-    offset, square = (total / count for total in block_sum(sums, sizes * 2).chunk(2))
+    values = _planes(x, sizes)
+    sums = values.new_empty(2, *values.shape[:3], 1)
+    differences = values.new_empty(0)
+    for part, centers, total, square in _parts(values, *_rows(sizes, center), *sums.unbind()):
+        difference = torch.sub(part, centers, out=differences.resize_(part.shape))
+        torch.sum(difference, dim=3, keepdim=True, out=total)
+        if part.shape[3] < _LONG:
+            torch.linalg.vector_norm(difference, dim=3, keepdim=True, out=square).square_()
+        else:
+            # A norm adds one after the other, in the dtype of the values; a sum in a tree.
+            torch.sum(difference.square_(), dim=3, keepdim=True, out=square)
+    samples = sums.view(2 * x.shape[0], x.shape[1])
+    moments = block_sum(samples, sizes * 2).view(2, len(sizes), x.shape[1])
+    offset, square = moments.div_(_divisor(sizes, values.shape[3], x)).unbind()
     return offset, square
 
 
-def _cancel(center: Tensor, offset: Tensor, square: Tensor) -> bool:
-    """Whether a center is so far off that ``square - offset**2`` loses digits.
+def _parts(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """Cut tensors that broadcast to the first into parts that stay in a cache.
 
-    That is, over four deviations, and more than rounding.
+    The last axis stays whole.
     """
-    # A tensor without numbers is taken at its word.
-    if type(center) is not Tensor:
-        return False
-    rounding = 16 * torch.finfo(center.dtype).eps * center
-    cancels = square - offset.square() < square / 17
-    return bool((cancels & (square > rounding.square())).any())
+    room = _PART * torch.get_num_threads()
+    return (tensors,) if tensors[0].numel() <= room else _cut(room, *tensors)
 
 
-def _distance_sums(planes: Tensor, centers: Tensor) -> Tensor:
-    """Return the sums of each plane's distances to its center and of their squares, ``[2, P]``."""
-    length = planes.shape[1]
-    differences = planes.new_empty(min(_rows_of_a_part(length), len(planes)), length)
-    sums = planes.new_empty(2, len(planes))
-    tensors = planes, centers[:, None], *sums.unbind()
-    for part, center, total, square in _parts(*tensors, dim=0, width=length):
-        difference = torch.sub(part, center, out=differences[: len(part)])
-        torch.sum(difference, dim=1, out=total)
-        if length < _LONG:
-            torch.linalg.vector_norm(difference, dim=1, out=square).square_()
-        else:
-            # A norm adds one after the other, in the dtype of the values; a sum in a tree.
-            torch.sum(difference.square_(), dim=1, out=square)
-    return sums
+def _cut(room: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    shape, numel = tensors[0].shape, tensors[0].numel()
+    axis = next((k for k, size in enumerate(shape[:-1]) if size > 1), None)
+    if numel <= room or axis is None:
+        yield tensors
+        return
+    size = max(1, room * shape[axis] // numel)
+    pieces = (
+        tensor.split(size, axis) if tensor.shape[axis] > 1 else itertools.repeat(tensor)
+        for tensor in tensors
+    )
+    for piece in zip(*pieces, strict=False):
+        yield from _cut(room, *piece)
 
 
-def _parts(*tensors: Tensor, dim: int, width: int) -> Iterable[tuple[Tensor, ...]]:
-    """Cut tensors alike along an axis, `width` values wide, into parts that stay in a cache."""
-    rows = _rows_of_a_part(width)
-    if tensors[0].shape[dim] <= rows:
-        return (tensors,)
-    return zip(*(tensor.split(rows, dim) for tensor in tensors), strict=True)
-
-
-def _rows_of_a_part(width: int) -> int:
-    return max(1, _PART * torch.get_num_threads() // width)
-
-
-def _plane_affine(y: Tensor, x: Tensor, scale: Tensor, shift: Tensor) -> None:
-    """Write ``x * scale + shift``, ``[1, planes, L]`` with a number per plane."""
-    if x.numel() < _SMALL:
-        tensors = y[0], x[0], scale[:, None], shift[:, None]
-        for out, part, scales, shifts in _parts(*tensors, dim=0, width=x.shape[2]):
-            torch.mul(part, scales, out=out).add_(shifts)
-    else:
-        # A batch norm in eval mode, with running statistics 0 and 1.
-        zero, one, unused = torch.zeros_like(scale), torch.ones_like(scale), x.new_empty(0)
-        torch.native_batch_norm(
-            x, scale, shift, zero, one, False, 0.0, 0.0, out=(y, unused, unused.clone())
-        )
+def _one_pass_affine(y: Tensor, x: Tensor, scale: Tensor, shift: Tensor) -> None:
+    """Write ``x * scale + shift``, with a number per plane."""
+    # A batch norm in eval mode, with running statistics 0 and 1.
+    zero, one, unused = torch.zeros_like(scale), torch.ones_like(scale), x.new_empty(0)
+    planes = 1, len(scale), x.shape[2:].numel()
+    torch.native_batch_norm(
+        x.view(planes), scale, shift, zero, one, False, 0.0, 0.0,
+        out=(y.view(planes), unused, unused.clone()),
+    )  # fmt: skip
 
 
 def _pieces(x: Tensor, sizes: Sizes) -> tuple[Tensor, ...]:

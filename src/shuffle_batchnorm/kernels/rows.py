@@ -14,10 +14,15 @@ def accumulation_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def block_sum(samples: Tensor, sizes: Sizes, dtype: torch.dtype | None = None) -> Tensor:
-    """Sum the samples of each block: ``[N, C]`` to ``[blocks, C]``, 0 for an empty block."""
+def block_sum(samples: Tensor, sizes: Sizes) -> Tensor:
+    """Sum the samples of each block: ``[N, C]`` to ``[blocks, C]``, 0 for an empty block.
+
+    Where a block is a sample, that is `samples` itself.
+    """
     if are_equal(sizes):
-        return samples.reshape(len(sizes), sizes[0], samples.shape[1]).sum(dim=1, dtype=dtype)
+        if is_known(sizes[0] == 1):
+            return samples
+        return samples.reshape(len(sizes), sizes[0], samples.shape[1]).sum(dim=1)
     # Shorter blocks are filled up with a row of zeros. (index_add_ adds in any order on a GPU, and
     # takes 90 ms on a CPU in torch 2.13.)
     rows = torch.cat([samples, samples.new_zeros(1, samples.shape[1])])
@@ -26,7 +31,7 @@ def block_sum(samples: Tensor, sizes: Sizes, dtype: torch.dtype | None = None) -
     else:
         places = constant(_places(sizes), torch.int64, samples)
     filled = rows.index_select(0, places).view(len(sizes), len(places) // len(sizes), rows.shape[1])
-    return filled.sum(dim=1, dtype=dtype)
+    return filled.sum(dim=1)
 
 
 def per_sample(rows: Tensor, sizes: Sizes) -> Tensor:
