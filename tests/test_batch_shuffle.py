@@ -20,10 +20,13 @@ from shuffle_batchnorm import (
 )
 from shuffle_batchnorm.permutations import (
     ALL_SAMPLES,
+    ARRIVED,
+    LEAVING,
     Key,
     Route,
     make_route,
     permutation,
+    permutations,
     samples_sent_to,
 )
 
@@ -107,6 +110,17 @@ def test_an_order_depends_on_every_number_and_on_nothing_else() -> None:
 def test_orders_never_change() -> None:
     """Catches a new hash, which would make every seeded run another one."""
     assert permutation(Key(1, 2), ALL_SAMPLES, 3, 8).tolist() == [0, 3, 5, 6, 7, 1, 2, 4]
+
+
+@pytest.mark.parametrize("n", [8, 512, 513])
+def test_orders_made_ahead_are_those_made_alone(n: int) -> None:
+    """Catches a block of steps that begins elsewhere, and kinds or seeds that share one."""
+    for step in (0, 1, 15, 16, 17, 2**40 + 31):
+        for seed in (3, 2**61):
+            for kinds in ((LEAVING, ARRIVED), (ARRIVED,)):
+                eager = permutations(Key(seed, step), kinds, 1, n)
+                key = Key(torch.tensor(seed), torch.tensor(step))  # as in a compiled graph
+                assert torch.equal(torch.stack(eager), torch.stack(permutations(key, kinds, 1, n)))
 
 
 def test_one_process_shuffles_and_restores_any_tree() -> None:

@@ -65,9 +65,10 @@ def batch_shuffle(
         One ``all_to_all_single`` that holds all tensors: each sample travels once, about
         ``N * (W - 1) / W`` samples leave and reach each rank; backward the same for tensors that
         need a gradient. The ranks compare their calls, and all raise if one can't go on: by 8 bytes
-        with every sample where a loop repeats itself and W divides one common N, otherwise by 72
-        bytes from every rank to every rank beforehand. Under ``torch.compile`` nothing is compared:
-        there the ranks' batches have to be alike, and W has to divide N.
+        with every sample (up to 71 with one of 4 KiB or more) where a loop repeats itself and W
+        divides one common N, otherwise by 72 bytes from every rank to every rank beforehand. Under
+        ``torch.compile`` nothing is compared: there the ranks' batches have to be alike, and W has
+        to divide N.
 
     Args:
         batch: a tensor ``[N, *]`` of any dtype, or tensors of the same N and device, and None, in
@@ -128,8 +129,10 @@ def batch_shuffle(
 
     known = plan if isinstance(plan, ShufflePlan) else find_plan
     moved, plan = _agree_and_move(terms, leaves, n, error, world, known)
-    if order in (STATE, NEW_SEED):
-        shuffle_agreement.keep_state(world, Key(plan.key.seed, plan.key.step + 1))
+    if order == NEW_SEED:
+        shuffle_agreement.keep_state(world, Key(plan.key.seed, 1))
+    elif order == STATE:
+        shuffle_agreement.keep_step(world, int(plan.key.step) + 1)
     return _unflatten(moved, leaves, spec), plan
 
 
@@ -219,14 +222,18 @@ def _agree_and_move(
     fits = error is None and (not isinstance(plan, ShufflePlan) or is_stratified(plan.sizes))
     form = Form(terms.call, n, stamped_width(_tensors(leaves))) if fits and n else None
     expected = expected_form(world)
-    with _own_first(error), _in_step(world):
-        if expected is not None and form == expected:
+    if form is not None and form == expected:
+        with _in_step(world):
             found = find((n,) * world.size, terms.seed)
-            with contextlib.suppress(OtherStampError):
+            try:
                 moved = _move(terms.call, _tensors(leaves), found, as_number(terms))
+            except OtherStampError:
+                pass  # all ranks go on to tell each other what they have sent
+            else:
                 note_form(world, form)
                 return moved, found
-        elif expected is not None:
+    elif expected is not None:
+        with _own_first(error), _in_step(world):
             move_nothing(*expected, world, _device(leaves, world))
     with _own_first(error):
         sizes, seed = agree(terms, n, error, world, _device(leaves, world))

@@ -6,6 +6,7 @@ compiled graph that is given the step as a tensor gets a new one at every call.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple, overload
 
 import torch
@@ -35,7 +36,8 @@ class Key(NamedTuple):
 
 def permutation(key: Key, kind: int, rank: int, n: int) -> Tensor:
     """Return a permutation ``[n]`` that only depends on the key, its kind and a rank."""
-    return permutations(key, (kind,), rank, n)[0]
+    step = int(key.step)
+    return _permutations(int(key.seed), range(step, step + 1), (kind,), rank, n)[0, 0]
 
 
 def permutations(
@@ -45,9 +47,13 @@ def permutations(
     if isinstance(key.seed, Tensor) or isinstance(key.step, Tensor):
         device = torch.device(device)
         orders: Tensor = _permutations_op(key.seed, key.step, list(kinds), rank, n, device)
-    else:
-        orders = _permutations(key.seed, key.step, kinds, rank, n).to(device)
-    return orders.unbind()
+        return orders.unbind()
+    # A first step may be the only one of its seed, as with a generator.
+    ahead = _AHEAD if key.step and n <= _FEW else 1
+    block, k = divmod(key.step, ahead)
+    made = _made_ahead if ahead > 1 else _permutations
+    steps = range(block * ahead, (block + 1) * ahead)
+    return made(key.seed, steps, tuple(kinds), rank, n)[k].to(device).unbind()
 
 
 # Opaque to the compiler, which otherwise writes out every use of every intermediate number: the
@@ -60,7 +66,7 @@ def _permutations_op(
     # because a checkpoint can be around what has been compiled.
     if is_recomputation():
         raise RuntimeError(REPEATED)
-    return _permutations(int(seed), int(step), kinds, rank, n).to(device)
+    return _permutations(int(seed), range(int(step), int(step) + 1), kinds, rank, n)[0].to(device)
 
 
 @_permutations_op.register_fake
@@ -75,14 +81,30 @@ def _(
     return torch.empty(len(kinds), n, dtype=torch.int64, device=device)
 
 
-def _permutations(seed: int, step: int, kinds: Sequence[int], rank: int, n: int) -> Tensor:
-    mixed = [_mix(kind << 24 | rank) for kind in kinds]
-    for number in (seed, step):
-        for half in (number & _LOW_32, (number >> 32) & _LOW_32):
-            mixed = [_mix(word ^ half) for word in mixed]
-    words = torch.tensor(mixed)[:, None]
+def _permutations(seed: int, steps: range, kinds: Sequence[int], rank: int, n: int) -> Tensor:
+    """Return permutations ``[steps, kinds, n]``."""
+    mixed = []
+    for step in steps:
+        for kind in kinds:
+            word = _mix(kind << 24 | rank)
+            for number in (seed, step):
+                for half in (number & _LOW_32, (number >> 32) & _LOW_32):
+                    word = _mix(word ^ half)
+            mixed.append(word)
+    words = torch.tensor(mixed).view(len(steps), len(kinds), 1)
     # The hash is one-to-one in the index, so there are no ties: one order on every machine.
-    return torch.argsort(_mix(_mix(torch.arange(n) ^ words) ^ words), dim=1)
+    return torch.argsort(_mix(_mix(torch.arange(n) ^ words) ^ words), dim=2)
+
+
+# Few numbers take as long as one, and a loop goes on to the next step. Callers leave them as they
+# are; a compiler would not, so its graphs get their own.
+_AHEAD, _FEW = 16, 512
+
+
+@lru_cache(maxsize=16)
+def _made_ahead(seed: int, steps: range, kinds: tuple[int, ...], rank: int, n: int) -> Tensor:
+    with torch.inference_mode(False):
+        return _permutations(seed, steps, kinds, rank, n)
 
 
 @overload
@@ -131,6 +153,8 @@ class Route(NamedTuple):
 
     def to(self, device: torch.device) -> "Route":
         """Return the route with its orders on a device."""
+        if self.send_order.device == device == self.place_order.device:
+            return self
         return self._replace(
             send_order=self.send_order.to(device), place_order=self.place_order.to(device)
         )
