@@ -2,10 +2,10 @@
 
 aten's batch norms know channels, not blocks. Two ways turn blocks into channels without a copy:
 
-- *planes*, for contiguous input: each sample's channel, L values in a row, is a channel of its own,
-  in ``[1, N * C, L]``. aten reads planes in the order of memory, which takes half the time of its
-  own batch norm's strides. What is summed per sample, ``1 / L`` of the data, is then pooled to
-  blocks.
+- *planes*, for contiguous input: each sample's channel, L values in a row. Rows ``[blocks, C]``
+  broadcast with ``[blocks, n, C, L]``; aten's batch norm takes each plane for a channel, in
+  ``[1, N * C, L]``, and reads it in the order of memory, in half the time of its own strides. What
+  is summed per plane, ``1 / L`` of the data, is then pooled to blocks.
 - *lines* ``[N * L, C]``, for channels-last input: the sums take one call per block, the affine
   kernels a broadcast.
 
