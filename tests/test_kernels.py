@@ -5,6 +5,9 @@ not write can't be right by luck.
 """
 
 import itertools
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -142,14 +145,17 @@ def test_moments_of_the_reference_keep_their_digits(shape: tuple[int, ...], bloc
         assert (std[k] / exact[0] - 1).abs().max() < 1e-6
 
 
-@pytest.mark.parametrize(("sizes", "seen"), [((8,), 1600), ((5, 3), 200), ((1,) * 8, 200)], ids=str)
+@pytest.mark.parametrize(
+    ("sizes", "seen"), [((40,), 3200), ((8,), 1600), ((5, 3), 200), ((1,) * 8, 200)], ids=str
+)
 @pytest.mark.parametrize("few", [True, False])
 def test_a_bad_guess_of_the_mean_costs_four_bits(
     sizes: tuple[int, ...], seen: int, few: bool
 ) -> None:
     """Catches a guess from too few values, where these are far from all others."""
-    x = torch.randn(8, 3, 3200)
-    x[:: max(sizes), 1, : seen // 16 if few else seen] += 1e4  # where a guess looks
+    x = torch.randn(sum(sizes), 3, 3200)
+    looks = slice(None, None, min(16, max(sizes)))  # the samples in which a guess looks
+    x[looks, 1, : seen // 16 if few else seen] += 1e4
     x[:, 2] = 100.1
     mean, std = cpu.block_moments(x, sizes)
     limit = 1e-6 if few else 8e-6
@@ -157,6 +163,30 @@ def test_a_bad_guess_of_the_mean_costs_four_bits(
         deviation, center = torch.std_mean(block, dim=(0, 2), correction=0)
         assert ((mean[k] - center).abs() <= 1e-6 * deviation + 1e-7 * center.abs()).all()
         assert ((std[k] - deviation).abs() <= limit * deviation).all()
+
+
+def test_sums_of_large_values_stay_finite() -> None:
+    """Catches sums over a whole block, which is infinite where a plane's is not."""
+    mean, std = cpu.block_moments(torch.full((256, 2, 64, 64), 1e34), (256,))
+    assert torch.equal(mean, torch.full((1, 2), 1e34))
+    assert not std.any()
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_infinite_variances_do_not_need_fused_arithmetic(capability: str) -> None:
+    """Catches inf - inf, which is NaN, where a processor does not multiply and add in one step."""
+    program = (
+        "import torch; from shuffle_batchnorm.kernels import cpu;"
+        "x = torch.randn(8, 4, 16, 16); x[0, 0, 0, 0] = torch.inf;"
+        "std = [cpu.block_moments(x[:, 1:] * v, (8,))[1] for v in (1.0, 1e25, 1e30)];"
+        "print([(s.isinf().all().item(), s.isnan().any().item()) for s in std],"
+        "cpu.block_moments(x, (8,))[1][0, 0].isnan().item())"
+    )
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[(False, False), (True, False), (True, False)] True"
 
 
 def test_kernels_are_chosen_by_device_and_dtype() -> None:

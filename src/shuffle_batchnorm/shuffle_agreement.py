@@ -105,11 +105,6 @@ def keep_state(world: World, key: Key) -> None:
     _owners[world.name] = None if world.group is None else weakref.ref(world.group)
 
 
-def keep_step(world: World, step: int) -> None:
-    """Set the step of a group's next shuffle, where the seed stays."""
-    _states[world.name][1] = step
-
-
 def new_seed() -> int:
     """Return a seed from the operating system: no random state of the user's is touched."""
     return secrets.randbits(62)

@@ -13,7 +13,6 @@ aten takes half precision only with rows rounded to it, so that is copied to flo
 """
 
 import itertools
-import math
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -25,7 +24,7 @@ from .rows import accumulation_dtype, are_equal, block_sum, counts, per_sample
 Sizes = tuple[int, ...]
 
 _LONG = 2**14  # values of a plane
-_LINES = 2**12  # aten adds lines one after the other, in the dtype of the values
+_LINES = 2**11  # of a thread: aten adds them one after the other, in the dtype of the values
 _PART = 2**19  # values per thread that are gone through twice while they are in a cache
 _SMALL = 2**22  # values that two passes over cached parts map faster than one pass over all
 
@@ -38,10 +37,10 @@ def block_moments(x: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor]:
         return torch.stack([mean for mean, _ in blocks]), torch.stack([std for _, std in blocks])
     center = _guess(x, sizes)
     offset, square = _moments_about(center, x, sizes)
-    # At most 4 bits cancel: the guess is at most sqrt(15) deviations off. A square that fits no
-    # more must not meet another.
-    limit = math.sqrt(torch.finfo(x.dtype).max)
-    variance = torch.addcmul(square, offset, offset.clamp(-limit, limit), value=-1)
+    # square - offset**2, of which at most 4 bits cancel: the guess is at most sqrt(15) deviations
+    # off. Where the square is infinite, that of the offset may be as well.
+    root = square.sqrt_()
+    variance = (root - offset).mul_(root + offset)
     return center.add_(offset), variance.clamp_(min=0).sqrt_()
 
 
@@ -144,7 +143,8 @@ def _guess(x: Tensor, sizes: Sizes) -> Tensor:
     values = _planes(x, sizes)
     samples, length = values.shape[1], values.shape[3]
     step = min(samples, 16)
-    few = values[:, ::step, :, : -(-length * step // 16)].mean(dim=(1, 3))
+    # First per plane: the sum of all of them is the first to be infinite.
+    few = values[:, ::step, :, : -(-length * step // 16)].mean(dim=3).mean(dim=1)
     if not are_equal(sizes):
         few = block_sum(few, sizes) / _divisor(sizes, 1, few)
     return few.nan_to_num_(0.0, 0.0, 0.0)
@@ -216,7 +216,7 @@ def _line_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     if x.numel() == 0:
         zeros = x.new_zeros(x.shape[1])
         return zeros, zeros
-    parts = x.split(_LINES)
+    parts = x.split(_lines_of_a_part())
     moments = [torch.batch_norm_update_stats(part, None, None, 0.0) for part in parts]
     if len(parts) == 1:
         return moments[0][0], moments[0][1].sqrt_()
@@ -225,6 +225,10 @@ def _line_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     mean = (share * means).sum(dim=0)
     variance = (share * (means - mean).square_().add_(variances)).sum(dim=0)
     return mean.to(x.dtype), variance.sqrt_().to(x.dtype)
+
+
+def _lines_of_a_part() -> int:
+    return _LINES * torch.get_num_threads()
 
 
 def _broadcast(x: Tensor, sizes: Sizes, *rows: Tensor) -> tuple[Tensor, ...]:
@@ -243,7 +247,8 @@ def _line_grad_sums(
     x: Tensor, dy: Tensor, center: Tensor, inverse_std: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return `_grad_sums` of one block in lines."""
-    parts = zip(x.split(_LINES), dy.split(_LINES), strict=True)
+    lines = _lines_of_a_part()
+    parts = zip(x.split(lines), dy.split(lines), strict=True)
     sums = [_grad_sums(*part, center, inverse_std) for part in parts]
     if len(sums) == 1:
         return sums[0]
