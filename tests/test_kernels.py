@@ -145,13 +145,26 @@ def test_moments_of_the_reference_keep_their_digits(shape: tuple[int, ...], bloc
         assert (std[k] / exact[0] - 1).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("sizes", [(8,), (5, 3), (1,) * 8], ids=str)
+def test_a_bad_guess_of_the_mean_costs_no_digits(sizes: tuple[int, ...]) -> None:
+    """Catches cancellation where outliers are spread over each plane."""
+    x = torch.randn(8, 3, 3200)
+    x[:, 1, ::200] += 1e4
+    x[:, 2] = 100.1
+    mean, std = cpu.block_moments(x, sizes)
+    for k, block in enumerate(x.double().split(sizes)):
+        exact = torch.std_mean(block, dim=(0, 2), correction=0)
+        torch.testing.assert_close(mean[k], exact[1].float(), rtol=3e-7, atol=3e-7)
+        torch.testing.assert_close(std[k], exact[0].float(), rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("sizes", "few", "seen"),
     [((400,), 3200, 3200), ((8,), 100, 1600), ((5, 3), 12, 200), ((1,) * 8, 12, 200)],
     ids=str,
 )
 @pytest.mark.parametrize("all_seen", [True, False])
-def test_a_bad_guess_of_the_mean_costs_four_bits(
+def test_the_worst_guess_of_the_mean_costs_four_bits(
     sizes: tuple[int, ...], few: int, seen: int, all_seen: bool
 ) -> None:
     """Catches a guess from too few values, where these are far from all others."""

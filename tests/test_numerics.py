@@ -92,7 +92,7 @@ def test_errors_of_transposed_lines_are_those_of_batch_norm(mean: float) -> None
     theirs = _errors([nn.BatchNorm1d(3).double()], x, dy)
     ours = _errors([ShuffleBatchNorm(3, mode="local").double()], x, dy)
     for name, error in ours.items():
-        assert error <= 6 * theirs[name] + 1e-6, f"{name}: {error:.1e}, theirs {theirs[name]:.1e}"
+        assert error <= 4 * theirs[name] + 1e-6, f"{name}: {error:.1e}, theirs {theirs[name]:.1e}"
 
 
 def test_estimators_run_the_layer_on_tensors_without_numbers() -> None:

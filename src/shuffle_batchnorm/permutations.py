@@ -36,27 +36,25 @@ class Key(NamedTuple):
 
 def permutation(key: Key, kind: int, rank: int, n: int) -> Tensor:
     """Return a permutation ``[n]`` that only depends on the key, its kind and a rank."""
-    step = int(key.step)
-    return _permutations(int(key.seed), range(step, step + 1), (kind,), rank, n)[0, 0]
+    return _of_one_step(int(key.seed), int(key.step), (kind,), rank, n)[0]
 
 
 def permutations(
     key: Key, kinds: Sequence[int], rank: int, n: int, device: "torch.device | str" = "cpu"
 ) -> tuple[Tensor, ...]:
     """Return a permutation ``[n]`` of each kind, in one go."""
+    orders: Tensor
     if isinstance(key.seed, Tensor) or isinstance(key.step, Tensor):
         device = torch.device(device)
-        orders: Tensor = _permutations_op(key.seed, key.step, list(kinds), rank, n, device)
-        return orders.unbind()
-    # A first step may be the only one of its seed, as with a generator.
-    if key.step and n <= _FEW:
+        orders = _permutations_op(key.seed, key.step, list(kinds), rank, n, device)
+    elif key.step and n <= _FEW:  # a first step may be the only one of its seed: a generator's
         block, k = divmod(key.step, _AHEAD)
         steps = range(block * _AHEAD, (block + 1) * _AHEAD)
         made = _made_ahead(key.seed, steps, tuple(kinds), rank, n)[k]
         orders = torch.tensor(made, dtype=torch.int64, device=device)
     else:
-        orders = _permutations(key.seed, range(key.step, key.step + 1), kinds, rank, n)[0]
-    return orders.to(device).unbind()
+        orders = _of_one_step(key.seed, key.step, kinds, rank, n).to(device)
+    return orders.unbind()
 
 
 # Opaque to the compiler, which otherwise writes out every use of every intermediate number: the
@@ -69,7 +67,7 @@ def _permutations_op(
     # because a checkpoint can be around what has been compiled.
     if is_recomputation():
         raise RuntimeError(REPEATED)
-    return _permutations(int(seed), range(int(step), int(step) + 1), kinds, rank, n)[0].to(device)
+    return _of_one_step(int(seed), int(step), kinds, rank, n).to(device)
 
 
 @_permutations_op.register_fake
@@ -97,6 +95,10 @@ def _permutations(seed: int, steps: range, kinds: Sequence[int], rank: int, n: i
     words = torch.tensor(mixed, device="cpu").view(len(steps), len(kinds), 1)
     # The hash is one-to-one in the index, so there are no ties: one order on every machine.
     return torch.argsort(_mix(_mix(torch.arange(n, device="cpu") ^ words) ^ words), dim=2)
+
+
+def _of_one_step(seed: int, step: int, kinds: Sequence[int], rank: int, n: int) -> Tensor:
+    return _permutations(seed, range(step, step + 1), kinds, rank, n)[0]
 
 
 # Sixteen steps take two to three times as long as one, and a loop goes on to the next.
