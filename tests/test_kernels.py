@@ -28,6 +28,7 @@ from kernel_cases import (
 )
 from shuffle_batchnorm.kernels import Kernels, cpu, reference, select
 from shuffle_batchnorm.kernels import rows as kernel_rows
+from shuffle_batchnorm.kernels.rows import Pools
 from shuffle_batchnorm.mixing import block_sizes
 
 CPU: Kernels = cpu
@@ -182,11 +183,77 @@ def test_the_worst_guess_of_the_mean_costs_four_bits(
         assert ((std[k] - deviation).abs() <= limit * deviation).all()
 
 
+# Blocks per pool in an order of their own, as `regroup` deals them; and all in one, as in `sync`.
+DEALT = Pools(2, (0, 3, 2, 5, 4, 1), (0, 1, 0, 0, 1, 1))
+ONE_POOL = Pools(1, tuple(range(6)), (0,) * 6)
+
+
+@pytest.mark.parametrize("kernels", [CPU, REFERENCE], ids=["cpu", "reference"])
+@pytest.mark.parametrize(
+    ("shape", "sizes", "pools"),
+    [
+        ((12, 5, 4, 6), (2,) * 6, DEALT),
+        ((6, 5, 49), (1,) * 6, DEALT),
+        ((10, 5, 7), (2, 2, 1) * 2, DEALT),
+        ((4, 5, 7), (1, 1, 0) * 2, DEALT),
+        ((204, 3, 20), (34,) * 6, DEALT),  # more than the sixteen of which a guess sees one
+        ((6, 5), (1,) * 6, DEALT),
+        ((10, 5), (2, 2, 1) * 2, DEALT),
+        ((12, 5, 4), (2,) * 6, ONE_POOL),
+        ((12, 5), (2,) * 6, ONE_POOL),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("lines", [False, True])
+@pytest.mark.usefixtures("_cut")
+def test_pools_are_groups_of_their_blocks(
+    kernels: Kernels, shape: tuple[int, ...], sizes: tuple[int, ...], pools: Pools, lines: bool
+) -> None:
+    """Catches a block in another's pool, one counted twice, and pools that share a mean."""
+    x = randn(*shape) + 100 * torch.arange(shape[0]).view(-1, *[1] * (len(shape) - 1))
+    x = x.movedim(1, -1).contiguous().movedim(-1, 1) if lines else x
+    blocks, per_pool = x.split(sizes), len(sizes) // pools.number
+    mean, std = kernels.block_moments(x, sizes, pools)
+    for k in range(pools.number):
+        members = pools.dealt[k * per_pool : (k + 1) * per_pool]
+        assert all(pools.owners[block] == k for block in members)
+        samples = torch.cat([blocks[block] for block in members]).movedim(1, 0).flatten(1)
+        deviation, center = torch.std_mean(samples, dim=1, correction=0)
+        torch.testing.assert_close(mean[k], center, rtol=1e-13, atol=1e-13)
+        torch.testing.assert_close(std[k], deviation, rtol=1e-12, atol=1e-13)
+
+
+def test_the_guess_of_a_pool_sees_a_sixteenth() -> None:
+    """Catches a guess from a pool's first sample, where that is far from all others."""
+    x = torch.randn(3200, 3, 8)
+    x[::800] += 1e4
+    mean, std = cpu.block_moments(x, (800,) * 4, Pools(2, (0, 3, 1, 2), (0, 1, 1, 0)))
+    blocks = x.double().split(800)
+    for k, pool in enumerate((blocks[::3], blocks[1:3])):
+        deviation, center = torch.std_mean(torch.cat(pool), dim=(0, 2), correction=0)
+        assert ((mean[k] - center).abs() <= 1e-6 * deviation).all()
+        assert ((std[k] - deviation).abs() <= 1e-6 * deviation).all()
+
+
+@pytest.mark.parametrize("shape", [(6, 3), (6, 3, 4)], ids=str)
+def test_pools_whose_blocks_are_far_apart_stay_finite(shape: tuple[int, ...]) -> None:
+    """Catches squares of ±1e30 in float32, and infinities that spread to another pool."""
+    x = torch.ones(shape) * torch.tensor([1, 1, 2, -1, 3, 4.0]).view(-1, *[1] * (len(shape) - 1))
+    mean, std = cpu.block_moments(
+        1e30 * x, (1,) * 6, Pools(3, (0, 3, 1, 2, 4, 5), (0, 1, 1, 0, 2, 2))
+    )
+    torch.testing.assert_close(mean, torch.tensor([[0.0], [1.5], [3.5]]).expand(3, 3) * 1e30)
+    torch.testing.assert_close(std, torch.tensor([[1.0], [0.5], [0.5]]).expand(3, 3) * 1e30)
+
+
 def test_sums_of_large_values_stay_finite() -> None:
     """Catches sums over a whole block, which is infinite where a plane's is not."""
     mean, std = cpu.block_moments(torch.full((256, 2, 64, 64), 1e34), (256,))
     assert torch.equal(mean, torch.full((1, 2), 1e34))
     assert not std.any()
+    x = randn(256, 2, 8, 8)
+    std = cpu.block_moments((x * 1e17).float(), (256,))[1]  # the sum of all squares is 1e39
+    torch.testing.assert_close(std[0].double(), 1e17 * x.std(dim=(0, 2, 3), correction=0))
 
 
 @pytest.mark.parametrize("capability", ["default", "avx2"])

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from shuffle_batchnorm import ShuffleBatchNorm, shuffle_batch_norm
 from shuffle_batchnorm.kernels import reference, select
-from shuffle_batchnorm.statistics import pool
+from shuffle_batchnorm.kernels.rows import pool
 from truth import gradient
 
 FLOAT, HALF = torch.float32, torch.bfloat16
@@ -118,17 +118,22 @@ def test_tensors_without_memory_or_values_pass() -> None:
             assert torch.equal(ours, theirs)
 
 
+LAYOUTS = {"local": torch.contiguous_format, "sync": torch.channels_last}
+
+
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("sample", [0, 1])  # the CPU kernels look at the first one before
+@pytest.mark.parametrize("mode", ["local", "sync"])
 def test_infinity_makes_the_mean_that_batch_norm_has(
-    bad: float, compiled: bool, sample: int
+    bad: float, compiled: bool, sample: int, mode: str
 ) -> None:
     """Catches a correction of an infinite mean, which is not a number."""
     torch._dynamo.reset()
     warnings.simplefilter("ignore", DeprecationWarning)  # dynamo's, of its own autograd.Function
-    layer, plain = ShuffleBatchNorm(3, mode="local"), nn.BatchNorm2d(3)
-    x = torch.randn(4, 3, 5, 5)
+    groups = 1 if mode == "local" else 2
+    layer, plain = ShuffleBatchNorm(3, mode=mode, groups=groups), nn.BatchNorm2d(3)
+    x = torch.randn(4, 3, 5, 5).contiguous(memory_format=LAYOUTS[mode])
     x[sample, 0, 2, 2] = bad
     plain(x)
     (torch.compile(layer, fullgraph=True, backend="aot_eager") if compiled else layer)(x)

@@ -38,7 +38,7 @@ def _rows(channels: int, options: Options) -> list[Tensor]:
     shape = (plan.groups, plan.per_group, 2 * channels + 1)
     blocks = torch.rand(shape, generator=generator)
     blocks[..., 0] = torch.randint(2, 9, shape[:2], generator=generator)
-    return [mix(blocks, plan, world).used, mix_gradients(blocks[..., 1:], plan, world)]
+    return [mix(blocks, plan, world)[0], mix_gradients(blocks[..., 1:], plan, world)]
 
 
 def _both_ways(channels: int, groups: int, offset: int) -> None:

@@ -1,15 +1,17 @@
 """The normalisation of one rank's batch with given statistics, and its exact gradient."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import kernels
+from .kernels.rows import take
 from .mixing import Plan
 from .process_groups import CALL, World
-from .statistics import known_count, mix_gradients, unpack
+from .statistics import sums_of_sources
 
 
 class Normalise(torch.autograd.Function):
@@ -26,30 +28,42 @@ class Normalise(torch.autograd.Function):
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        used: Tensor,
-        source: Tensor | None,
+        values: Tensor | int,
+        mean: Tensor,
+        std: Tensor,
+        used: tuple[int, ...] | None,
+        source: tuple[int, ...] | None,
         eps: float,
         sizes: tuple[int, ...],
         plan: Plan,
         world: World,
     ) -> Tensor:
-        """Return y. `used` and `source` are rows as in `Statistics`; None for `source` = `used`."""
-        count, mean, rho = _normaliser(used, eps)
-        sources = (count, mean, rho) if source is None else _normaliser(source, eps)
+        """Return y. `values` to `source` are `Statistics`."""
+        # hypot: the square of a deviation that fits the dtype may not.
+        rho = torch.hypot(std, std.new_full((), math.sqrt(eps))).reciprocal_()
         scale = rho if weight is None else rho * weight.to(rho.dtype)
-        ctx.save_for_backward(x, weight, mean, rho, scale, *sources)
+        sources: Sequence[Tensor] = (mean, rho)
+        known: Tensor | int | None = values
+        count: Tensor | None = None
+        if isinstance(values, Tensor):  # of peers: a row for each block
+            known, count = None, take(values, source)
+            sources, source = _of_blocks(source, *sources), None
+        mean, rho, scale = _of_blocks(used, mean, rho, scale)
+        ctx.save_for_backward(x, weight, mean, rho, scale, *sources, count)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.call = (sizes, plan, world)
-        shift = torch.zeros_like(mean) if bias is None else bias.to(mean.dtype).expand_as(mean)
-        return kernels.select(x).block_affine(x, sizes, mean, scale, shift)
+        ctx.call = (known, source, sizes, plan, world)
+        shift = mean.new_zeros(()) if bias is None else bias.to(mean.dtype)
+        return kernels.select(x).block_affine(x, sizes, mean, scale, shift.expand_as(mean))
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of x, weight and bias."""
-        x, weight, *rows = ctx.saved_tensors
+        x, weight, *rows, count = ctx.saved_tensors
         with torch.no_grad():
             needs_dx = ctx.needs_input_grad[0]
-            first = _gradients(needs_dx, dy, x, weight, rows, *ctx.call)
+            known, source, sizes, plan, world = ctx.call
+            count = known if count is None else count
+            first = _gradients(needs_dx, dy, x, weight, rows, count, source, sizes, plan, world)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # create_graph: the first derivatives are right; a second one must not be wrong.
             first = _FirstDerivative.apply(*first, dy, x, weight)  # type: ignore[no-untyped-call]
@@ -58,7 +72,7 @@ class Normalise(torch.autograd.Function):
             dx,
             None if weight is None else dweight.to(weight.dtype),
             None if ctx.bias_dtype is None else dbias.to(ctx.bias_dtype),
-            *[None] * 6,
+            *[None] * 9,
         )
 
 
@@ -68,38 +82,38 @@ def _gradients(
     x: Tensor,
     weight: Tensor | None,
     rows: list[Tensor],
+    count: Tensor | int,
+    source: tuple[int, ...] | None,
     sizes: tuple[int, ...],
     plan: Plan,
     world: World,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """Return the gradients of input, weight and bias.
 
-    `rows` are mean, rho and ``rho * w`` of each block's normaliser, then count, mean and rho of the
-    one that the block is pooled in. Always exchanges, even where no gradient of the input is
-    needed: a peer may need one.
+    `rows` are mean, rho and ``rho * w`` of each block's normaliser, then mean and rho of the S
+    sources, as is `count`; `source` says in which a block is pooled. Always exchanges, even where
+    no gradient of the input is needed: a peer may need one.
     """
     kernel = kernels.select(x)
-    mean, rho, scale, count, source_mean, source_rho = rows
+    mean, rho, scale, source_mean, source_rho = rows
     total, dot = kernel.block_grad_sums(dy, x, sizes, mean, rho)
     sums = torch.stack([total, dot], dim=1)
     weighted = sums if weight is None else sums * weight.to(sums.dtype)
-    weighted = weighted.view(plan.groups, plan.per_group, -1)
-    mixed = mix_gradients(weighted, plan, world).reshape(sums.shape)
+    mixed = sums_of_sources(weighted.flatten(1), plan, world).view(-1, *sums.shape[1:])
     dweight, dbias = dot.sum(dim=0), total.sum(dim=0)
     if not needs_dx:
         return None, dweight, dbias
-    known = known_count(plan, world, x.shape)  # 0: no values to multiply by infinity
-    step = source_rho / (-count.clamp(min=1) if known is None else -known)
+    # 0, where it is known: no values to multiply by infinity.
+    step = source_rho / (-count.clamp(min=1) if isinstance(count, Tensor) else -count)
     c, b = (step[:, None] * mixed).unbind(dim=1)
-    dx = kernel.block_grad_affine(dy, x, sizes, scale, b * source_rho, source_mean, c)
+    b, center, c = _of_blocks(source, b * source_rho, source_mean, c)
+    dx = kernel.block_grad_affine(dy, x, sizes, scale, b, center, c)
     return dx, dweight, dbias
 
 
-def _normaliser(rows: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return count, mean and ``1 / sqrt(std**2 + eps)`` of rows ``[groups, B, 2C + 1]``."""
-    count, mean, std = unpack(rows)
-    # hypot: the square of a deviation that fits the dtype may not.
-    return count, mean, torch.hypot(std, std.new_full((), math.sqrt(eps))).reciprocal_()
+def _of_blocks(order: tuple[int, ...] | None, *rows: Tensor) -> Sequence[Tensor]:
+    """Give each block its rows."""
+    return rows if order is None else take(torch.stack(rows), order).unbind()
 
 
 class _FirstDerivative(torch.autograd.Function):

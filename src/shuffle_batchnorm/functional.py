@@ -7,22 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import kernels, notices, process_groups
+from . import notices, process_groups
 from .agreement import Agreed, agree, check_input, wire_of
 from .autograd import Normalise
-from .kernels.rows import are_equal, counts, is_known
+from .kernels.rows import are_equal, counts, is_known, take
 from .mixing import Options, Plan, check_options, make_plan
 from .process_groups import CALL, ProcessGroupLike, World
 from .recomputation import is_recomputation
-from .statistics import (
-    Statistics,
-    check_counts,
-    known_count,
-    mix,
-    pack,
-    rejection,
-    unpack,
-)
+from .statistics import Statistics, check_counts, mix, rejection, statistics_of
 
 
 def shuffle_batch_norm(
@@ -151,17 +143,13 @@ def normalise(
     sizes = plan.sizes(input.shape[0])
     length = input.shape[2:].numel()
     with torch.no_grad():
-        mean, std = kernels.select(input).block_moments(input, sizes)
-        statistics = mix(pack(sizes, length, mean, std, plan), plan, world)
+        statistics = statistics_of(input, sizes, plan, world)
         check_counts(statistics, sizes, plan, world, input.shape)
         if running_mean is not None and running_var is not None and not is_recomputation():
             seen = sizes if length > 0 else (0,) * len(sizes)
-            known = known_count(plan, world, input.shape)
-            _update_running(running_mean, running_var, statistics, seen, known, plan, momentum)
-    used, source = statistics.used, statistics.source
-    # The compiler refuses the same tensor twice.
+            _update_running(running_mean, running_var, statistics, seen, plan, momentum)
     output = Normalise.apply(  # type: ignore[no-untyped-call]
-        input, weight, bias, used, None if source is used else source, eps, sizes, plan, world
+        input, weight, bias, *statistics, eps, sizes, plan, world
     )
     return Normalised(output, statistics, sizes)
 
@@ -215,7 +203,6 @@ def _update_running(
     running_var: Tensor,
     statistics: Statistics,
     sizes: tuple[int, ...],
-    known: int | None,
     plan: Plan,
     momentum: float | Tensor,
 ) -> None:
@@ -223,14 +210,22 @@ def _update_running(
 
     In `regroup` the mean over all ranks of these averages is the average over all new groups.
     """
-    count, mean, std = unpack(statistics.used)
-    filled = None if are_equal(sizes) else counts(sizes, 1, count) > 0
-    if filled is None and sizes[0] == 0:
-        if plan.mode != "sync":
-            return
-        # An empty rank learns what the others have seen; if all are empty, nothing.
-        momentum = momentum * (count[0, 0] > 0)
-    rise = count / (count - 1).clamp(min=1) if known is None else known / (known - 1)
+    values, mean, std, used, _ = statistics
+    filled = None
+    if isinstance(values, Tensor):
+        count, mean, std = (take(rows, used) for rows in (values, mean, std))
+        rise: Tensor | float = count / (count - 1).clamp(min=1)
+        if not are_equal(sizes):
+            filled = counts(sizes, 1, count) > 0
+        elif sizes[0] == 0:
+            if plan.mode != "sync":
+                return
+            # An empty rank learns what the others have seen; if all are empty, nothing.
+            momentum = momentum * (count[0, 0] > 0)
+    elif values == 0:
+        return
+    else:  # each normaliser has as many blocks here, so their average is that over the blocks
+        rise = values / (values - 1)
     unbiased = std.square() * rise
     for running, batch in ((running_mean, mean), (running_var, unbiased)):
         if filled is None:

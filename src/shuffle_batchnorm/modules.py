@@ -142,7 +142,7 @@ class ShuffleBatchNorm(_BatchNorm):
         if tracked and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
         if self._sinks:
-            mean, std = per_sample_statistics(result.statistics.used, result.sizes)
+            mean, std = per_sample_statistics(result.statistics, result.sizes)
             self._record(input, mean, std.square())
         return result.output
 

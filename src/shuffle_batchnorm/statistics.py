@@ -7,13 +7,14 @@ and are pooled in float64 where the device has it.
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple, NoReturn
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import exchange, kernels, notices
-from .kernels.rows import are_equal, constant, counts, per_sample
+from .kernels.rows import Pools, are_equal, constant, counts, per_sample, pool, pool_sum, take
 from .mixing import Plan, block_sizes
 from .process_groups import CALL, World
 
@@ -21,22 +22,87 @@ from .process_groups import CALL, World
 _REJECTED = -math.inf
 
 
+Order = tuple[int, ...]
+
+
 class Statistics(NamedTuple):
-    """Rows ``[groups, B, 2 * C + 1]`` of one rank, for one call of the layer.
+    """The R normalisers that a rank has to do with in one call of the layer.
 
     Attributes:
-        used: of the normaliser of each block.
-        source: of the normaliser in which each block is pooled; differs from `used` in `swap`.
+        values: per channel, ``[R, 1]``; a number, if all have as many and no peer has to be asked.
+        mean: ``[R, C]``.
+        std: ``[R, C]``.
+        used: the normaliser of each block; None if it is the one of the same number.
+        source: the one in which each block is pooled, likewise; differs from `used` in `swap`.
     """
 
-    used: Tensor
-    source: Tensor
+    values: Tensor | int
+    mean: Tensor
+    std: Tensor
+    used: Order | None = None
+    source: Order | None = None
 
 
-def pack(sizes: tuple[int, ...], length: int, mean: Tensor, std: Tensor, plan: Plan) -> Tensor:
-    """Return rows ``[groups, B, 2 * C + 1]`` from the moments ``[groups * B, C]`` of the blocks."""
-    count = counts(sizes, length, mean)
-    return torch.cat([count, mean, std], dim=1).view(plan.groups, plan.per_group, -1)
+class _Way(NamedTuple):
+    """What becomes of the blocks in one process: see `Statistics`.
+
+    Attributes:
+        pools: of blocks, each a normaliser; None: each block is one.
+        used: as in `Statistics`.
+        source: as in `Statistics`.
+        users: in `swap`, the block that uses each normaliser.
+    """
+
+    pools: Pools | None = None
+    used: Order | None = None
+    source: Order | None = None
+    users: Order | None = None
+
+
+def _find_way(plan: Plan) -> _Way:
+    if plan.mode == "swap" and any(plan.shifts):
+        used = plan.normalisers()
+        return _Way(used=used, users=tuple(map(used.index, range(len(used)))))
+    if plan.groups > 1 and (plan.mode == "sync" or plan.per_group > 1):
+        owners = plan.normalisers()
+        dealt = tuple(sorted(range(len(owners)), key=owners.__getitem__))
+        return _Way(Pools(len(set(owners)), dealt, owners), owners, owners)
+    return _Way()
+
+
+_cached_way = lru_cache(maxsize=1024)(_find_way)
+
+
+def _way(plan: Plan, world: World) -> _Way | None:
+    """Return the way in one process; None if peers have to be asked."""
+    if world.size > 1 and plan.mode != "local":
+        return None
+    # The compiler traces the arithmetic once and warns of caches.
+    return _find_way(plan) if torch.compiler.is_compiling() else _cached_way(plan)
+
+
+def statistics_of(x: Tensor, sizes: tuple[int, ...], plan: Plan, world: World) -> Statistics:
+    """Return the statistics behind a call with this rank's input ``[N, C, *]``.
+
+    Communication: that of `mix`.
+    """
+    kernel = kernels.select(x)
+    way = _way(plan, world)
+    if way is not None:
+        mean, std = kernel.block_moments(x, sizes, way.pools)
+        # A new group has as many as any.
+        samples = x.shape[0] // (1 if plan.mode == "sync" else plan.groups)
+        return Statistics(x.shape[2:].numel() * samples, mean, std, way.used, way.source)
+    mean, std = kernel.block_moments(x, sizes)
+    rows = torch.cat([counts(sizes, x.shape[2:].numel(), mean), mean, std], dim=1)
+    used_rows, source_rows = mix(rows.view(plan.groups, plan.per_group, -1), plan, world)
+    if source_rows is used_rows:
+        return Statistics(*_unpack(used_rows))
+    both = torch.cat([used_rows, source_rows])
+    blocks = range(2 * len(sizes))
+    return Statistics(
+        *_unpack(both), used=tuple(blocks[: len(sizes)]), source=tuple(blocks[len(sizes) :])
+    )
 
 
 def rejection(plan: Plan, channels: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -46,7 +112,7 @@ def rejection(plan: Plan, channels: int, dtype: torch.dtype, device: torch.devic
     return rows
 
 
-def unpack(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _unpack(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return count ``[R, 1]``, mean and std ``[R, C]`` of rows ``[..., 2 * C + 1]``."""
     rows = rows.reshape(-1, rows.shape[-1])
     channels = rows.shape[1] // 2
@@ -54,17 +120,19 @@ def unpack(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return count, mean, std
 
 
-def mix(blocks: Tensor, plan: Plan, world: World) -> Statistics:
-    """Return who normalises whom: the rows of each block's normalisers.
+def mix(blocks: Tensor, plan: Plan, world: World) -> tuple[Tensor, Tensor]:
+    """Return the rows of each block's normaliser, and of the one in which the block is pooled.
+
+    All are ``[groups, B, 2 * C + 1]``.
 
     Communication: `local` none; `swap` one rotation; `regroup` one rotation to the new groups and
     one back, or one small message with all rows to all ranks; `sync` one all_gather.
     """
     if plan.mode == "swap" and any(plan.shifts):
-        return Statistics(exchange.rotate(blocks, plan, world), blocks)
+        return exchange.rotate(blocks, plan, world), blocks
     if plan.mode == "regroup" and plan.per_group > 1:
         used = _regroup(blocks, plan, world, pool)
-        return Statistics(used, used)
+        return used, used
     if plan.mode == "sync":
         row = blocks.view(1, -1, blocks.shape[-1])
         if row.shape[1] > 1:  # a single group is pooled as it is
@@ -72,8 +140,8 @@ def mix(blocks: Tensor, plan: Plan, world: World) -> Statistics:
         if world.size > 1:
             row = pool(exchange.gather(row.view(-1), world)[None])
         used = row.expand_as(blocks)
-        return Statistics(used, used)
-    return Statistics(blocks, blocks)
+        return used, used
+    return blocks, blocks
 
 
 def mix_gradients(sums: Tensor, plan: Plan, world: World) -> Tensor:
@@ -102,6 +170,20 @@ def mix_gradients(sums: Tensor, plan: Plan, world: World) -> Tensor:
     return sums
 
 
+def sums_of_sources(sums: Tensor, plan: Plan, world: World) -> Tensor:
+    """Return for each source the sums over all its users: ``[blocks, 2 * C]`` to ``[S, 2 * C]``.
+
+    S are the R rows of `Statistics` in one process, else this rank's blocks.
+
+    Communication: that of `mix_gradients`.
+    """
+    way = _way(plan, world)
+    if way is not None:
+        return take(pool_sum(sums, way.pools), way.users)
+    blocks = sums.view(plan.groups, plan.per_group, -1)
+    return mix_gradients(blocks, plan, world).reshape(sums.shape)
+
+
 def _regroup(rows: Tensor, plan: Plan, world: World, combine: Callable[[Tensor], Tensor]) -> Tensor:
     """Return for each block the rows of its new group, combined: ``[groups, B, K]`` to the same.
 
@@ -116,31 +198,9 @@ def _regroup(rows: Tensor, plan: Plan, world: World, combine: Callable[[Tensor],
     return combine(dealt).flatten(0, 1).index_select(0, mine).view(rows.shape)
 
 
-def pool(rows: Tensor) -> Tensor:
-    """Pool rows by Chan's formula: ``[R, S, 2 * C + 1]`` to ``[R, 1, 2 * C + 1]``.
-
-    ``n = sum n_s``, ``mean = sum n_s mean_s / n``,
-    ``std**2 = sum n_s (std_s**2 + (mean_s - mean)**2) / n``. A rejected row rejects the pool.
-    """
-    channels = rows.shape[-1] // 2
-    count, mean, std = wide(rows).split_with_sizes((1, channels, channels), dim=2)
-    total = count.sum(dim=1, keepdim=True)
-    share = count / total.clamp(min=1)
-    pooled_mean = (share * mean).sum(dim=1, keepdim=True)
-    distance = mean - pooled_mean
-    variance = share * torch.addcmul(std.square(), distance, distance)
-    pooled_std = variance.sum(dim=1, keepdim=True).sqrt_()
-    return torch.cat([total, pooled_mean, pooled_std], dim=2).to(rows.dtype)
-
-
-def wide(rows: Tensor) -> Tensor:
-    """Return rows in the dtype in which they are pooled: float64 where the device has it."""
-    return rows if rows.device.type == "mps" else rows.double()
-
-
-def per_sample_statistics(rows: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Return the mean and std ``[N, C]`` of each sample's row."""
-    _, mean, std = unpack(rows)
+def per_sample_statistics(statistics: Statistics, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Return the mean and std ``[N, C]`` that normalised each sample."""
+    mean, std = (take(rows, statistics.used) for rows in (statistics.mean, statistics.std))
     return per_sample(mean, sizes), per_sample(std, sizes)
 
 
@@ -151,14 +211,6 @@ def own_statistics(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     return per_sample(mean, sizes), per_sample(std, sizes)
 
 
-def known_count(plan: Plan, world: World, shape: torch.Size) -> int | None:
-    """Return the values per channel of any normaliser, where a rank knows it without its peers."""
-    if world.size > 1 and plan.mode != "local":
-        return None
-    # In one process a new group has as many samples as any.
-    return shape[2:].numel() * shape[0] // (1 if plan.mode == "sync" else plan.groups)
-
-
 def check_counts(
     statistics: Statistics, sizes: tuple[int, ...], plan: Plan, world: World, shape: torch.Size
 ) -> None:
@@ -167,12 +219,12 @@ def check_counts(
     On the CPU the error is raised here and names the group. A GPU raises a device-side assertion,
     so that no step has to wait for the counts.
     """
-    known = known_count(plan, world, shape)
-    if known is not None:
-        if known == 1:
-            _fail(unpack(statistics.used)[0][:, 0], 0, plan, world, shape)
+    values = statistics.values
+    if not isinstance(values, Tensor):
+        if values == 1:
+            raise _count_error(1, 0, plan, shape)
         return
-    count = unpack(statistics.used)[0][:, 0]
+    count = take(values, statistics.used)[:, 0]
     valid = count >= 2
     if not are_equal(sizes) or sizes[0] == 0:
         valid |= counts(sizes, 1, count)[:, 0] == 0  # nobody is normalised
@@ -182,20 +234,15 @@ def check_counts(
             f"{CALL}: a peer rejected its input, or a normaliser has 1 value per channel",
         )
     elif not bool(valid.all()):
-        _fail(count, int(valid.int().argmin()), plan, world, shape)
-
-
-def _fail(count: Tensor, row: int, plan: Plan, world: World, shape: torch.Size) -> NoReturn:
-    error = _count_error(count, row, plan, shape)
-    if plan.mode != "local":
+        row = int(valid.int().argmin())
+        error = _count_error(float(count[row]), row, plan, shape)
         notices.report_failure(world, str(error))
-    raise error
+        raise error
 
 
-def _count_error(count: Tensor, row: int, plan: Plan, shape: torch.Size) -> Exception:
+def _count_error(n: float, row: int, plan: Plan, shape: torch.Size) -> Exception:
     group = plan.rank * plan.groups + row // plan.per_group
     normaliser = plan.normaliser(group, row % plan.per_group)
-    n = float(count[row])
     if n == _REJECTED:
         return RuntimeError(
             f"{CALL}: a peer of rank {plan.rank} rejected its input in this call, so group "

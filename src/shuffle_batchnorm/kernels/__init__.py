@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from . import cpu, reference
+from .rows import Pools
 
 Sizes = tuple[int, ...]
 
@@ -22,8 +23,10 @@ Sizes = tuple[int, ...]
 class Kernels(Protocol):
     """What a kernel module offers; ``sizes`` are the samples per block, in order."""
 
-    def block_moments(self, x: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor]:
-        """Return mean and standard deviation ``[blocks, C]``."""
+    def block_moments(
+        self, x: Tensor, sizes: Sizes, pools: Pools | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation ``[blocks, C]``; with pools, ``[pools, C]``."""
 
     def block_affine(
         self, x: Tensor, sizes: Sizes, center: Tensor, scale: Tensor, shift: Tensor

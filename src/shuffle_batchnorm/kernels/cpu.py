@@ -6,20 +6,33 @@ aten's batch norms know channels, not blocks. Two ways turn blocks into channels
   broadcast with ``[blocks, n, C, L]``; aten's batch norm takes each plane for a channel, in
   ``[1, N * C, L]``, and reads it in the order of memory, in half the time of its own strides. What
   is summed per plane, ``1 / L`` of the data, is then pooled to blocks.
-- *lines* ``[N * L, C]``, for channels-last input: the sums take one call per block, the affine
-  kernels a broadcast.
+- *lines* ``[N * L, C]``, for channels-last input: the sums take one call per block, or what fits a
+  cache plain operations for all blocks; the affine kernels a broadcast.
 
 aten takes half precision only with rows rounded to it, so that is copied to float32 and back.
 """
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from .layouts import as_layout, layout
-from .rows import accumulation_dtype, are_equal, block_sum, counts, per_sample
+from .rows import (
+    Pools,
+    accumulation_dtype,
+    are_equal,
+    block_sum,
+    constant,
+    per_sample,
+    pool_moments,
+    pool_sum,
+    samples_of_pools,
+    take,
+)
 
 Sizes = tuple[int, ...]
 
@@ -29,19 +42,27 @@ _PART = 2**19  # values per thread that are gone through twice while they are in
 _SMALL = 2**22  # values that two passes over cached parts map faster than one pass over all
 
 
-def block_moments(x: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor]:
+def block_moments(x: Tensor, sizes: Sizes, pools: Pools | None = None) -> tuple[Tensor, Tensor]:
     """See `reference.block_moments`."""
     x, lines = layout(_full(x))
-    if lines:
+    if lines and not _are_few(x, sizes):
         blocks = [_line_moments(piece) for piece in _pieces(x, sizes)]
-        return torch.stack([mean for mean, _ in blocks]), torch.stack([std for _, std in blocks])
-    center = _guess(x, sizes)
-    offset, square = _moments_about(center, x, sizes)
+        mean, std = (torch.stack(rows) for rows in zip(*blocks, strict=True))
+        return pool_moments(mean, std, sizes, pools)
+    if lines:
+        center, offset, square = _moments_of_few(x, sizes, pools)
+    else:
+        center = _guess(x, sizes) if pools is None else _guess_of_pools(x, sizes, pools)
+        offset, square = _moments_about(center, x, sizes, pools)
     # square - offset**2, of which at most 4 bits cancel: the guess is at most sqrt(15) deviations
     # off. Where the square is infinite, that of the offset may be as well.
     root = square.sqrt_()
-    variance = (root - offset).mul_(root + offset)
-    return center.add_(offset), variance.clamp_(min=0).sqrt_()
+    std = (root - offset).mul_(root + offset).clamp_(min=0).sqrt_()
+    # A fake tensor has no numbers.
+    if pools is not None and type(std) is Tensor and not math.isfinite(std.sum()):
+        # Blocks may be so far apart that the dtype doesn't hold the squares: pool in float64.
+        return pool_moments(*block_moments(x, sizes), sizes, pools)
+    return center.add_(offset), std
 
 
 def block_affine(x: Tensor, sizes: Sizes, center: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -68,6 +89,11 @@ def block_grad_sums(
     """See `reference.block_grad_sums`."""
     x, lines = layout(_full(x))
     dy = as_layout(_full(dy), lines)
+    if lines and _are_few(x, sizes):
+        values = _samples(dy)
+        products = _samples(x) - per_sample(center, sizes)[:, None]
+        dots = products.mul_(values).sum(dim=1)
+        return block_sum(values.sum(dim=1), sizes), block_sum(dots, sizes) * scale
     if lines:
         pieces = zip(_pieces(x, sizes), _pieces(dy, sizes), strict=True)
         sums = [_line_grad_sums(*piece, center[k], scale[k]) for k, piece in enumerate(pieces)]
@@ -121,13 +147,6 @@ def _rows(sizes: Sizes, *rows: Tensor) -> list[Tensor]:
     return [row.view(len(row), 1, row.shape[1], 1) for row in rows]
 
 
-def _divisor(sizes: Sizes, length: int, like: Tensor) -> Tensor | int:
-    """Return `length` times the samples of each block, at least 1."""
-    if are_equal(sizes):
-        return max(1, sizes[0] * length)
-    return counts(sizes, length, like).clamp(min=1)
-
-
 def _per_plane(sizes: Sizes, *rows: Tensor) -> tuple[Tensor, ...]:
     """Give each plane its number in rows ``[blocks, C]``: each ``[N * C]``, contiguous."""
     if sizes[0] == sizes[-1] == 1:
@@ -146,27 +165,52 @@ def _guess(x: Tensor, sizes: Sizes) -> Tensor:
     # First per plane: the sum of all of them is the first to be infinite.
     few = values[:, ::step, :, : -(-length * step // 16)].mean(dim=3).mean(dim=1)
     if not are_equal(sizes):
-        few = block_sum(few, sizes) / _divisor(sizes, 1, few)
+        few = block_sum(few, sizes) / samples_of_pools(sizes, None, few)
     return few.nan_to_num_(0.0, 0.0, 0.0)
 
 
-def _moments_about(center: Tensor, x: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor]:
-    """Return the mean distance to a center, and the mean square of it, ``[blocks, C]``."""
+def _guess_of_pools(x: Tensor, sizes: Sizes, pools: Pools) -> Tensor:
+    """Return the mean of at least a sixteenth of each pool's values, ``[pools, C]``."""
+    samples, length = x.shape[0] // pools.number, x.shape[2:].numel()
+    step = min(samples, 16)
+    seen = constant(_every(step, sizes, pools), torch.int64, x)
+    few = x.view(*x.shape[:2], length)[:, :, : -(-length * step // 16)].index_select(0, seen)
+    few = few.mean(dim=2).view(pools.number, -1, x.shape[1]).mean(dim=1)
+    return few.nan_to_num_(0.0, 0.0, 0.0)
+
+
+@lru_cache(maxsize=1024)
+def _every(step: int, sizes: Sizes, pools: Pools) -> tuple[int, ...]:
+    """Return the first sample of each pool and every `step`-th of its samples after it."""
+    ends = tuple(itertools.accumulate(sizes))
+    order = [k for block in pools.dealt for k in range(ends[block] - sizes[block], ends[block])]
+    n = len(order) // pools.number
+    return tuple(k for place, k in enumerate(order) if place % n % step == 0)
+
+
+def _moments_about(
+    center: Tensor, x: Tensor, sizes: Sizes, pools: Pools | None
+) -> tuple[Tensor, Tensor]:
+    """Return the mean distance to a center, and the mean square of it, ``[pools, C]``."""
     values = _planes(x, sizes)
     sums = values.new_empty(2, *values.shape[:3], 1)
     differences = values.new_empty(0)
-    for part, centers, total, square in _parts(values, *_rows(sizes, center), *sums.unbind()):
+    (rows,) = _rows(sizes, take(center, None if pools is None else pools.owners))
+    for part, centers, total, norm in _parts(values, rows, *sums.unbind()):
         difference = torch.sub(part, centers, out=differences.resize_(part.shape))
         torch.sum(difference, dim=3, keepdim=True, out=total)
         if part.shape[3] < _LONG:
-            torch.linalg.vector_norm(difference, dim=3, keepdim=True, out=square).square_()
+            torch.linalg.vector_norm(difference, dim=3, keepdim=True, out=norm)
         else:
             # A norm adds one after the other, in the dtype of the values; a sum in a tree.
-            torch.sum(difference.square_(), dim=3, keepdim=True, out=square)
-    samples = sums.view(2 * x.shape[0], x.shape[1])
-    moments = block_sum(samples, sizes * 2).view(2, len(sizes), x.shape[1])
-    offset, square = moments.div_(_divisor(sizes, values.shape[3], x)).unbind()
-    return offset, square
+            torch.sum(difference.square_(), dim=3, keepdim=True, out=norm).sqrt_()
+    # A mean square may fit the dtype where the sum doesn't. Powers of 2 round nothing.
+    half = 2.0 ** ((x.numel() // x.shape[1]).bit_length() // 2)
+    sums[1].div_(half).square_()
+    moments = block_sum(sums.view(2 * x.shape[0], x.shape[1]), sizes * 2)
+    offset, square = pool_sum(moments.view(2, len(sizes), -1), pools).unbind()
+    size = samples_of_pools(sizes, pools, x) * values.shape[3]
+    return offset.div_(size), square.div_(size / half**2)
 
 
 def _parts(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
@@ -202,6 +246,30 @@ def _one_pass_affine(y: Tensor, x: Tensor, scale: Tensor, shift: Tensor) -> None
         x.view(planes), scale, shift, zero, one, False, 0.0, 0.0,
         out=(y.view(planes), unused, unused.clone()),
     )  # fmt: skip
+
+
+def _are_few(x: Tensor, sizes: Sizes) -> bool:
+    """Return whether a call per block costs more than its values."""
+    return len(sizes) > 1 and x.numel() <= _PART * torch.get_num_threads()
+
+
+def _samples(x: Tensor) -> Tensor:
+    """View ``[N, C, *]`` in lines as ``[N, L, C]``."""
+    return x.movedim(1, -1).view(x.shape[0], -1, x.shape[1])
+
+
+def _moments_of_few(x: Tensor, sizes: Sizes, pools: Pools | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a center of each pool, and `_moments_about` it."""
+    values, size = _samples(x), samples_of_pools(sizes, pools, x)
+
+    def pooled(samples: Tensor) -> Tensor:
+        return pool_sum(block_sum(samples, sizes), pools) / size
+
+    center = pooled(values.mean(dim=1)).nan_to_num_(0.0, 0.0, 0.0)
+    owners = None if pools is None else pools.owners
+    differences = values - per_sample(take(center, owners), sizes)[:, None]
+    offset = pooled(differences.mean(dim=1))
+    return center, offset, pooled(differences.square_().mean(dim=1))
 
 
 def _pieces(x: Tensor, sizes: Sizes) -> tuple[Tensor, ...]:

@@ -9,13 +9,15 @@ import math
 import torch
 from torch import Tensor
 
-from .rows import accumulation_dtype, block_sum, counts, per_sample
+from .rows import Pools, accumulation_dtype, block_sum, counts, per_sample, pool_moments
 
 Sizes = tuple[int, ...]
 
 
-def block_moments(x: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor]:
+def block_moments(x: Tensor, sizes: Sizes, pools: Pools | None = None) -> tuple[Tensor, Tensor]:
     """Return each block's mean and (biased) standard deviation, 0 for an empty block.
+
+    With pools those of each pool, ``[pools, C]``.
 
     Two passes over each sample's channel, its plane, then the planes of a block are pooled. Every
     square is of a distance to a mean, so next to nothing cancels; the sum of the distances is what
@@ -38,7 +40,7 @@ def block_moments(x: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor]:
     variance = block_sum(squares + shift * (shift + 2 * rest), sizes) / size
     # Squares beyond the dtype are infinite; inf - inf would be NaN.
     variance = torch.where(variance < math.inf, variance - offset.square(), variance)
-    return mean + offset, variance.clamp(min=0).sqrt()
+    return pool_moments(mean + offset, variance.clamp(min=0).sqrt(), sizes, pools)
 
 
 def block_affine(x: Tensor, sizes: Sizes, center: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

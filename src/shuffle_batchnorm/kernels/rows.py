@@ -2,11 +2,26 @@
 
 import itertools
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 Sizes = tuple[int, ...]
+
+
+class Pools(NamedTuple):
+    """Which blocks are pooled: as many blocks, and as many samples, in every pool.
+
+    Attributes:
+        number: of pools.
+        dealt: the blocks of the first pool, then those of the second, and so on.
+        owners: the pool of each block.
+    """
+
+    number: int
+    dealt: tuple[int, ...]
+    owners: tuple[int, ...]
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:
@@ -32,6 +47,63 @@ def block_sum(samples: Tensor, sizes: Sizes) -> Tensor:
         places = constant(_places(sizes), torch.int64, samples)
     filled = rows.index_select(0, places).view(len(sizes), len(places) // len(sizes), rows.shape[1])
     return filled.sum(dim=1)
+
+
+def pool_sum(sums: Tensor, pools: Pools | None) -> Tensor:
+    """Sum the blocks of each pool: ``[..., blocks, C]`` to ``[..., pools, C]``; None: no pools."""
+    if pools is None:
+        return sums
+    shape = pools.number, len(pools.dealt) // pools.number, sums.shape[-1]
+    return take(sums, pools.dealt).view(*sums.shape[:-2], *shape).sum(dim=-2)
+
+
+def take(rows: Tensor, order: tuple[int, ...] | None) -> Tensor:
+    """Return the rows ``[..., R, C]`` in this order, of which None is their own."""
+    return rows if order is None else rows.index_select(-2, constant(order, torch.int64, rows))
+
+
+def pool(rows: Tensor) -> Tensor:
+    """Pool rows by Chan's formula: ``[R, S, 2 * C + 1]`` to ``[R, 1, 2 * C + 1]``.
+
+    ``n = sum n_s``, ``mean = sum n_s mean_s / n``,
+    ``std**2 = sum n_s (std_s**2 + (mean_s - mean)**2) / n``. A rejected row rejects the pool.
+    """
+    channels = rows.shape[-1] // 2
+    # In float64, where the device has it.
+    wide = rows if rows.device.type == "mps" else rows.double()
+    count, mean, std = wide.split_with_sizes((1, channels, channels), dim=2)
+    total = count.sum(dim=1, keepdim=True)
+    share = count / total.clamp(min=1)
+    pooled_mean = (share * mean).sum(dim=1, keepdim=True)
+    distance = mean - pooled_mean
+    variance = share * torch.addcmul(std.square(), distance, distance)
+    pooled_std = variance.sum(dim=1, keepdim=True).sqrt_()
+    return torch.cat([total, pooled_mean, pooled_std], dim=2).to(rows.dtype)
+
+
+def pool_moments(
+    mean: Tensor, std: Tensor, sizes: Sizes, pools: Pools | None
+) -> tuple[Tensor, Tensor]:
+    """Pool moments of blocks, ``[blocks, C]`` each to ``[pools, C]``; None: no pools."""
+    if pools is None:
+        return mean, std
+    rows = take(torch.cat([counts(sizes, 1, mean), mean, std], dim=1), pools.dealt)
+    shape = pools.number, len(pools.dealt) // pools.number, rows.shape[1]
+    pooled = pool(rows.view(shape)).flatten(0, 1)
+    _, mean, std = pooled.split_with_sizes((1, mean.shape[1], mean.shape[1]), dim=1)
+    return mean, std
+
+
+def samples_of_pools(sizes: Sizes, pools: Pools | None, like: Tensor) -> Tensor | int:
+    """Return the samples of each pool, at least 1: ``[pools, 1]``, or a number if all have as many.
+
+    None: a block is a pool.
+    """
+    if pools is not None:
+        return max(1, sum(sizes) // pools.number)
+    if are_equal(sizes):
+        return max(1, sizes[0])
+    return counts(sizes, 1, like).clamp(min=1)
 
 
 def per_sample(rows: Tensor, sizes: Sizes) -> Tensor:

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from . import triton_kernels
 from .layouts import as_layout, layout
-from .rows import accumulation_dtype, constant
+from .rows import Pools, accumulation_dtype, constant, pool_moments
 from .triton_tiles import elementwise, merge_tile, reduction
 
 Sizes = tuple[int, ...]
 
 
-def block_moments(x: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor]:
+def block_moments(x: Tensor, sizes: Sizes, pools: Pools | None = None) -> tuple[Tensor, Tensor]:
     """See `reference.block_moments`."""
     x, lines = layout(x)
     tiles = reduction(x.shape, sizes, lines, x.itemsize)
@@ -35,7 +35,7 @@ def block_moments(x: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor]:
             triton_kernels.merge_moments[(-(-columns // width),)](
                 parts, out, columns, splits, SPLITS=height, COLUMNS=width
             )
-    return out[0], out[1]
+    return pool_moments(out[0], out[1], sizes, pools)
 
 
 def block_affine(x: Tensor, sizes: Sizes, center: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
