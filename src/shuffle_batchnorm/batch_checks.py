@@ -91,6 +91,8 @@ def strange_kind(leaf: Any) -> str:
         return type(leaf).__name__
     if leaf.layout != torch.strided:
         return str(leaf.layout)
+    if type(leaf) is Tensor and not (leaf.is_nested or leaf.is_quantized or leaf.is_meta):
+        return ""  # as a rule
     kinds = {
         "DTensor": hasattr(leaf, "device_mesh"),
         "nested": leaf.is_nested,

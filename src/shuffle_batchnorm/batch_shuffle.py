@@ -7,6 +7,7 @@ samples; see ``docs/batch_shuffle.md`` for when to choose which.
 import contextlib
 import re
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from typing import Any, NoReturn
 
 import torch
@@ -37,7 +38,7 @@ from .shuffle_agreement import (
     STATE,
     Terms,
     agree,
-    as_number,
+    stamp_of,
 )
 from .shuffle_plan import ShufflePlan, describe
 
@@ -129,7 +130,9 @@ def batch_shuffle(
 
     known = plan if isinstance(plan, ShufflePlan) else find_plan
     moved, plan = _agree_and_move(terms, leaves, n, error, world, known)
-    if order in (STATE, NEW_SEED):
+    if order == STATE:
+        shuffle_agreement.advance_state(world)
+    elif order == NEW_SEED:
         shuffle_agreement.keep_state(world, Key(plan.key.seed, plan.key.step + 1))
     return _unflatten(moved, leaves, spec), plan
 
@@ -224,7 +227,7 @@ def _agree_and_move(
         with _in_step(world):
             found = find((n,) * world.size, terms.seed)
             try:
-                moved = _move(terms.call, _tensors(leaves), found, as_number(terms))
+                moved = _move(terms.call, _tensors(leaves), found, stamp_of(terms))
             except OtherStampError:
                 pass  # all ranks go on to tell each other what they have sent
             else:
@@ -318,21 +321,31 @@ def _choose_key(
 
 
 def _terms(call: str, order: str, leaves: list[Any], spec: Any, key: Key) -> Terms:
-    described = [
-        "None" if leaf is None else strange_kind(leaf)
-        or f"[N{''.join(f', {n}' for n in leaf.shape[1:])}] {leaf.dtype}"
+    kinds = tuple(
+        "None" if leaf is None else strange_kind(leaf) or (leaf.shape[1:], leaf.dtype)
         for leaf in leaves
-    ]  # fmt: skip
-    gradient = [_needs_gradient(leaf) for leaf in leaves]
-    # What a node's context prints of its address is no difference between ranks.
-    tree = re.sub(r" at 0x[0-9a-f]+", "", " ".join(str(spec).split()))
+    )
+    graded = torch.is_grad_enabled()
+    gradient = [graded and isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves]
     return Terms(
-        call, order, tree, ", ".join(described), str(gradient), int(key.seed), int(key.step)
+        call, order, _describe_tree(spec), _describe_kinds(kinds), str(gradient),
+        int(key.seed), int(key.step),
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=256)
+def _describe_kinds(kinds: tuple[str | tuple[torch.Size, torch.dtype], ...]) -> str:
+    return ", ".join(
+        kind if isinstance(kind, str) else f"[N{''.join(f', {n}' for n in kind[0])}] {kind[1]}"
+        for kind in kinds
     )
 
 
-def _needs_gradient(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and leaf.requires_grad and torch.is_grad_enabled()
+def _describe_tree(spec: Any) -> str:
+    if spec.is_leaf():
+        return "*"
+    # What a node's context prints of its address is no difference between ranks.
+    return re.sub(r" at 0x[0-9a-f]+", "", " ".join(str(spec).split()))
 
 
 def _device(leaves: list[Any], world: World) -> torch.device:

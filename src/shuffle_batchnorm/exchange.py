@@ -184,16 +184,28 @@ def exchange_samples(
     receive_splits: tuple[int, ...],
     world: World,
     call: str,
+    incoming: Tensor | None = None,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """Send the rows ``[N, K]``, in rank order, ``send_splits[r]`` of them to rank r.
 
     Communication: one ``all_to_all_single``; no row but those asked for travels.
 
+    Args:
+        samples: the rows.
+        send_splits: for each rank.
+        receive_splits: for each rank.
+        world: the ranks.
+        call: for an error's text.
+        incoming: memory for the rows received.
+        meanwhile: what to do while they are under way.
+
     Returns:
         Tensor ``[N', K]``: the rows received, in rank order.
     """
-    incoming = samples.new_empty(sum(receive_splits), samples.shape[1])
-    _all_to_all(incoming, samples, receive_splits, send_splits, world, call)
+    if incoming is None:
+        incoming = samples.new_empty(sum(receive_splits), samples.shape[1])
+    _all_to_all(incoming, samples, receive_splits, send_splits, world, call, meanwhile)
     return incoming
 
 
@@ -204,6 +216,7 @@ def _all_to_all(
     send_splits: Sequence[int],
     world: World,
     call: str = CALL,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> None:
     def start(async_op: bool) -> Any:
         return dist.all_to_all_single(
@@ -215,7 +228,7 @@ def _all_to_all(
             async_op=async_op,
         )
 
-    _finish(start, outgoing, world, call)
+    _finish(start, outgoing, world, call, meanwhile=meanwhile)
 
 
 def _finish(
@@ -224,15 +237,18 @@ def _finish(
     world: World,
     call: str = CALL,
     while_waiting: Waiting | None = None,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> None:
     """Run one collective to its end; on the CPU, end it with a peer's error if a peer failed."""
     if torch.compiler.is_compiling() or payload.device.type != "cpu":
         # A GPU's collectives end in stream order and never block this thread.
         start(False)
+        meanwhile()
         return
     notices.begin(world, call)
     work = start(True)
     try:
+        meanwhile()
         _wait(work, world, call, while_waiting or notices.raise_if_a_peer_compares)
     finally:
         notices.stop_waiting(world)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import exchange
-from .permutations import Route
+from .permutations import Route, to_others
 from .process_groups import World
 
 
@@ -31,8 +31,8 @@ def move_samples(
 
 def move_nothing(call: str, n: int, width: int, world: World, device: torch.device) -> None:
     """Take part in a stamped message of n samples, `width` bytes each, that this rank has not."""
-    splits = (n // world.size,) * world.size
-    sent = torch.zeros(n, width, dtype=torch.uint8, device=device)
+    splits = to_others((n // world.size,) * world.size, world.rank)
+    sent = torch.zeros(sum(splits), width, dtype=torch.uint8, device=device)
     exchange.exchange_samples(sent, splits, splits, world, call)
 
 
@@ -89,18 +89,28 @@ def _move_bytes(
     On a CPU the first touch of new memory costs ten times the copy into it. So one of the two
     memories becomes the result, and the other is kept for the next call.
     """
-    n = len(route.send_order)
+    route = route.with_stays_last(world.rank)
+    n, leaving = len(route.send_order), sum(route.send_splits)
     places, width = _places(leaves, stamped=stamp is not None)
     buffer = _take_buffer(world, n * width, leaves[0].device)
-    sent = buffer.narrow(0, 0, n * width).view(n, width)
-    for place, leaf in zip(places, leaves, strict=True):
-        if leaf.numel():
-            # In the order of a contiguous tensor: that of other ranks' leaves may differ.
-            torch.index_select(leaf, 0, route.send_order, out=_part(sent, place, leaf))
+    rows = buffer.narrow(0, 0, n * width).view(n, width)
+    received = rows.new_empty(len(route.place_order), width)
+    sent, incoming = rows[:leaving], received[: sum(route.receive_splits)]
+
+    def pack(samples: Tensor, packed: Tensor) -> None:
+        for place, leaf in zip(places, leaves, strict=True):
+            if leaf.numel():
+                # In the order of a contiguous tensor: that of other ranks' leaves may differ.
+                torch.index_select(leaf, 0, samples, out=_part(packed, place, leaf))
+
+    pack(route.send_order[:leaving], sent)
     if stamp is not None:
         sent.view(torch.int64).select(1, -1).fill_(stamp)
-    received = exchange.exchange_samples(sent, route.send_splits, route.receive_splits, world, call)
-    if stamp is not None and set(received.view(torch.int64).select(1, -1).tolist()) != {stamp}:
+    exchange.exchange_samples(
+        sent, route.send_splits, route.receive_splits, world, call, incoming,
+        meanwhile=lambda: pack(route.send_order[leaving:], received[len(incoming) :]),
+    )  # fmt: skip
+    if stamp is not None and set(incoming.view(torch.int64).select(1, -1).tolist()) != {stamp}:
         _keep_buffer(world, buffer)
         raise OtherStampError
     if len(buffer) == n * width and _is_contiguous(leaves):
@@ -110,7 +120,7 @@ def _move_bytes(
         torch.index_select(arrived, 0, route.place_order, out=moved[0])
         _keep_buffer(world, received.view(-1))
         return tuple(moved)
-    torch.index_select(received, 0, route.place_order, out=sent)
+    torch.index_select(received, 0, route.place_order, out=rows)
     if _is_contiguous(leaves):
         moved = [_take_memory(received, leaves[0])]
     else:
@@ -125,7 +135,7 @@ def _move_bytes(
             for leaf in leaves
         ]
     for place, leaf in zip(places, moved, strict=True):
-        leaf.copy_(_part(sent, place, leaf))
+        leaf.copy_(_part(rows, place, leaf))
     _keep_buffer(world, buffer)
     return tuple(moved)
 
@@ -144,7 +154,9 @@ def _take_memory(memory: Tensor, leaf: Tensor) -> Tensor:
 def _part(rows: Tensor, place: slice, leaf: Tensor) -> Tensor:
     """View a leaf's bytes in each row ``[N, K]`` as a tensor like the leaf, ``[N, *]``."""
     # A view of no bytes as a wider type is refused.
-    return rows[:, place].view(leaf.dtype).view(leaf.shape) if leaf.numel() else leaf
+    if not leaf.numel():
+        return leaf
+    return rows[:, place].view(leaf.dtype).view(len(rows), *leaf.shape[1:])
 
 
 def stamped_width(leaves: Sequence[Tensor]) -> int:

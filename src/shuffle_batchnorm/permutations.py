@@ -41,8 +41,8 @@ def permutation(key: Key, kind: int, rank: int, n: int) -> Tensor:
 
 def permutations(
     key: Key, kinds: Sequence[int], rank: int, n: int, device: "torch.device | str" = "cpu"
-) -> tuple[Tensor, ...]:
-    """Return a permutation ``[n]`` of each kind, in one go."""
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Return a permutation ``[n]`` of each kind, and their inverses if there are any yet."""
     orders: Tensor
     if isinstance(key.seed, Tensor) or isinstance(key.step, Tensor):
         device = torch.device(device)
@@ -51,10 +51,11 @@ def permutations(
         block, k = divmod(key.step, _AHEAD)
         steps = range(block * _AHEAD, (block + 1) * _AHEAD)
         made = _made_ahead(key.seed, steps, tuple(kinds), rank, n)[k]
-        orders = torch.tensor(made, dtype=torch.int64, device=device)
+        both = torch.tensor(made, dtype=torch.int64, device=device).unbind()
+        return both[: len(kinds)], both[len(kinds) :]
     else:
         orders = _of_one_step(key.seed, key.step, kinds, rank, n).to(device)
-    return orders.unbind()
+    return orders.unbind(), ()
 
 
 # Opaque to the compiler, which otherwise writes out every use of every intermediate number: the
@@ -109,9 +110,11 @@ _AHEAD, _FEW = 16, 128
 def _made_ahead(
     seed: int, steps: range, kinds: tuple[int, ...], rank: int, n: int
 ) -> list[list[list[int]]]:
+    """Return the permutations of each step, then their inverses: ``[steps, 2 * kinds, n]``."""
+    orders = _permutations(seed, steps, kinds, rank, n)
     # No tensor, which a caller could change, and which belongs to the mode it was made in.
-    orders: list[list[list[int]]] = _permutations(seed, steps, kinds, rank, n).tolist()
-    return orders
+    both: list[list[list[int]]] = torch.cat([orders, inverse(orders)], dim=1).tolist()
+    return both
 
 
 @overload
@@ -130,7 +133,7 @@ def _mix(x: Number) -> Number:
 
 
 def inverse(order: Tensor) -> Tensor:
-    """Return the inverse of a permutation ``[n]``."""
+    """Return the inverse of permutations ``[..., n]``."""
     return torch.argsort(order)
 
 
@@ -142,20 +145,38 @@ class Route(NamedTuple):
         send_splits: how many of them go to each rank.
         place_order: ``[N']``, for each place of the result, which received sample lands there.
         receive_splits: how many samples arrive from each rank.
+        inverses: of `send_order` and of `place_order`, where they were made with these.
     """
 
     send_order: Tensor
     send_splits: tuple[int, ...]
     place_order: Tensor
     receive_splits: tuple[int, ...]
+    inverses: tuple[Tensor, ...] = ()
 
     def inverse(self) -> "Route":
         """Return the route that moves every sample back."""
+        leaving, placed = self.inverses or (inverse(self.send_order), inverse(self.place_order))
         return Route(
-            send_order=inverse(self.place_order),
+            send_order=placed,
             send_splits=self.receive_splits,
-            place_order=inverse(self.send_order),
+            place_order=leaving,
             receive_splits=self.send_splits,
+            inverses=(self.place_order, self.send_order),
+        )
+
+    def with_stays_last(self, rank: int) -> "Route":
+        """Return the route of `rank` on which what stays there is last, and no part of a message.
+
+        The samples that stay are the last of `send_order`, and count as the last received.
+        """
+        order, _ = _stays_last(*_stays(self.send_splits, rank), self.send_order.device)
+        _, place = _stays_last(*_stays(self.receive_splits, rank), self.send_order.device)
+        return Route(
+            send_order=self.send_order.index_select(0, order),
+            send_splits=to_others(self.send_splits, rank),
+            place_order=place.index_select(0, self.place_order),
+            receive_splits=to_others(self.receive_splits, rank),
         )
 
     def to(self, device: torch.device) -> "Route":
@@ -163,8 +184,30 @@ class Route(NamedTuple):
         if self.send_order.device == device == self.place_order.device:
             return self
         return self._replace(
-            send_order=self.send_order.to(device), place_order=self.place_order.to(device)
+            send_order=self.send_order.to(device),
+            place_order=self.place_order.to(device),
+            inverses=tuple(order.to(device) for order in self.inverses),
         )
+
+
+def to_others(splits: tuple[int, ...], rank: int) -> tuple[int, ...]:
+    """Return splits without the samples that stay on their rank."""
+    return (*splits[:rank], 0, *splits[rank + 1 :])
+
+
+def _stays(splits: tuple[int, ...], rank: int) -> tuple[int, int, int]:
+    """Return where the samples that stay begin and end in a message, and where it ends."""
+    start = sum(splits[:rank])
+    return start, start + splits[rank], sum(splits)
+
+
+@lru_cache(maxsize=256)
+def _stays_last(start: int, end: int, n: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the order of a message's n samples with some of them last, and its inverse."""
+    with torch.inference_mode(False):
+        samples = torch.arange(n, device="cpu")
+        order = torch.cat([samples[:start], samples[end:], samples[start:end]])
+        return order.to(device), inverse(order).to(device)
 
 
 def is_stratified(sizes: Sequence[int]) -> bool:
@@ -186,8 +229,8 @@ def stratified_route(
 ) -> Route:
     """Return the route on which every rank sends ``n / W`` samples of its choice to every rank."""
     splits = (n // world_size,) * world_size
-    leaving, arrived = permutations(key, (LEAVING, ARRIVED), rank, n, device)
-    return Route(leaving, splits, arrived, splits)
+    (leaving, arrived), inverses = permutations(key, (LEAVING, ARRIVED), rank, n, device)
+    return Route(leaving, splits, arrived, splits, inverses)
 
 
 def uniform_route(key: Key, sizes: Sequence[int], rank: int) -> Route:

@@ -3,6 +3,7 @@
 import hashlib
 import secrets
 import weakref
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -65,10 +66,23 @@ def agree(
 
 
 def as_number(value: object) -> int:
-    """Return an int64 that is the same for the same term, or terms, in every process."""
+    """Return an int64 that is the same for the same term in every process."""
     if isinstance(value, int):
         return value
     return int.from_bytes(hashlib.blake2b(str(value).encode(), digest_size=7).digest())
+
+
+def stamp_of(terms: Terms) -> int:
+    """Return an int64 that is the same for the same terms, and another for the next step's."""
+    *texts, seed, step = terms
+    # By odd factors: steps, and calls with other texts, have numbers far from each other.
+    mixed = _number_of_texts(tuple(texts)) + seed * 0x9E3779B97F4A7C15 + step * 0xD1B54A32D192ED03
+    return mixed & 0x7FFFFFFFFFFFFFFF
+
+
+@lru_cache(maxsize=256)
+def _number_of_texts(texts: tuple[str, ...]) -> int:
+    return as_number(texts)
 
 
 def _first_difference(headers: list[list[int]]) -> tuple[str, int]:
@@ -103,6 +117,11 @@ def keep_state(world: World, key: Key) -> None:
     with torch.inference_mode(False):
         _states[world.name] = torch.tensor([key.seed, key.step])
     _owners[world.name] = None if world.group is None else weakref.ref(world.group)
+
+
+def advance_state(world: World) -> None:
+    """Count a step, in a group that has a state."""
+    _states[world.name][1] += 1
 
 
 def new_seed() -> int:
