@@ -4,14 +4,15 @@
 
 One round trip: shuffle 32x3x96x96 float32 images per rank, unshuffle 32x128 features. Prints, per
 number of ranks, how many times faster ours is (median and, in brackets, 20 and 80 percent
-points), the same for the floor (the bare exchanges, with nothing checked and no order made), peak
-memory beyond the batch in batches, and bytes received per rank in batches. `--save`
-writes benchmarks/results/batch_shuffle.json.
+points), the same for the floor (the exchanges and the copies around them, with nothing checked and
+no order made) and for the bare exchanges (into memory that is there; nothing is permuted), peak
+memory beyond the batch in batches, and bytes received per rank in batches. `--save` writes
+benchmarks/results/batch_shuffle.json.
 """
 
 import argparse
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -62,7 +63,19 @@ def _floor(images: Tensor, features: Tensor) -> None:
         received.index_select(0, order)
 
 
-CONTESTANTS = {"MoCo": _moco, "ours": _ours, "floor": _floor}
+def _bare(images: Tensor, features: Tensor) -> None:
+    """The two collectives and nothing else: no shuffle that makes them can take less."""
+    splits = [len(images) // dist.get_world_size()] * dist.get_world_size()
+    for x in (images, features):
+        dist.all_to_all_single(_memory_like(x), x, splits, splits)
+
+
+@cache
+def _memory_like(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+CONTESTANTS = {"MoCo": _moco, "ours": _ours, "floor": _floor, "bare": _bare}
 
 
 def _costs(run: Callable[..., None], images: Tensor, features: Tensor) -> dict[str, float]:
@@ -103,22 +116,22 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     results = []
     print(
-        "ranks  MoCo ms  ours ms  times faster           floor"
+        "ranks  MoCo ms  ours ms  times faster           floor                  bare"
         "                   peak batches    received batches"
     )
     for world_size in arguments.world_sizes:
         run = RunConfig(ranks=world_size, device="cpu")
         rows = launch(measure, run, arguments.rounds, graceful=False)
         moco, ours = rows["MoCo"], rows["ours"]
-        faster, floor = (
+        faster, floor, bare = (
             "{:5.1f} ({:.1f} to {:.1f})".format(
                 *(1 / row[name] for name in ("ratio", "ratio_p80", "ratio_p20"))
             )
-            for row in (ours, rows["floor"])
+            for row in (ours, rows["floor"], rows["bare"])
         )
         print(
             f"{world_size:5}  {1e3 * moco['median']:7.1f}  {1e3 * ours['median']:7.1f}  "
-            f"{faster:22} {floor:22}  {moco['peak']:4.1f} | {ours['peak']:4.2f}     "
+            f"{faster:22} {floor:22} {bare:22}  {moco['peak']:4.1f} | {ours['peak']:4.2f}     "
             f"{moco['received']:4.2f} | {ours['received']:5.3f}",
             flush=True,
         )
