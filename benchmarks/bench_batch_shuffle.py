@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from harness import interleaved, save
+from harness import bind, interleaved, save
 from meters import PeakMemory, received_messages
 from torch import Tensor
 
@@ -92,8 +92,9 @@ def _costs(run: Callable[..., None], images: Tensor, features: Tensor) -> dict[s
     }
 
 
-def measure(_place: Place, rounds: int) -> dict[str, dict[str, float]]:
+def measure(place: Place, rounds: int) -> dict[str, dict[str, float]]:
     """The row of each contestant, on one rank."""
+    bind(place)
     images, features = torch.randn(IMAGES), torch.randn(FEATURES)
     # Between two contestants the ranks wait for each other, so that none pays for the other.
     contestants: dict[str, Callable[[], Any]] = {}

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from bench_batch_shuffle import gather_all
-from harness import save, seconds_of, spread
+from harness import bind, save, seconds_of, spread
 from meters import received_messages
 from torch import Tensor, nn
 
@@ -58,6 +58,7 @@ def _contestants(network: str) -> dict[str, Callable[[], Any]]:
 @torch.no_grad()
 def measure(place: Place, network: str, rounds: int) -> list[dict[str, Any]]:
     """The row of each way, on one rank."""
+    bind(place)
     contestants = _contestants(network)
     together: dict[str, Callable[[], Any]] = {}
     for name, run in contestants.items():

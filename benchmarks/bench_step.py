@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from harness import laps_of, one_stage, ratios, save, spread
+from harness import bind, laps_of, one_stage, ratios, save, spread
 from meters import peak_memory
 from peers import IN_STEP, PLAIN, InStepBatchNorm
 from torch import Tensor, nn
@@ -56,6 +56,7 @@ class Options(NamedTuple):
 
 def measure(place: Place, options: Options) -> list[Row]:
     """The rows of all steps, on one rank."""
+    bind(place)
     warnings.simplefilter("ignore")  # swap grows with depth; here only its time matters
     rows = []
     for step in options.steps:
