@@ -28,6 +28,7 @@ from shuffle_batchnorm.permutations import (
     permutation,
     permutations,
     samples_sent_to,
+    stratified_route,
 )
 
 SIZES = [[8, 8], [6, 6, 6], [3, 3], [1, 1, 1, 1], [5, 3], [0, 4, 2], [0, 0], [7], [16] * 8]
@@ -35,12 +36,15 @@ SIZES = [[8, 8], [6, 6, 6], [3, 3], [1, 1, 1, 1], [5, 3], [0, 4, 2], [0, 0], [7]
 
 def _deliver(routes: list[Route], batches: list[Tensor]) -> list[Tensor]:
     """What every rank gets, by the definition of a route: no process, no network."""
-    messages = [
-        x[route.send_order].split(list(route.send_splits))
-        for x, route in zip(batches, routes, strict=True)
-    ]
+    messages = []
+    for rank, (x, route) in enumerate(zip(batches, routes, strict=True)):
+        *sent, stays = x[route.send_order].split(
+            [*route.send_splits, len(x) - sum(route.send_splits)]
+        )
+        assert not len(sent[rank])
+        messages.append((sent, stays))
     return [
-        torch.cat([message[rank] for message in messages])[route.place_order]
+        torch.cat([*(sent[rank] for sent, _ in messages), messages[rank][1]])[route.place_order]
         for rank, route in enumerate(routes)
     ]
 
@@ -115,15 +119,21 @@ def test_orders_never_change() -> None:
 @pytest.mark.parametrize("n", [8, 128, 129])
 def test_orders_made_ahead_are_those_made_alone(n: int) -> None:
     """Catches a block of steps that begins elsewhere, and kinds or seeds that share one."""
-    for step in (0, 1, 15, 16, 17, 2**40 + 31):
-        for seed in (3, 2**61):
-            for kinds in ((LEAVING, ARRIVED), (ARRIVED,)):
-                eager, inverses = permutations(Key(seed, step), kinds, 1, n)
-                key = Key(torch.tensor(seed), torch.tensor(step))  # as in a compiled graph
-                alone, _ = permutations(key, kinds, 1, n)
-                assert torch.equal(torch.stack(eager), torch.stack(alone))
-                for order, back in zip(eager, inverses, strict=bool(inverses)):
-                    assert torch.equal(order[back], torch.arange(n))
+    for step, seed in itertools.product((0, 1, 15, 16, 17, 2**40 + 31), (3, 2**61)):
+        key, in_graph = Key(seed, step), Key(torch.tensor(seed), torch.tensor(step))
+        for kinds in ((LEAVING, ARRIVED), (ARRIVED,)):
+            orders, others = (permutations(k, kinds, 1, n) for k in (key, in_graph))
+            assert torch.equal(torch.stack(orders), torch.stack(others))
+        for size in (1, 2, 8) if n % 8 == 0 else (1, 3):
+            for rank in (0, size - 1):
+                route, alone = (stratified_route(k, n, size, rank) for k in (key, in_graph))
+                assert bool(route.inverses) == (step > 0 and n <= 128)
+                assert not alone.inverses
+                for _ in range(3):
+                    assert torch.equal(route.send_order, alone.send_order)
+                    assert torch.equal(route.place_order, alone.place_order)
+                    assert route[1::2] == alone[1::2]
+                    route, alone = route.inverse(), alone.inverse()
 
 
 def test_one_process_shuffles_and_restores_any_tree() -> None:

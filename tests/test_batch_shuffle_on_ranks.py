@@ -121,8 +121,9 @@ def _regroup_against_shuffle(n: int) -> None:
     converted = ShuffleBatchNorm.convert_shuffle_batchnorm(_network(), mode="regroup")
     x = _inputs([n] * size)[rank]
     chunks = list(torch.arange(n).split(n // size))  # block c goes to rank r + c
-    order = torch.cat([chunks[(to - rank) % size] for to in range(size)])
-    splits = (n // size,) * size
+    others = [to for to in range(size) if to != rank]
+    order = torch.cat([chunks[(to - rank) % size] for to in (*others, rank)])
+    splits = tuple(n // size if to != rank else 0 for to in range(size))
     world = batch_shuffle(x)[1].world
     route = Route(order, splits, torch.arange(n), splits)
     plan = ShufflePlan(world, (n,) * size, Key(0, 0), route)

@@ -151,9 +151,14 @@ def test_a_route_takes_memory_and_time_in_proportion_to_the_world() -> None:
 def _landing(sample: int, sender: int, to: int, routes: dict[int, Route]) -> int:
     """The place at rank `to` of a sample that a rank sends there."""
     out, into = routes[sender], routes[to]
-    in_message = out.send_order.tolist().index(sample) - sum(out.send_splits[:to])
-    assert 0 <= in_message < out.send_splits[to]
-    received = sum(into.receive_splits[:sender]) + in_message
+    sent = out.send_order.tolist().index(sample)
+    if sender == to:
+        received = sent - sum(out.send_splits) + sum(into.receive_splits)
+        assert received >= sum(into.receive_splits)
+    else:
+        in_message = sent - sum(out.send_splits[:to])
+        assert 0 <= in_message < out.send_splits[to]
+        received = sum(into.receive_splits[:sender]) + in_message
     return into.place_order.tolist().index(received)
 
 
@@ -165,16 +170,18 @@ def test_a_stratified_shuffle_sends_every_rank_its_share(world_size: int, n: int
     key, sizes = Key(7, 3), [n] * world_size
     some = random.Random(0).sample(range(world_size), 6)
     routes = {rank: make_route(key, sizes, rank) for rank in some}
-    for route in routes.values():
-        assert set(route.send_splits) == set(route.receive_splits) == {n // world_size}
+    for rank, route in routes.items():
+        share = [n // world_size if other != rank else 0 for other in range(world_size)]
+        assert list(route.send_splits) == list(route.receive_splits) == share
         assert route.send_order.sort().values.equal(torch.arange(n))
         assert route.place_order.sort().values.equal(torch.arange(n))
     arrived = samples_sent_to(some[0], key, sizes)
     assert arrived.unique().numel() == n
     assert (arrived // n).bincount(minlength=world_size).eq(n // world_size).all()
     for sender in some:
-        sent = routes[sender].send_order.split(n // world_size)[some[0]].tolist()
-        for sample in sent:
+        *others, stays = routes[sender].send_order.split(n // world_size)
+        others.insert(sender, stays)
+        for sample in others[some[0]].tolist():
             place = _landing(sample, sender, some[0], routes)
             assert arrived[place] == sender * n + sample
 
@@ -192,7 +199,9 @@ def test_a_uniform_shuffle_fits_at_both_ends(world_size: int) -> None:
         senders = {int(k): _owner(int(k), sizes) for k in arrived}
         routes |= {rank: make_route(key, sizes, rank) for rank in {r for r, _ in senders.values()}}
         for rank, route in routes.items():
-            assert sum(route.send_splits) == sum(route.receive_splits) == sizes[rank]
+            assert route.send_splits[rank] == route.receive_splits[rank] == 0
+            assert sum(route.send_splits) == sum(route.receive_splits) <= sizes[rank]
+            assert len(route.send_order) == len(route.place_order) == sizes[rank]
             assert len(_peers(route.send_splits)) <= sizes[rank]
             for other in routes:
                 assert route.send_splits[other] == routes[other].receive_splits[rank]

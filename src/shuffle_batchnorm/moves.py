@@ -89,7 +89,6 @@ def _move_bytes(
     On a CPU the first touch of new memory costs ten times the copy into it. So one of the two
     memories becomes the result, and the other is kept for the next call.
     """
-    route = route.with_stays_last(world.rank)
     n, leaving = len(route.send_order), sum(route.send_splits)
     places, width = _places(leaves, stamped=stamp is not None)
     buffer = _take_buffer(world, n * width, leaves[0].device)
@@ -205,10 +204,12 @@ def _move_in_graph(
     call: str, route: Route, world: World, leaves: Sequence[Tensor], _stamp: int | None
 ) -> tuple[Tensor, ...]:
     """Move leaves by operations that the compiler can trace; nothing is compared there."""
-    leaving = [leaf.index_select(0, route.send_order).contiguous() for leaf in leaves]
-    received = exchange.exchange_samples(
-        _pack(leaving), route.send_splits, route.receive_splits, world, call
-    )
+    packed = _pack([leaf.index_select(0, route.send_order).contiguous() for leaf in leaves])
+    leaving, staying = packed.tensor_split((sum(route.send_splits),))
+    received = torch.cat([
+        exchange.exchange_samples(leaving, route.send_splits, route.receive_splits, world, call),
+        staying,
+    ])  # fmt: skip
     return tuple(
         _unpack(part, leaf, route.place_order)
         for part, leaf in zip(_parts(received, leaves), leaves, strict=True)

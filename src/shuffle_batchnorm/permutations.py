@@ -41,21 +41,14 @@ def permutation(key: Key, kind: int, rank: int, n: int) -> Tensor:
 
 def permutations(
     key: Key, kinds: Sequence[int], rank: int, n: int, device: "torch.device | str" = "cpu"
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Return a permutation ``[n]`` of each kind, and their inverses if there are any yet."""
-    orders: Tensor
+) -> tuple[Tensor, ...]:
+    """Return a permutation ``[n]`` of each kind, in one go."""
     if isinstance(key.seed, Tensor) or isinstance(key.step, Tensor):
         device = torch.device(device)
-        orders = _permutations_op(key.seed, key.step, list(kinds), rank, n, device)
-    elif key.step and n <= _FEW:  # a first step may be the only one of its seed: a generator's
-        block, k = divmod(key.step, _AHEAD)
-        steps = range(block * _AHEAD, (block + 1) * _AHEAD)
-        made = _made_ahead(key.seed, steps, tuple(kinds), rank, n)[k]
-        both = torch.tensor(made, dtype=torch.int64, device=device).unbind()
-        return both[: len(kinds)], both[len(kinds) :]
+        orders: Tensor = _permutations_op(key.seed, key.step, list(kinds), rank, n, device)
     else:
         orders = _of_one_step(key.seed, key.step, kinds, rank, n).to(device)
-    return orders.unbind(), ()
+    return orders.unbind()
 
 
 # Opaque to the compiler, which otherwise writes out every use of every intermediate number: the
@@ -102,21 +95,6 @@ def _of_one_step(seed: int, step: int, kinds: Sequence[int], rank: int, n: int) 
     return _permutations(seed, range(step, step + 1), kinds, rank, n)[0]
 
 
-# Sixteen steps take two to three times as long as one, and a loop goes on to the next.
-_AHEAD, _FEW = 16, 128
-
-
-@lru_cache(maxsize=16)
-def _made_ahead(
-    seed: int, steps: range, kinds: tuple[int, ...], rank: int, n: int
-) -> list[list[list[int]]]:
-    """Return the permutations of each step, then their inverses: ``[steps, 2 * kinds, n]``."""
-    orders = _permutations(seed, steps, kinds, rank, n)
-    # No tensor, which a caller could change, and which belongs to the mode it was made in.
-    both: list[list[list[int]]] = torch.cat([orders, inverse(orders)], dim=1).tolist()
-    return both
-
-
 @overload
 def _mix(x: int) -> int: ...
 @overload
@@ -141,10 +119,12 @@ class Route(NamedTuple):
     """One rank's part in moving samples between ranks.
 
     Attributes:
-        send_order: ``[N]``, this rank's samples in the order in which they leave.
-        send_splits: how many of them go to each rank.
-        place_order: ``[N']``, for each place of the result, which received sample lands there.
-        receive_splits: how many samples arrive from each rank.
+        send_order: ``[N]``, this rank's samples: first those that leave, in rank order, then those
+            that stay.
+        send_splits: how many leave for each rank; 0 for this one.
+        place_order: ``[N']``, for each place of the result, which sample lands there, of those that
+            arrive, in rank order, and then those that stayed.
+        receive_splits: how many arrive from each rank; 0 from this one.
         inverses: of `send_order` and of `place_order`, where they were made with these.
     """
 
@@ -165,20 +145,6 @@ class Route(NamedTuple):
             inverses=(self.place_order, self.send_order),
         )
 
-    def with_stays_last(self, rank: int) -> "Route":
-        """Return the route of `rank` on which what stays there is last, and no part of a message.
-
-        The samples that stay are the last of `send_order`, and count as the last received.
-        """
-        order, _ = _stays_last(*_stays(self.send_splits, rank), self.send_order.device)
-        _, place = _stays_last(*_stays(self.receive_splits, rank), self.send_order.device)
-        return Route(
-            send_order=self.send_order.index_select(0, order),
-            send_splits=to_others(self.send_splits, rank),
-            place_order=place.index_select(0, self.place_order),
-            receive_splits=to_others(self.receive_splits, rank),
-        )
-
     def to(self, device: torch.device) -> "Route":
         """Return the route with its orders on a device."""
         if self.send_order.device == device == self.place_order.device:
@@ -188,26 +154,6 @@ class Route(NamedTuple):
             place_order=self.place_order.to(device),
             inverses=tuple(order.to(device) for order in self.inverses),
         )
-
-
-def to_others(splits: tuple[int, ...], rank: int) -> tuple[int, ...]:
-    """Return splits without the samples that stay on their rank."""
-    return (*splits[:rank], 0, *splits[rank + 1 :])
-
-
-def _stays(splits: tuple[int, ...], rank: int) -> tuple[int, int, int]:
-    """Return where the samples that stay begin and end in a message, and where it ends."""
-    start = sum(splits[:rank])
-    return start, start + splits[rank], sum(splits)
-
-
-@lru_cache(maxsize=256)
-def _stays_last(start: int, end: int, n: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the order of a message's n samples with some of them last, and its inverse."""
-    with torch.inference_mode(False):
-        samples = torch.arange(n, device="cpu")
-        order = torch.cat([samples[:start], samples[end:], samples[start:end]])
-        return order.to(device), inverse(order).to(device)
 
 
 def is_stratified(sizes: Sequence[int]) -> bool:
@@ -228,9 +174,31 @@ def stratified_route(
     key: Key, n: int, world_size: int, rank: int, device: "torch.device | str" = "cpu"
 ) -> Route:
     """Return the route on which every rank sends ``n / W`` samples of its choice to every rank."""
-    splits = (n // world_size,) * world_size
-    (leaving, arrived), inverses = permutations(key, (LEAVING, ARRIVED), rank, n, device)
-    return Route(leaving, splits, arrived, splits, inverses)
+    splits = to_others((n // world_size,) * world_size, rank)
+    stays = _stays((n // world_size,) * world_size, rank)
+    # A first step may be the only one of its seed: a generator's.
+    if isinstance(key.seed, int) and isinstance(key.step, int) and key.step and n <= _FEW:
+        block, k = divmod(key.step, _AHEAD)
+        ahead = _made_ahead(key.seed, block, rank, n, stays)[k]
+        # A copy, since a caller could change it.
+        send, place, *inverses = ahead.to(device, copy=True).unbind()
+        return Route(send, splits, place, splits, tuple(inverses))
+    leaving, arrived = permutations(key, (LEAVING, ARRIVED), rank, n, device)
+    return Route(_stays_last(leaving, stays), splits, _place(arrived, stays), splits)
+
+
+# Sixteen steps take two to three times as long as one, and a loop goes on to the next.
+_AHEAD, _FEW = 16, 128
+
+
+@lru_cache(maxsize=16)
+def _made_ahead(seed: int, block: int, rank: int, n: int, stays: tuple[int, int]) -> Tensor:
+    """Return the orders of some steps' routes, and their inverses: ``[steps, 4, n]``."""
+    steps = range(block * _AHEAD, (block + 1) * _AHEAD)
+    with torch.inference_mode(False):
+        leaving, arrived = _permutations(seed, steps, (LEAVING, ARRIVED), rank, n).unbind(dim=1)
+        orders = torch.stack([_stays_last(leaving, stays), _place(arrived, stays)], dim=1)
+        return torch.cat([orders, inverse(orders)], dim=1)
 
 
 def uniform_route(key: Key, sizes: Sequence[int], rank: int) -> Route:
@@ -244,12 +212,39 @@ def uniform_route(key: Key, sizes: Sequence[int], rank: int) -> Route:
     order = permutation(key, ALL_SAMPLES, 0, int(offsets[-1]))  # place to sample, over all ranks
     leaving = inverse(order)[mine]  # the places to which this rank's samples go
     source = _owners(order[mine], offsets)
+    sent = _count(_owners(leaving, offsets), len(sizes))
+    received = _count(source, len(sizes))
     return Route(
-        send_order=torch.argsort(leaving),
-        send_splits=_count(_owners(leaving, offsets), len(sizes)),
-        place_order=inverse(torch.argsort(source, stable=True)),
-        receive_splits=_count(source, len(sizes)),
+        send_order=_stays_last(torch.argsort(leaving), _stays(sent, rank)),
+        send_splits=to_others(sent, rank),
+        place_order=_place(inverse(torch.argsort(source, stable=True)), _stays(received, rank)),
+        receive_splits=to_others(received, rank),
     )
+
+
+def to_others(splits: tuple[int, ...], rank: int) -> tuple[int, ...]:
+    """Return splits without what stays on its rank."""
+    return (*splits[:rank], 0, *splits[rank + 1 :])
+
+
+def _stays(splits: tuple[int, ...], rank: int) -> tuple[int, int]:
+    """Return where in a message of these splits the samples of the rank itself begin and end."""
+    start = sum(splits[:rank])
+    return start, start + splits[rank]
+
+
+def _stays_last(order: Tensor, stays: tuple[int, int]) -> Tensor:
+    """Return orders ``[..., n]`` with what stays last."""
+    start, end = stays
+    parts = order[..., :start], order[..., end:], order[..., start:end]
+    return torch.cat(parts, dim=-1)
+
+
+def _place(order: Tensor, stays: tuple[int, int]) -> Tensor:
+    """Return orders ``[..., n]`` of what was received, now that what stays is last of it."""
+    start, end = stays
+    later = torch.where(order < end, order + (order.shape[-1] - end), order - (end - start))
+    return torch.where(order < start, order, later)
 
 
 def samples_sent_to(rank: int, key: Key, sizes: Sequence[int]) -> Tensor:
