@@ -53,9 +53,9 @@ bench: setup ## measure layers, steps, exchanges, shuffles; print targets, draw 
 		--seconds 5 --save layer_ranks
 	$(BIN)/python benchmarks/bench_step.py --seconds 15 --save
 	$(BIN)/python benchmarks/bench_step.py --compiled --steps supervised --bn swap regroup \
-		--groups 1 --seconds 25 --save
+		--groups 1 --seconds 40 --save
 	$(BIN)/python benchmarks/bench_exchange.py --save
-	$(BIN)/python benchmarks/bench_batch_shuffle.py --save
+	$(BIN)/python benchmarks/bench_batch_shuffle.py --rounds 61 --save
 	$(BIN)/python benchmarks/targets.py
 	$(BIN)/python docs/draw_benchmarks.py
 

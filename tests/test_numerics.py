@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from shuffle_batchnorm import ShuffleBatchNorm, shuffle_batch_norm
 from shuffle_batchnorm.kernels import reference, select
@@ -100,10 +101,35 @@ def test_estimators_run_the_layer_on_tensors_without_numbers() -> None:
     with FakeTensorMode():
         layer = ShuffleBatchNorm(4, mode="regroup", groups=2)
         layer(torch.randn(8, 4, 5, 5, requires_grad=True)).sum().backward()
-    empty = torch.randn(8, 0, 3, 3)
-    for mode in ("local", "regroup"):
+    empty = torch.randn(8, 0, 3, 3, requires_grad=True)
+    for mode in ("local", "sync", "swap", "regroup"):
         y = shuffle_batch_norm(empty, None, None, training=True, mode=mode, groups=2)
-        assert y.shape == empty.shape
+        y.sum().backward()
+        assert y.shape == gradient(empty).shape == empty.shape
+
+
+@pytest.mark.parametrize("mode", ["local", "sync", "swap", "regroup"])
+def test_a_traced_layer_is_the_layer(mode: str) -> None:
+    """Catches a kernel that looks at numbers where a graph is made of its operations."""
+    layer, x = ShuffleBatchNorm(4, mode=mode, groups=2), torch.randn(8, 4, 5, 5)
+    with torch.no_grad():
+        traced = make_fx(copy.deepcopy(layer))(x)
+        torch.testing.assert_close(traced(x), layer(x))
+
+
+class _Named(Tensor):
+    """A subclass that all its results belong to."""
+
+
+@pytest.mark.parametrize("kind", [Tensor, _Named])
+def test_groups_far_apart_are_pooled_whatever_the_tensor_is_called(kind: type[Tensor]) -> None:
+    """Catches squares of 1e30, and an exact type where a subclass will do."""
+    values = torch.tensor([1.0, -1.0, 2.0, 3.0], dtype=torch.float64)
+    want = (values - values.mean()) / values.std(correction=0)
+    x = (1e30 * values).float()[:, None].as_subclass(kind)
+    y = shuffle_batch_norm(x, None, None, training=True, mode="sync", groups=4)
+    assert type(y) is kind
+    torch.testing.assert_close(y.as_subclass(Tensor)[:, 0], want.float())
 
 
 def test_tensors_without_memory_or_values_pass() -> None:

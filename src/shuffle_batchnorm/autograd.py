@@ -99,7 +99,7 @@ def _gradients(
     total, dot = kernel.block_grad_sums(dy, x, sizes, mean, rho)
     sums = torch.stack([total, dot], dim=1)
     weighted = sums if weight is None else sums * weight.to(sums.dtype)
-    mixed = sums_of_sources(weighted.flatten(1), plan, world).view(-1, *sums.shape[1:])
+    mixed = sums_of_sources(weighted.flatten(1), plan, world).unflatten(1, sums.shape[1:])
     dweight, dbias = dot.sum(dim=0), total.sum(dim=0)
     if not needs_dx:
         return None, dweight, dbias

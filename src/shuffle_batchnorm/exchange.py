@@ -198,7 +198,7 @@ def exchange_samples(
         world: the ranks.
         call: for an error's text.
         incoming: memory for the rows received.
-        meanwhile: what to do while they are under way.
+        meanwhile: what to do while they are under way; on a GPU, then.
 
     Returns:
         Tensor ``[N', K]``: the rows received, in rank order.
@@ -248,7 +248,11 @@ def _finish(
     notices.begin(world, call)
     work = start(True)
     try:
-        meanwhile()
+        try:
+            meanwhile()
+        except Exception as error:
+            notices.break_off(world, str(error))  # the work is under way
+            raise
         _wait(work, world, call, while_waiting or notices.raise_if_a_peer_compares)
     finally:
         notices.stop_waiting(world)

@@ -1,8 +1,8 @@
-"""The mix: rows of block statistics in, the rows that normalise each block out, and transposed.
+"""The mix: statistics of blocks in, those that normalise each block out, and transposed.
 
-A row is ``[count, mean, std]``, ``2 * C + 1`` numbers; a gradient row is
-``[sum w dy, sum w dy xhat]``, ``2 * C`` numbers. Rows are in float32, or float64 for float64 input,
-and are pooled in float64 where the device has it.
+In one process a kernel pools the blocks. Ranks exchange rows of them: ``[count, mean, std]``,
+``2 * C + 1`` numbers, and gradient rows ``[sum w dy, sum w dy xhat]``, ``2 * C`` numbers. Rows are
+in float32, or float64 for float64 input, and are pooled in float64 where the device has it.
 """
 
 import math
@@ -123,7 +123,7 @@ def _unpack(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def mix(blocks: Tensor, plan: Plan, world: World) -> tuple[Tensor, Tensor]:
     """Return the rows of each block's normaliser, and of the one in which the block is pooled.
 
-    All are ``[groups, B, 2 * C + 1]``.
+    Of two ranks or more. All are ``[groups, B, 2 * C + 1]``.
 
     Communication: `local` none; `swap` one rotation; `regroup` one rotation to the new groups and
     one back, or one small message with all rows to all ranks; `sync` one all_gather.
@@ -137,9 +137,7 @@ def mix(blocks: Tensor, plan: Plan, world: World) -> tuple[Tensor, Tensor]:
         row = blocks.view(1, -1, blocks.shape[-1])
         if row.shape[1] > 1:  # a single group is pooled as it is
             row = pool(row)
-        if world.size > 1:
-            row = pool(exchange.gather(row.view(-1), world)[None])
-        used = row.expand_as(blocks)
+        used = pool(exchange.gather(row.view(-1), world)[None]).expand_as(blocks)
         return used, used
     return blocks, blocks
 
@@ -163,10 +161,7 @@ def mix_gradients(sums: Tensor, plan: Plan, world: World) -> Tensor:
     if plan.mode == "regroup" and plan.per_group > 1:
         return _regroup(sums, plan, world, lambda rows: rows.sum(dim=1, keepdim=True))
     if plan.mode == "sync":
-        total = sums.sum(dim=(0, 1))
-        if world.size > 1:
-            total = exchange.all_sum(total, world)
-        return total.expand_as(sums)
+        return exchange.all_sum(sums.sum(dim=(0, 1)), world).expand_as(sums)
     return sums
 
 
@@ -188,7 +183,7 @@ def _regroup(rows: Tensor, plan: Plan, world: World, combine: Callable[[Tensor],
     """Return for each block the rows of its new group, combined: ``[groups, B, K]`` to the same.
 
     Communication: one rotation to the new groups and one back; or all rows to all ranks, where they
-    fit one message, and then each rank combines the rows of all groups, as a single process does.
+    fit one message, and then each rank combines the rows of all groups.
     """
     if not exchange.fits_one_message(rows, plan):
         combined = combine(exchange.rotate(rows, plan, world))

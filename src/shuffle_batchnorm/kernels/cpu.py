@@ -27,6 +27,7 @@ from .rows import (
     are_equal,
     block_sum,
     constant,
+    has_numbers,
     per_sample,
     pool_moments,
     pool_sum,
@@ -45,6 +46,8 @@ _SMALL = 2**22  # values that two passes over cached parts map faster than one p
 def block_moments(x: Tensor, sizes: Sizes, pools: Pools | None = None) -> tuple[Tensor, Tensor]:
     """See `reference.block_moments`."""
     x, lines = layout(_full(x))
+    if pools is not None and not has_numbers(x):
+        return pool_moments(*block_moments(x, sizes), sizes, pools)
     if lines and not _are_few(x, sizes):
         blocks = [_line_moments(piece) for piece in _pieces(x, sizes)]
         mean, std = (torch.stack(rows) for rows in zip(*blocks, strict=True))
@@ -58,8 +61,7 @@ def block_moments(x: Tensor, sizes: Sizes, pools: Pools | None = None) -> tuple[
     # off. Where the square is infinite, that of the offset may be as well.
     root = square.sqrt_()
     std = (root - offset).mul_(root + offset).clamp_(min=0).sqrt_()
-    # A fake tensor has no numbers.
-    if pools is not None and type(std) is Tensor and not math.isfinite(std.sum()):
+    if pools is not None and not math.isfinite(std.sum()):
         # Blocks may be so far apart that the dtype doesn't hold the squares: pool in float64.
         return pool_moments(*block_moments(x, sizes), sizes, pools)
     return center.add_(offset), std
@@ -249,8 +251,8 @@ def _one_pass_affine(y: Tensor, x: Tensor, scale: Tensor, shift: Tensor) -> None
 
 
 def _are_few(x: Tensor, sizes: Sizes) -> bool:
-    """Return whether a call per block costs more than its values."""
-    return len(sizes) > 1 and x.numel() <= _PART * torch.get_num_threads()
+    """Return whether a call per block costs more than its values; never for a large tensor."""
+    return len(sizes) > 1 and x.numel() <= min(_PART, len(sizes) * 2**15)
 
 
 def _samples(x: Tensor) -> Tensor:

@@ -29,6 +29,15 @@ def accumulation_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def has_numbers(x: Tensor) -> bool:
+    """Return whether a program may look at a tensor's numbers: it isn't fake, nor being traced."""
+    modes = torch._C._TorchDispatchModeKey
+    kinds = (modes.FAKE, modes.PROXY)
+    return not hasattr(x, "fake_mode") and all(
+        torch._C._get_dispatch_mode(kind) is None for kind in kinds
+    )
+
+
 def block_sum(samples: Tensor, sizes: Sizes) -> Tensor:
     """Sum the samples of each block: ``[N, C]`` to ``[blocks, C]``, 0 for an empty block.
 
