@@ -25,16 +25,20 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def bind(place: Place) -> None:
-    """Bind a rank, with all its threads, to a core, as mpirun does; on the CPU only.
+    """Bind a rank, with all its threads, to a core of its own, as mpirun does; on the CPU only.
 
     Unbound, two ranks may share a core for a while, and what one of them computes the other waits
     for: Python's share of a step then counts twice or not, by luck.
     """
-    if place.device.type != "cpu" or place.world_size == 1 or not hasattr(os, "sched_setaffinity"):
-        return
-    cores = sorted(os.sched_getaffinity(0))
-    for thread in Path("/proc/self/task").iterdir():
-        os.sched_setaffinity(int(thread.name), {cores[place.rank % len(cores)]})
+    if place.device.type == "cpu" and _have_a_core_each(place.world_size):
+        core = sorted(os.sched_getaffinity(0))[place.rank]
+        for thread in Path("/proc/self/task").iterdir():
+            os.sched_setaffinity(int(thread.name), {core})
+
+
+def _have_a_core_each(ranks: int) -> bool:
+    can_be_bound = hasattr(os, "sched_setaffinity")
+    return ranks > 1 and can_be_bound and ranks <= len(os.sched_getaffinity(0))
 
 
 class Timing(NamedTuple):
@@ -238,7 +242,6 @@ def _circumstances(on_ranks: bool, on_gpu: bool | None) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if on_gpu else _processor(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": 1 if on_ranks and not on_gpu else torch.get_num_threads(),
-        "bound": on_ranks and not on_gpu,  # each rank to a core
         "torch": torch.__version__,
         "cuda": torch.version.cuda if on_gpu else None,
         "triton": version("triton") if on_gpu and find_spec("triton") else None,
