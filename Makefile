@@ -46,7 +46,7 @@ format: setup ## mend what can be mended without thought
 
 # Compiling takes long, so the layer has two shapes there, and MoCo is left out.
 bench: setup ## measure layers, steps, exchanges, shuffles; print targets, draw docs/*_speed.png: 10 minutes
-	$(BIN)/python benchmarks/bench_layer.py --seconds 3 --save
+	$(BIN)/python benchmarks/bench_layer.py --seconds 5 --save
 	$(BIN)/python benchmarks/bench_layer.py --compiled --shapes 64x112x112 256x14x14 \
 		--seconds 5 --save layer_compiled
 	$(BIN)/python benchmarks/bench_layer.py --ranks 2 --groups 1 --shapes 64x56x56 512x7x7 \
@@ -54,7 +54,7 @@ bench: setup ## measure layers, steps, exchanges, shuffles; print targets, draw 
 	$(BIN)/python benchmarks/bench_step.py --seconds 15 --save
 	$(BIN)/python benchmarks/bench_step.py --compiled --steps supervised --bn swap regroup \
 		--groups 1 --seconds 40 --save
-	$(BIN)/python benchmarks/bench_exchange.py --save
+	$(BIN)/python benchmarks/bench_exchange.py --rounds 61 --save
 	$(BIN)/python benchmarks/bench_batch_shuffle.py --rounds 61 --save
 	$(BIN)/python benchmarks/targets.py
 	$(BIN)/python docs/draw_benchmarks.py

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from harness import bind, ratios, save, seconds_of, spread
+from harness import ratios, save, seconds_of, spread
 from meters import received_messages
 from torch import Tensor
 
@@ -116,7 +116,6 @@ def _rows(contestants: Contestants, rounds: int) -> list[dict[str, Any]]:
 
 def measure(place: Place, channels: list[int], rounds: int) -> list[dict[str, Any]]:
     """The rows of all layers and directions, on one rank."""
-    bind(place)
     results = []
     for count in channels:
         forward, backward = _contestants(count)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from harness import bind, geometric_mean, laps_of, ratios, save, spread
+from harness import geometric_mean, laps_of, ratios, save, spread
 from meters import peak_memory
 from peers import MODES, PLAIN, SPLIT, check, contestants, staged
 from torch import Tensor, nn
@@ -66,7 +66,6 @@ def resnet50_shapes() -> dict[tuple[int, int, int], int]:
 
 def measure(place: Place, options: Options) -> list[Row]:
     """The rows of all shapes, on one rank."""
-    bind(place)
     rows = []
     for shape in options.shapes:
         torch._dynamo.reset()

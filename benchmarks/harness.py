@@ -28,7 +28,8 @@ def bind(place: Place) -> None:
     """Bind a rank, with all its threads, to a core of its own, as mpirun does; on the CPU only.
 
     Unbound, two ranks may share a core for a while, and what one of them computes the other waits
-    for: Python's share of a step then counts twice or not, by luck.
+    for: Python's share of a step then counts twice or not, by luck. Not for bare collectives of
+    microseconds, whose threads then wait for the scheduler now and then, for 4 ms.
     """
     if place.device.type == "cpu" and _have_a_core_each(place.world_size):
         core = sorted(os.sched_getaffinity(0))[place.rank]

@@ -21,7 +21,6 @@ from .process_groups import CALL, World
 # The count in the rows of a rank that could not accept its input: that of whatever it is pooled in.
 _REJECTED = -math.inf
 
-
 Order = tuple[int, ...]
 
 
