@@ -174,8 +174,8 @@ def stratified_route(
     key: Key, n: int, world_size: int, rank: int, device: "torch.device | str" = "cpu"
 ) -> Route:
     """Return the route on which every rank sends ``n / W`` samples of its choice to every rank."""
-    splits = to_others((n // world_size,) * world_size, rank)
-    stays = _stays((n // world_size,) * world_size, rank)
+    shares = (n // world_size,) * world_size
+    splits, stays = to_others(shares, rank), _stays(shares, rank)
     # A first step may be the only one of its seed: a generator's.
     if isinstance(key.seed, int) and isinstance(key.step, int) and key.step and n <= _FEW:
         block, k = divmod(key.step, _AHEAD)
