@@ -8,6 +8,7 @@ import torch
 import truth
 from shuffle_batchnorm import mixing_matrix, spectral_radius
 from shuffle_batchnorm.mixing import MODES, Options, block_sizes, make_plan, rotation
+from shuffle_batchnorm.statistics import find_way
 
 WORLDS = [(1, 1), (1, 8), (2, 1), (2, 4), (3, 1), (3, 2), (4, 3), (16, 2)]
 OFFSETS = [0, 1, -1, 2, 5, 7]
@@ -66,6 +67,27 @@ def test_rows_arrive_and_come_back(world: tuple[int, int], offset: int) -> None:
         start = {rank: list(row) for rank, row in rows.items()}
         _rotate(rows, world, plan.shifts)
         assert rows == start
+
+
+@pytest.mark.parametrize("groups", [2, 3, 8])
+@pytest.mark.parametrize("offset", OFFSETS)
+@pytest.mark.parametrize("blocks", [2, 8, 64])
+@pytest.mark.parametrize("batch", [24, 120])
+def test_pools_of_one_process_begin_where_kernels_look(
+    groups: int, offset: int, blocks: int, batch: int
+) -> None:
+    """Catches a guess of a pool's mean from another pool's samples, which costs digits."""
+    plan = make_plan(Options("regroup", groups, offset, blocks), 1, 0).without_empty_blocks(batch)
+    sizes, pools = plan.sizes(batch), find_way(plan).pools
+    assert pools is not None
+    assert pools.number == groups
+    for p in range(groups):
+        first = p * plan.per_group
+        members = [block for block, owner in enumerate(pools.owners) if owner == p]
+        assert pools.owners[first] == p
+        assert sizes[first] == max(sizes)
+        assert sorted(pools.dealt[first : first + plan.per_group]) == members
+        assert sum(sizes[block] for block in members) == batch // groups
 
 
 @pytest.mark.parametrize("world_size", [8, 64, 512, 4096])

@@ -97,23 +97,21 @@ def _gradients(
     kernel = kernels.select(x)
     mean, rho, scale, source_mean, source_rho = rows
     total, dot = kernel.block_grad_sums(dy, x, sizes, mean, rho)
-    sums = torch.stack([total, dot], dim=1)
-    weighted = sums if weight is None else sums * weight.to(sums.dtype)
-    mixed = sums_of_sources(weighted.flatten(1), plan, world).unflatten(1, sums.shape[1:])
     dweight, dbias = dot.sum(dim=0), total.sum(dim=0)
+    first, second = sums_of_sources(total, dot, weight, plan, world)
     if not needs_dx:
         return None, dweight, dbias
     # 0, where it is known: no values to multiply by infinity.
     step = source_rho / (-count.clamp(min=1) if isinstance(count, Tensor) else -count)
-    c, b = (step[:, None] * mixed).unbind(dim=1)
-    b, center, c = _of_blocks(source, b * source_rho, source_mean, c)
+    b = (step * second).mul_(source_rho)
+    b, center, c = _of_blocks(source, b, source_mean, step * first)
     dx = kernel.block_grad_affine(dy, x, sizes, scale, b, center, c)
     return dx, dweight, dbias
 
 
 def _of_blocks(order: tuple[int, ...] | None, *rows: Tensor) -> Sequence[Tensor]:
     """Give each block its rows."""
-    return rows if order is None else take(torch.stack(rows), order).unbind()
+    return rows if order is None else tuple(take(row, order) for row in rows)
 
 
 class _FirstDerivative(torch.autograd.Function):

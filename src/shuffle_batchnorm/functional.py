@@ -1,6 +1,7 @@
 """shuffle_batch_norm: moments of blocks, mix, per-block affine; and its backward."""
 
 import warnings
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -129,18 +130,18 @@ def normalise(
     """Normalise with batch statistics and update the running ones. See `shuffle_batch_norm`."""
     check_options(CALL, options)
     world = process_groups.resolve(process_group)
-    plan = make_plan(options, world.size, world.rank)
+    # The compiler traces the arithmetic once and warns of caches.
+    make = make_plan if torch.compiler.is_compiling() else _cached_plan
+    plan = make(options, world.size, world.rank)
     _warn_if_nothing_is_shuffled(options, plan)
     parameters = {
         "weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var
     }  # fmt: skip
     _accept(input, parameters, options, plan, world, agreed, num_features)
 
-    if world.size == 1 and is_known(input.shape[0] // plan.groups < plan.per_group):
-        # Ranks keep theirs: a peer with a larger batch has samples in blocks that are empty here.
-        # So does a graph for batches of any size.
-        plan = plan.without_empty_blocks(input.shape[0])
-    sizes = plan.sizes(input.shape[0])
+    batch = input.shape[0]
+    caches = isinstance(batch, int) and not torch.compiler.is_compiling()  # a symbol has no hash
+    plan, sizes = (_cached_cut if caches else _cut)(plan, batch)
     length = input.shape[2:].numel()
     with torch.no_grad():
         statistics = statistics_of(input, sizes, plan, world)
@@ -152,6 +153,21 @@ def normalise(
         input, weight, bias, *statistics, eps, sizes, plan, world
     )
     return Normalised(output, statistics, sizes)
+
+
+_cached_plan = lru_cache(maxsize=1024)(make_plan)
+
+
+def _cut(plan: Plan, batch: int) -> tuple[Plan, tuple[int, ...]]:
+    """Return the plan for a batch, and the samples in each of its blocks."""
+    if plan.world_size == 1 and is_known(batch // plan.groups < plan.per_group):
+        # Ranks keep theirs: a peer with a larger batch has samples in blocks that are empty here.
+        # So does a graph for batches of any size.
+        plan = plan.without_empty_blocks(batch)
+    return plan, plan.sizes(batch)
+
+
+_cached_cut = lru_cache(maxsize=1024)(_cut)
 
 
 def _warn_if_nothing_is_shuffled(options: Options, plan: Plan) -> None:
@@ -226,8 +242,7 @@ def _update_running(
         return
     else:  # each normaliser has as many blocks here, so their average is that over the blocks
         rise = values / (values - 1)
-    unbiased = std.square() * rise
-    for running, batch in ((running_mean, mean), (running_var, unbiased)):
+    for running, batch in ((running_mean, mean), (running_var, std.square().mul_(rise))):
         if filled is None:
             new = batch.mean(dim=0)
         else:

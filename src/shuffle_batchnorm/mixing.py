@@ -92,6 +92,8 @@ class Plan(NamedTuple):
 def make_plan(options: Options, world_size: int, rank: int) -> Plan:
     """Return the plan of one rank."""
     mode, groups, offset, blocks = options
+    if mode == "sync":
+        groups = 1  # whatever the groups are, all of them are pooled
     total = world_size * groups
     per_group = min(total, blocks) if mode == "regroup" else 1
     if mode == "swap":

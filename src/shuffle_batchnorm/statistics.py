@@ -14,14 +14,22 @@ import torch
 from torch import Tensor
 
 from . import exchange, kernels, notices
-from .kernels.rows import Pools, are_equal, constant, counts, per_sample, pool, pool_sum, take
+from .kernels.rows import (
+    Order,
+    Pools,
+    are_equal,
+    constant,
+    counts,
+    per_sample,
+    pool,
+    pool_sum,
+    take,
+)
 from .mixing import Plan, block_sizes
 from .process_groups import CALL, World
 
 # The count in the rows of a rank that could not accept its input: that of whatever it is pooled in.
 _REJECTED = -math.inf
-
-Order = tuple[int, ...]
 
 
 class Statistics(NamedTuple):
@@ -42,7 +50,7 @@ class Statistics(NamedTuple):
     source: Order | None = None
 
 
-class _Way(NamedTuple):
+class Way(NamedTuple):
     """What becomes of the blocks in one process: see `Statistics`.
 
     Attributes:
@@ -58,26 +66,27 @@ class _Way(NamedTuple):
     users: Order | None = None
 
 
-def _find_way(plan: Plan) -> _Way:
+def find_way(plan: Plan) -> Way:
+    """Return the way of a plan in one process."""
     if plan.mode == "swap" and any(plan.shifts):
         used = plan.normalisers()
-        return _Way(used=used, users=tuple(map(used.index, range(len(used)))))
-    if plan.groups > 1 and (plan.mode == "sync" or plan.per_group > 1):
+        return Way(used=used, users=tuple(map(used.index, range(len(used)))))
+    if plan.mode == "regroup" and plan.groups > 1 and plan.per_group > 1:
         owners = plan.normalisers()
         dealt = tuple(sorted(range(len(owners)), key=owners.__getitem__))
-        return _Way(Pools(len(set(owners)), dealt, owners), owners, owners)
-    return _Way()
+        return Way(Pools(plan.groups, dealt, owners), owners, owners)
+    return Way()
 
 
-_cached_way = lru_cache(maxsize=1024)(_find_way)
+_cached_way = lru_cache(maxsize=1024)(find_way)
 
 
-def _way(plan: Plan, world: World) -> _Way | None:
+def _way(plan: Plan, world: World) -> Way | None:
     """Return the way in one process; None if peers have to be asked."""
     if world.size > 1 and plan.mode != "local":
         return None
     # The compiler traces the arithmetic once and warns of caches.
-    return _find_way(plan) if torch.compiler.is_compiling() else _cached_way(plan)
+    return find_way(plan) if torch.compiler.is_compiling() else _cached_way(plan)
 
 
 def statistics_of(x: Tensor, sizes: tuple[int, ...], plan: Plan, world: World) -> Statistics:
@@ -90,8 +99,8 @@ def statistics_of(x: Tensor, sizes: tuple[int, ...], plan: Plan, world: World) -
     if way is not None:
         mean, std = kernel.block_moments(x, sizes, way.pools)
         # A new group has as many as any.
-        samples = x.shape[0] // (1 if plan.mode == "sync" else plan.groups)
-        return Statistics(x.shape[2:].numel() * samples, mean, std, way.used, way.source)
+        values = x.shape[2:].numel() * (x.shape[0] // plan.groups)
+        return Statistics(values, mean, std, way.used, way.source)
     mean, std = kernel.block_moments(x, sizes)
     rows = torch.cat([counts(sizes, x.shape[2:].numel(), mean), mean, std], dim=1)
     used_rows, source_rows = mix(rows.view(plan.groups, plan.per_group, -1), plan, world)
@@ -133,10 +142,7 @@ def mix(blocks: Tensor, plan: Plan, world: World) -> tuple[Tensor, Tensor]:
         used = _regroup(blocks, plan, world, pool)
         return used, used
     if plan.mode == "sync":
-        row = blocks.view(1, -1, blocks.shape[-1])
-        if row.shape[1] > 1:  # a single group is pooled as it is
-            row = pool(row)
-        used = pool(exchange.gather(row.view(-1), world)[None]).expand_as(blocks)
+        used = pool(exchange.gather(blocks.view(-1), world)[None])
         return used, used
     return blocks, blocks
 
@@ -160,22 +166,40 @@ def mix_gradients(sums: Tensor, plan: Plan, world: World) -> Tensor:
     if plan.mode == "regroup" and plan.per_group > 1:
         return _regroup(sums, plan, world, lambda rows: rows.sum(dim=1, keepdim=True))
     if plan.mode == "sync":
-        return exchange.all_sum(sums.sum(dim=(0, 1)), world).expand_as(sums)
+        return exchange.all_sum(sums.view(-1), world).view_as(sums)
     return sums
 
 
-def sums_of_sources(sums: Tensor, plan: Plan, world: World) -> Tensor:
-    """Return for each source the sums over all its users: ``[blocks, 2 * C]`` to ``[S, 2 * C]``.
+def sums_of_sources(
+    total: Tensor, dot: Tensor, weight: Tensor | None, plan: Plan, world: World
+) -> tuple[Tensor, Tensor]:
+    """Return for each source the weighted sums over all its users.
 
-    S are the R rows of `Statistics` in one process, else this rank's blocks.
+    Args:
+        total: ``sum dy`` over each local block, ``[blocks, C]``.
+        dot: ``sum dy xhat``, likewise.
+        weight: that of this rank, ``[C]``; None: 1.
+        plan: how the ranks mix.
+        world: the ranks.
+
+    Returns:
+        ``sum w dy`` and ``sum w dy xhat``, ``[S, C]`` each: S are the R rows of `Statistics` in one
+        process, else this rank's blocks.
 
     Communication: that of `mix_gradients`.
     """
     way = _way(plan, world)
-    if way is not None:
-        return take(pool_sum(sums, way.pools), way.users)
-    blocks = sums.view(plan.groups, plan.per_group, -1)
-    return mix_gradients(blocks, plan, world).reshape(sums.shape)
+    if way is None:
+        sums = torch.stack([total, dot], dim=1)
+        weighted = sums if weight is None else sums * weight.to(sums.dtype)
+        blocks = weighted.view(plan.groups, plan.per_group, -1)
+        mixed = mix_gradients(blocks, plan, world).reshape(sums.shape)
+        return mixed[:, 0], mixed[:, 1]
+    first, second = (take(pool_sum(sums, way.pools), way.users) for sums in (total, dot))
+    if weight is None:
+        return first, second
+    weight = weight.to(first.dtype)
+    return first * weight, second * weight
 
 
 def _regroup(rows: Tensor, plan: Plan, world: World, combine: Callable[[Tensor], Tensor]) -> Tensor:

@@ -15,9 +15,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from . import cpu, reference
-from .rows import Pools
-
-Sizes = tuple[int, ...]
+from .rows import Pools, Sizes
 
 
 class Kernels(Protocol):

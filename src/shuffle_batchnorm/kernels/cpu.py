@@ -14,8 +14,7 @@ aten takes half precision only with rows rounded to it, so that is copied to flo
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator
-from functools import lru_cache
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -23,10 +22,10 @@ from torch import Tensor
 from .layouts import as_layout, layout
 from .rows import (
     Pools,
+    Sizes,
     accumulation_dtype,
     are_equal,
     block_sum,
-    constant,
     has_numbers,
     per_sample,
     pool_moments,
@@ -35,36 +34,36 @@ from .rows import (
     take,
 )
 
-Sizes = tuple[int, ...]
-
+_SHARE = 16  # of the values, of which one makes a guess
 _LONG = 2**14  # values of a plane
 _LINES = 2**11  # of a thread: aten adds them one after the other, in the dtype of the values
 _PART = 2**19  # values per thread that are gone through twice while they are in a cache
+_CALL = 2**17  # values of a block in lines that take as long as calling aten for it
 _SMALL = 2**22  # values that two passes over cached parts map faster than one pass over all
 
 
 def block_moments(x: Tensor, sizes: Sizes, pools: Pools | None = None) -> tuple[Tensor, Tensor]:
     """See `reference.block_moments`."""
     x, lines = layout(_full(x))
-    if pools is not None and not has_numbers(x):
-        return pool_moments(*block_moments(x, sizes), sizes, pools)
-    if lines and not _are_few(x, sizes):
+    mean, std = _moments(x, sizes, pools, lines)
+    if x.dtype == torch.float32 and has_numbers(x) and not math.isfinite(std.sum()):
+        # A deviation fits float32 wherever the values do; its square may not.
+        mean, std = (rows.float() for rows in _moments(x.double(), sizes, pools, lines))
+    return mean, std
+
+
+def _moments(x: Tensor, sizes: Sizes, pools: Pools | None, lines: bool) -> tuple[Tensor, Tensor]:
+    if lines and not _are_many(x, sizes):
         blocks = [_line_moments(piece) for piece in _pieces(x, sizes)]
         mean, std = (torch.stack(rows) for rows in zip(*blocks, strict=True))
         return pool_moments(mean, std, sizes, pools)
-    if lines:
-        center, offset, square = _moments_of_few(x, sizes, pools)
-    else:
-        center = _guess(x, sizes) if pools is None else _guess_of_pools(x, sizes, pools)
-        offset, square = _moments_about(center, x, sizes, pools)
-    # square - offset**2, of which at most 4 bits cancel: the guess is at most sqrt(15) deviations
-    # off. Where the square is infinite, that of the offset may be as well.
-    root = square.sqrt_()
-    std = (root - offset).mul_(root + offset).clamp_(min=0).sqrt_()
-    if pools is not None and not math.isfinite(std.sum()):
-        # Blocks may be so far apart that the dtype doesn't hold the squares: pool in float64.
-        return pool_moments(*block_moments(x, sizes), sizes, pools)
-    return center.add_(offset), std
+    if pools is not None and pools.number * _SHARE < len(sizes):
+        return pool_moments(*_moments(x, sizes, None, lines), sizes, pools)
+    center = _guess(x, sizes, pools, lines)
+    offset, square = _moments_about(center, x, sizes, pools, lines)
+    # At most 4 bits cancel: the guess is at most sqrt(15) deviations off.
+    variance = torch.addcmul(square, offset, offset, value=-1)
+    return center.add_(offset), variance.clamp_(min=0).sqrt_()
 
 
 def block_affine(x: Tensor, sizes: Sizes, center: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -73,13 +72,14 @@ def block_affine(x: Tensor, sizes: Sizes, center: Tensor, scale: Tensor, shift: 
     x, lines = layout(_full(x))
     y = torch.empty_like(x)
     shift = torch.addcmul(shift, center, scale, value=-1)
-    if lines:
-        source, scales, shifts = _broadcast(x, sizes, scale, shift)
-        torch.addcmul(shifts, source, scales, out=_broadcast(y, sizes)[0])
-    elif x.numel() < _SMALL:
-        tensors = _planes(y, sizes), _planes(x, sizes), *_rows(sizes, scale, shift)
-        for out, part, scales, shifts in _parts(*tensors):
-            torch.mul(part, scales, out=out).add_(shifts)
+    if lines or x.numel() < _SMALL:
+        views = (_samples(tensor, sizes, lines) for tensor in (y, x))
+        out, source, *rows = *views, *_rows(sizes, lines, scale, shift)
+        if lines:
+            torch.addcmul(rows[1], source, rows[0], out=out)
+            return y.to(dtype)
+        for part, values, scales, shifts in _parts(out, source, *rows):
+            torch.mul(values, scales, out=part).add_(shifts)
     else:
         _one_pass_affine(y, x, *_per_plane(sizes, scale, shift))
     return y.to(dtype)
@@ -91,11 +91,9 @@ def block_grad_sums(
     """See `reference.block_grad_sums`."""
     x, lines = layout(_full(x))
     dy = as_layout(_full(dy), lines)
-    if lines and _are_few(x, sizes):
-        values = _samples(dy)
-        products = _samples(x) - per_sample(center, sizes)[:, None]
-        dots = products.mul_(values).sum(dim=1)
-        return block_sum(values.sum(dim=1), sizes), block_sum(dots, sizes) * scale
+    if lines and _are_many(x, sizes):
+        total, dot = _grad_sums_of_many(dy, x, sizes, center)
+        return total, dot * scale
     if lines:
         pieces = zip(_pieces(x, sizes), _pieces(dy, sizes), strict=True)
         sums = [_line_grad_sums(*piece, center[k], scale[k]) for k, piece in enumerate(pieces)]
@@ -113,40 +111,47 @@ def block_grad_affine(
     dtype = x.dtype
     x, lines = layout(_full(x))
     dy, dx = as_layout(_full(dy), lines), torch.empty_like(x)
-    if lines:
-        source, *rows = _broadcast(x, sizes, a, b, center, c)
-        views = _broadcast(dx, sizes)[0], _broadcast(dy, sizes)[0], source, *rows
-    else:
-        rows = _rows(sizes, a, b, center, c)
-        views = _planes(dx, sizes), _planes(dy, sizes), _planes(x, sizes), *rows
-    for part in _parts(*views):
-        _write_grad(*part)
+    views = (_samples(tensor, sizes, lines) for tensor in (dx, dy, x))
+    for part in _parts(*views, *_rows(sizes, lines, a, b, center, c)):
+        _write_grad(lines, *part)
     return dx.to(dtype)
 
 
 def _write_grad(
-    dx: Tensor, dy: Tensor, x: Tensor, a: Tensor, b: Tensor, center: Tensor, c: Tensor
+    lines: bool, dx: Tensor, dy: Tensor, x: Tensor, a: Tensor, b: Tensor, center: Tensor, c: Tensor
 ) -> None:
     """Write ``a * dy + b * (x - center) + c``."""
     # x * b would be as large as the mean, and so would be what its rounding leaves.
-    torch.sub(x, center, out=dx).mul_(b).add_(c).addcmul_(dy, a)
+    torch.sub(x, center, out=dx)
+    if lines:
+        torch.addcmul(c, dx, b, out=dx)
+    else:  # aten's loops over planes are vectorised with one number per plane, not with two
+        dx.mul_(b).add_(c)
+    dx.addcmul_(dy, a)
 
 
 def _full(x: Tensor) -> Tensor:
     return x.to(accumulation_dtype(x))
 
 
-def _planes(x: Tensor, sizes: Sizes) -> Tensor:
-    """View contiguous ``[N, C, *]`` as ``[blocks, n, C, L]``; uneven blocks sample by sample."""
+def _samples(x: Tensor, sizes: Sizes, lines: bool) -> Tensor:
+    """View ``[N, C, *]`` as ``[blocks, n, C, L]``, in lines as ``[blocks, n, L, C]``.
+
+    Uneven blocks are taken sample by sample.
+    """
     blocks = len(sizes) if are_equal(sizes) else x.shape[0]
-    return x.view(blocks, x.shape[0] // blocks, x.shape[1], x.shape[2:].numel())
+    shape = blocks, x.shape[0] // blocks, x.shape[1], x.shape[2:].numel()
+    if lines:
+        return x.movedim(1, -1).view(*shape[:2], shape[3], shape[2])
+    return x.view(shape)
 
 
-def _rows(sizes: Sizes, *rows: Tensor) -> list[Tensor]:
-    """View rows ``[blocks, C]`` to broadcast with `_planes`."""
+def _rows(sizes: Sizes, lines: bool, *rows: Tensor) -> list[Tensor]:
+    """View rows ``[blocks, C]`` to broadcast with `_samples`."""
     if not are_equal(sizes):
         rows = tuple(per_sample(row, sizes) for row in rows)
-    return [row.view(len(row), 1, row.shape[1], 1) for row in rows]
+    last = (1, rows[0].shape[1]) if lines else (rows[0].shape[1], 1)
+    return [row.view(len(row), 1, *last) for row in rows]
 
 
 def _per_plane(sizes: Sizes, *rows: Tensor) -> tuple[Tensor, ...]:
@@ -159,74 +164,92 @@ def _per_plane(sizes: Sizes, *rows: Tensor) -> tuple[Tensor, ...]:
     return tuple(per_sample(row, sizes).view(-1) for row in rows)
 
 
-def _guess(x: Tensor, sizes: Sizes) -> Tensor:
-    """Return the mean of at least a sixteenth of each block's values, ``[blocks, C]``."""
-    values = _planes(x, sizes)
-    samples, length = values.shape[1], values.shape[3]
-    step = min(samples, 16)
-    # First per plane: the sum of all of them is the first to be infinite.
-    few = values[:, ::step, :, : -(-length * step // 16)].mean(dim=3).mean(dim=1)
-    if not are_equal(sizes):
-        few = block_sum(few, sizes) / samples_of_pools(sizes, None, few)
-    return few.nan_to_num_(0.0, 0.0, 0.0)
-
-
-def _guess_of_pools(x: Tensor, sizes: Sizes, pools: Pools) -> Tensor:
+def _guess(x: Tensor, sizes: Sizes, pools: Pools | None, lines: bool) -> Tensor:
     """Return the mean of at least a sixteenth of each pool's values, ``[pools, C]``."""
-    samples, length = x.shape[0] // pools.number, x.shape[2:].numel()
-    step = min(samples, 16)
-    seen = constant(_every(step, sizes, pools), torch.int64, x)
-    few = x.view(*x.shape[:2], length)[:, :, : -(-length * step // 16)].index_select(0, seen)
-    few = few.mean(dim=2).view(pools.number, -1, x.shape[1]).mean(dim=1)
-    return few.nan_to_num_(0.0, 0.0, 0.0)
-
-
-@lru_cache(maxsize=1024)
-def _every(step: int, sizes: Sizes, pools: Pools) -> tuple[int, ...]:
-    """Return the first sample of each pool and every `step`-th of its samples after it."""
-    ends = tuple(itertools.accumulate(sizes))
-    order = [k for block in pools.dealt for k in range(ends[block] - sizes[block], ends[block])]
-    n = len(order) // pools.number
-    return tuple(k for place, k in enumerate(order) if place % n % step == 0)
+    values, axis = _samples(x, sizes, lines), _axis(lines)
+    samples = at_hand = values.shape[1]
+    if pools is not None:
+        # Those of its first block are where its part begins: a slice is cheaper than an index.
+        values = values.view(pools.number, -1, *values.shape[2:])
+        samples, at_hand = values.shape[1], sizes[0]
+    step = at_hand // -(-samples // _SHARE)
+    seen = values[:, :at_hand:step]
+    length = -(-values.shape[axis] * samples // (_SHARE * seen.shape[1]))
+    # First per sample: the sum of all of them is the first to be infinite.
+    few = seen.narrow(axis, 0, length).mean(dim=axis)
+    few = few.mean(dim=1) if few.shape[1] > 1 else few[:, 0]
+    if pools is None and not are_equal(sizes):
+        few = block_sum(few, sizes) / samples_of_pools(sizes, None, few)
+    # What is infinite in float32 is looked at again in float64.
+    return few.nan_to_num_(0.0, 0.0, 0.0) if few.dtype == torch.float64 else few
 
 
 def _moments_about(
-    center: Tensor, x: Tensor, sizes: Sizes, pools: Pools | None
+    center: Tensor, x: Tensor, sizes: Sizes, pools: Pools | None, lines: bool
 ) -> tuple[Tensor, Tensor]:
     """Return the mean distance to a center, and the mean square of it, ``[pools, C]``."""
-    values = _planes(x, sizes)
-    sums = values.new_empty(2, *values.shape[:3], 1)
+    values, axis = _samples(x, sizes, lines), _axis(lines)
+    sums = _sums_of_samples(values, axis)
+    totals, norms = sums.unbind()
     differences = values.new_empty(0)
-    (rows,) = _rows(sizes, take(center, None if pools is None else pools.owners))
-    for part, centers, total, norm in _parts(values, rows, *sums.unbind()):
+    (rows,) = _rows(sizes, lines, take(center, None if pools is None else pools.owners))
+    for part, centers, total, norm in _parts(values, rows, totals, norms, whole=4 - axis):
         difference = torch.sub(part, centers, out=differences.resize_(part.shape))
-        torch.sum(difference, dim=3, keepdim=True, out=total)
-        if part.shape[3] < _LONG:
-            torch.linalg.vector_norm(difference, dim=3, keepdim=True, out=norm)
+        torch.sum(difference, dim=axis, keepdim=True, out=total)
+        if not lines and part.shape[axis] < _LONG:
+            torch.linalg.vector_norm(difference, dim=axis, keepdim=True, out=norm)
         else:
             # A norm adds one after the other, in the dtype of the values; a sum in a tree.
-            torch.sum(difference.square_(), dim=3, keepdim=True, out=norm).sqrt_()
-    # A mean square may fit the dtype where the sum doesn't. Powers of 2 round nothing.
-    half = 2.0 ** ((x.numel() // x.shape[1]).bit_length() // 2)
-    sums[1].div_(half).square_()
-    moments = block_sum(sums.view(2 * x.shape[0], x.shape[1]), sizes * 2)
-    offset, square = pool_sum(moments.view(2, len(sizes), -1), pools).unbind()
-    size = samples_of_pools(sizes, pools, x) * values.shape[3]
-    return offset.div_(size), square.div_(size / half**2)
+            torch.sum(difference.square_(), dim=axis, keepdim=True, out=norm).sqrt_()
+    norms.square_()
+    size = samples_of_pools(sizes, pools, x) * x.shape[2:].numel()
+    offset, square = (pool_sum(_of_blocks(sums, x, sizes), pools) / size).unbind()
+    return offset, square
 
 
-def _parts(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+def _grad_sums_of_many(dy: Tensor, x: Tensor, sizes: Sizes, center: Tensor) -> Sequence[Tensor]:
+    """Return ``sum dy`` and ``sum dy * (x - center)`` of each block in lines."""
+    values, gradients, axis = _samples(x, sizes, True), _samples(dy, sizes, True), _axis(True)
+    sums = _sums_of_samples(values, axis)
+    products = values.new_empty(0)
+    tensors = values, gradients, *_rows(sizes, True, center), *sums.unbind()
+    for part, grads, centers, total, dot in _parts(*tensors, whole=4 - axis):
+        torch.sum(grads, dim=axis, keepdim=True, out=total)
+        product = torch.sub(part, centers, out=products.resize_(part.shape)).mul_(grads)
+        torch.sum(product, dim=axis, keepdim=True, out=dot)
+    return _of_blocks(sums, x, sizes).unbind()
+
+
+def _axis(lines: bool) -> int:
+    """Return which axis of `_samples` a sum goes over."""
+    return 2 if lines else 3
+
+
+def _sums_of_samples(values: Tensor, axis: int) -> Tensor:
+    """Return memory for two sums over an axis."""
+    shape = list(values.shape)
+    shape[axis] = 1
+    return values.new_empty(2, *shape)
+
+
+def _of_blocks(sums: Tensor, x: Tensor, sizes: Sizes) -> Tensor:
+    """Sum two sums of each sample of `x` over the blocks, to ``[2, blocks, C]``."""
+    samples = sums.view(2 * x.shape[0], x.shape[1])
+    return block_sum(samples, sizes * 2).view(2, len(sizes), x.shape[1])
+
+
+def _parts(*tensors: Tensor, whole: int = 1) -> Iterable[tuple[Tensor, ...]]:
     """Cut tensors that broadcast to the first into parts that stay in a cache.
 
-    The last axis stays whole.
+    The last axes stay whole, as many as that.
     """
     room = _PART * torch.get_num_threads()
-    return (tensors,) if tensors[0].numel() <= room else _cut(room, *tensors)
+    return (tensors,) if tensors[0].numel() <= room else _cut(room, whole, *tensors)
 
 
-def _cut(room: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def _cut(room: int, whole: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     shape, numel = tensors[0].shape, tensors[0].numel()
-    axis = next((k for k, size in enumerate(shape[:-1]) if size > 1), None)
+    axis = next((k for k, size in enumerate(shape[:-whole]) if size > 1), None)
     if numel <= room or axis is None:
         yield tensors
         return
@@ -236,7 +259,7 @@ def _cut(room: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         for tensor in tensors
     )
     for piece in zip(*pieces, strict=False):
-        yield from _cut(room, *piece)
+        yield from _cut(room, whole, *piece)
 
 
 def _one_pass_affine(y: Tensor, x: Tensor, scale: Tensor, shift: Tensor) -> None:
@@ -250,28 +273,9 @@ def _one_pass_affine(y: Tensor, x: Tensor, scale: Tensor, shift: Tensor) -> None
     )  # fmt: skip
 
 
-def _are_few(x: Tensor, sizes: Sizes) -> bool:
-    """Return whether a call per block costs more than its values; never for a large tensor."""
-    return len(sizes) > 1 and x.numel() <= min(_PART, len(sizes) * 2**15)
-
-
-def _samples(x: Tensor) -> Tensor:
-    """View ``[N, C, *]`` in lines as ``[N, L, C]``."""
-    return x.movedim(1, -1).view(x.shape[0], -1, x.shape[1])
-
-
-def _moments_of_few(x: Tensor, sizes: Sizes, pools: Pools | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return a center of each pool, and `_moments_about` it."""
-    values, size = _samples(x), samples_of_pools(sizes, pools, x)
-
-    def pooled(samples: Tensor) -> Tensor:
-        return pool_sum(block_sum(samples, sizes), pools) / size
-
-    center = pooled(values.mean(dim=1)).nan_to_num_(0.0, 0.0, 0.0)
-    owners = None if pools is None else pools.owners
-    differences = values - per_sample(take(center, owners), sizes)[:, None]
-    offset = pooled(differences.mean(dim=1))
-    return center, offset, pooled(differences.square_().mean(dim=1))
+def _are_many(x: Tensor, sizes: Sizes) -> bool:
+    """Return whether in lines a call per block costs more than two more passes over parts."""
+    return len(sizes) > 1 and x.numel() <= len(sizes) * _CALL
 
 
 def _pieces(x: Tensor, sizes: Sizes) -> tuple[Tensor, ...]:
@@ -299,18 +303,6 @@ def _line_moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _lines_of_a_part() -> int:
     return _LINES * torch.get_num_threads()
-
-
-def _broadcast(x: Tensor, sizes: Sizes, *rows: Tensor) -> tuple[Tensor, ...]:
-    """View `x` in lines as ``[blocks, n * L, C]``, and rows to broadcast with it.
-
-    Uneven blocks are taken sample by sample.
-    """
-    if not are_equal(sizes):
-        rows = tuple(per_sample(row, sizes) for row in rows)
-        sizes = (1,) * x.shape[0]
-    view = x.movedim(1, -1).view(len(sizes), sizes[0] * x.shape[2:].numel(), x.shape[1])
-    return (view, *(row[:, None, :] for row in rows))
 
 
 def _line_grad_sums(

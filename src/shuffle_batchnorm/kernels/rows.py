@@ -7,11 +7,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-Sizes = tuple[int, ...]
+Sizes = tuple[int, ...]  # samples of each block
+Order = tuple[int, ...]  # numbers of rows
 
 
 class Pools(NamedTuple):
     """Which blocks are pooled: as many blocks, and as many samples, in every pool.
+
+    The batch is as many equal parts in a row as there are pools, a group each. The first block of
+    part p, the longest, belongs to pool p.
 
     Attributes:
         number: of pools.
@@ -20,8 +24,8 @@ class Pools(NamedTuple):
     """
 
     number: int
-    dealt: tuple[int, ...]
-    owners: tuple[int, ...]
+    dealt: Order
+    owners: Order
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:
@@ -66,7 +70,7 @@ def pool_sum(sums: Tensor, pools: Pools | None) -> Tensor:
     return take(sums, pools.dealt).view(*sums.shape[:-2], *shape).sum(dim=-2)
 
 
-def take(rows: Tensor, order: tuple[int, ...] | None) -> Tensor:
+def take(rows: Tensor, order: Order | None) -> Tensor:
     """Return the rows ``[..., R, C]`` in this order, of which None is their own."""
     return rows if order is None else rows.index_select(-2, constant(order, torch.int64, rows))
 

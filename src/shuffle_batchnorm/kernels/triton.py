@@ -10,10 +10,8 @@ from torch import Tensor
 
 from . import triton_kernels
 from .layouts import as_layout, layout
-from .rows import Pools, accumulation_dtype, constant, pool_moments
+from .rows import Pools, Sizes, accumulation_dtype, constant, pool_moments
 from .triton_tiles import elementwise, merge_tile, reduction
-
-Sizes = tuple[int, ...]
 
 
 def block_moments(x: Tensor, sizes: Sizes, pools: Pools | None = None) -> tuple[Tensor, Tensor]:
