@@ -203,8 +203,8 @@ def _moments_about(
             torch.sum(difference.square_(), dim=axis, keepdim=True, out=norm).sqrt_()
     norms.square_()
     size = samples_of_pools(sizes, pools, x) * x.shape[2:].numel()
-    offset, square = (pool_sum(_of_blocks(sums, x, sizes), pools) / size).unbind()
-    return offset, square
+    total, square = (pool_sum(rows, pools).div_(size) for rows in _of_blocks(sums, x, sizes))
+    return total, square
 
 
 def _grad_sums_of_many(dy: Tensor, x: Tensor, sizes: Sizes, center: Tensor) -> Sequence[Tensor]:

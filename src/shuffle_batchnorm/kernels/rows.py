@@ -63,16 +63,16 @@ def block_sum(samples: Tensor, sizes: Sizes) -> Tensor:
 
 
 def pool_sum(sums: Tensor, pools: Pools | None) -> Tensor:
-    """Sum the blocks of each pool: ``[..., blocks, C]`` to ``[..., pools, C]``; None: no pools."""
+    """Sum the blocks of each pool: ``[blocks, C]`` to ``[pools, C]``; None: no pools."""
     if pools is None:
         return sums
-    shape = pools.number, len(pools.dealt) // pools.number, sums.shape[-1]
-    return take(sums, pools.dealt).view(*sums.shape[:-2], *shape).sum(dim=-2)
+    shape = pools.number, len(pools.dealt) // pools.number, sums.shape[1]
+    return take(sums, pools.dealt).view(shape).sum(dim=1)
 
 
 def take(rows: Tensor, order: Order | None) -> Tensor:
-    """Return the rows ``[..., R, C]`` in this order, of which None is their own."""
-    return rows if order is None else rows.index_select(-2, constant(order, torch.int64, rows))
+    """Return the rows ``[R, C]`` in this order, of which None is their own."""
+    return rows if order is None else rows.index_select(0, constant(order, torch.int64, rows))
 
 
 def pool(rows: Tensor) -> Tensor:
