@@ -232,6 +232,20 @@ def test_the_guess_of_a_pool_sees_a_sixteenth() -> None:
         assert ((std[k] - deviation).abs() <= 1e-6 * deviation).all()
 
 
+@pytest.mark.parametrize("lines", [False, True])
+def test_the_guess_of_a_pool_sees_no_other_pool(lines: bool) -> None:
+    """Catches a center between pools that are far apart."""
+    x = torch.randn(64, 3, 8)
+    x[16:48] += 1e5  # pool 1
+    x = x.movedim(1, -1).contiguous().movedim(-1, 1) if lines else x
+    mean, std = cpu.block_moments(x, (16,) * 4, Pools(2, (0, 3, 1, 2), (0, 1, 1, 0)))
+    blocks = x.double().split(16)
+    for k, pool in enumerate((blocks[::3], blocks[1:3])):
+        deviation, center = torch.std_mean(torch.cat(pool), dim=(0, 2), correction=0)
+        torch.testing.assert_close(mean[k], center.float(), rtol=2e-7, atol=1e-6)
+        torch.testing.assert_close(std[k], deviation.float(), rtol=1e-6, atol=0)
+
+
 def test_the_guess_of_a_pool_of_many_blocks_costs_no_digits() -> None:
     """Catches a guess from the first block alone, where there are hundreds."""
     owners = (*(0, 1) * 160, *(1, 0) * 160)
