@@ -47,6 +47,8 @@ format: setup ## mend what can be mended without thought
 # Compiling takes long, so the layer has two shapes there, and MoCo is left out.
 bench: setup ## measure layers, steps, exchanges, shuffles; print targets, draw docs/*_speed.png: 10 minutes
 	$(BIN)/python benchmarks/bench_layer.py --seconds 5 --save
+	$(BIN)/python benchmarks/bench_layer.py --channels-last --seconds 2 --memory-batch 0 \
+		--save layer_channels_last
 	$(BIN)/python benchmarks/bench_layer.py --compiled --shapes 64x112x112 256x14x14 \
 		--seconds 5 --save layer_compiled
 	$(BIN)/python benchmarks/bench_layer.py --ranks 2 --groups 1 --shapes 64x56x56 512x7x7 \

@@ -217,7 +217,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--compiled", action="store_true", help="layers under torch.compile")
     parser.add_argument("--ranks", type=int, default=1, help="gloo, or NCCL with as many GPUs")
     parser.add_argument("--seconds", type=float, default=10.0, help="per shape (default 10)")
-    parser.add_argument("--rounds", type=int, default=41, help="at most, per shape (default 41)")
+    parser.add_argument("--rounds", type=int, default=401, help="at most, per shape (default 401)")
     parser.add_argument(
         "--memory-batch", type=int, default=32, help="images for peak memory; 0: don't (default 32)"
     )

@@ -62,6 +62,12 @@ def layer_targets(summary: list[Row], memory: list[Row]) -> list[Target]:
     ]
 
 
+def channels_last_targets(summary: list[Row]) -> list[Target]:
+    mean = slowest(summary, PLAIN)
+    value = mean["both"]["geometric_mean"]
+    return [Target(f"channels-last, forward + backward / {PLAIN}", value, 1.10, mean["name"])]
+
+
 def compiled_targets(summary: list[Row]) -> list[Target]:
     limits = {PLAIN: 1.0, f"{PLAIN}, compiled": 1.1}
     worst = {peer: slowest(summary, peer) for peer in limits}
@@ -125,6 +131,7 @@ def saved(name: str) -> Row | None:
 def main() -> None:
     readers: dict[str, Callable[[Row], list[Target]]] = {
         "layer": lambda record: layer_targets(record["summary"], record["memory"]),
+        "layer_channels_last": lambda record: channels_last_targets(record["summary"]),
         "layer_compiled": lambda record: compiled_targets(record["summary"]),
         "step_compiled": lambda record: step_targets(record["rows"]),
         "exchange": lambda record: exchange_targets(record["rows"]),

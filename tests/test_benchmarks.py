@@ -319,13 +319,14 @@ def test_targets_are_read_from_results(results: Path, capsys: pytest.CaptureFixt
     record = _record(results, "layer")
     memory = [{"name": "regroup, groups=4", "ratio": 1.5}]
     harness.save("layer", record["rows"], summary=record["summary"], memory=memory)
+    bench_layer.main([*LAYER, *SHORT, "--channels-last", "--save", "layer_channels_last"])
     bench_layer.main([*LAYER, *SHORT, "--compiled", "--save", "layer_compiled"])
     bench_step.main([*STEP, *SHORT, "--compiled", "--steps", "supervised", "--save"])
     bench_exchange.main(["--world-sizes=2", "--channels=512", "--rounds=2", "--save"])
     bench_batch_shuffle.main(["--world-sizes=2", "--rounds=2", "--save"])
     targets.main()
     lines = capsys.readouterr().out.split("target  ")[-1].splitlines()[1:]
-    assert len(lines) == 4 + 2 + 2 + 1 + 1
+    assert len(lines) == 4 + 1 + 2 + 2 + 1 + 1
     (line,) = (line for line in lines if line.startswith("peak memory"))
     assert line.split()[-5:] == ["<=", "1.02", "MISSED", "regroup,", "groups=4"]
 
