@@ -27,3 +27,11 @@ def _end_of_ranks() -> Iterator[None]:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture
+def nan_in_fresh_memory() -> Iterator[None]:
+    """Catch an output that a kernel does not write, and that is right by luck."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)

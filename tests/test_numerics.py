@@ -118,13 +118,14 @@ def test_a_traced_layer_is_the_layer(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["local", "sync", "swap", "regroup"])
-def test_a_trace_with_symbolic_sizes_is_the_function(mode: str) -> None:
-    """Catches a cache with the size of a batch, which may be a symbol, for a key."""
+@pytest.mark.parametrize("shape", [(8, 4), (8, 4, 5, 5)], ids=str)
+def test_a_trace_with_symbolic_sizes_is_the_function(mode: str, shape: tuple[int, ...]) -> None:
+    """Catches a cache whose key is a batch's size, a symbol; and aten's batch norm in the graph."""
 
     def normalised(x: Tensor) -> Tensor:
         return shuffle_batch_norm(x, None, None, training=True, mode=mode, groups=2)
 
-    x = torch.randn(8, 4, 5, 5)
+    x = torch.randn(shape)
     traced = make_fx(normalised, tracing_mode="symbolic")(x)
     torch.testing.assert_close(traced(x), normalised(x))
 

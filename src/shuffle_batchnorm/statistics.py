@@ -259,16 +259,18 @@ def check_counts(
 
 
 def _count_error(n: float, row: int, plan: Plan, shape: torch.Size) -> Exception:
-    group = plan.rank * plan.groups + row // plan.per_group
-    normaliser = plan.normaliser(group, row % plan.per_group)
+    if plan.mode == "sync":  # which has one group per rank
+        source, user = "the whole of all ranks", f"rank {plan.rank}"
+    else:
+        group = plan.rank * plan.groups + row // plan.per_group
+        source = f"group {plan.normaliser(group, row % plan.per_group)}"
+        user = f"group {group} on rank {plan.rank}"
     if n == _REJECTED:
         return RuntimeError(
-            f"{CALL}: a peer of rank {plan.rank} rejected its input in this call, so group "
-            f"{normaliser} has no statistics to normalise group {group} with; see the peer's error"
+            f"{CALL}: a peer of rank {plan.rank} rejected its input in this call, so {source} has "
+            f"no statistics to normalise {user} with; see the peer's error"
         )
-    whole = "all groups" if plan.mode == "sync" else f"group {normaliser}"
     return ValueError(
-        f"{CALL}: expected more than 1 value per channel when training, got {n:g} in {whole}, "
-        f"which normalises group {group} on rank {plan.rank} (mode {plan.mode!r}, input shape "
-        f"{tuple(shape)})"
+        f"{CALL}: expected more than 1 value per channel when training, got {n:g} in {source}, "
+        f"which normalises {user} (mode {plan.mode!r}, input shape {tuple(shape)})"
     )

@@ -1,0 +1,183 @@
+"""What the CPU kernels sum: moments of blocks or pools, and the two sums of a gradient."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from .cpu_views import blocks_of_lines, in_parts, per_plane, view_rows, view_values
+from .rows import Pools, Sizes, are_equal, block_sum, pool_sum, samples_of_pools, take
+
+SHARE = 16  # of the values, of which a guess sees one
+_LONG = 2**14  # values of a plane
+_LINES = 2**11  # of a thread: aten adds them one after the other, in the dtype of the values
+_CALL = 2**16  # values of a block in lines that take as long as calling aten for it
+
+
+def moments(x: Tensor, sizes: Sizes, pools: Pools | None, lines: bool) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation ``[pools, C]``; without pools, ``[blocks, C]``."""
+    center = _guess(x, sizes, pools, lines)
+    offset, square = _moments_about(center, x, sizes, pools, lines)
+    # At most 4 bits cancel: the guess is at most sqrt(15) deviations off.
+    variance = torch.addcmul(square, offset, offset, value=-1)
+    if x.dtype == torch.float64:  # nothing wider will look again, and inf - inf is NaN
+        variance = torch.where(square < math.inf, variance, square)
+    return center.add_(offset), variance.clamp_(min=0).sqrt_()
+
+
+def _guess(x: Tensor, sizes: Sizes, pools: Pools | None, lines: bool) -> Tensor:
+    """Return the mean of at least a sixteenth of each pool's values, ``[pools, C]``."""
+    values = view_values(x, sizes, lines)
+    number = at_hand = values.shape[1]  # samples, or lines
+    if pools is not None:
+        # Those of its first block are where its part begins: a slice is cheaper than an index.
+        values = values.view(pools.number, -1, *values.shape[2:])
+        number, at_hand = values.shape[1], sizes[0] * (x.shape[2:].numel() if lines else 1)
+    seen = values[:, : at_hand : at_hand // -(-number // SHARE)]
+    if not lines:
+        # First per plane: the sum of all of them is the first to be infinite.
+        length = -(-values.shape[3] * number // (SHARE * seen.shape[1]))
+        seen = seen[..., :length].mean(dim=3)
+    few = seen.mean(dim=1) if seen.shape[1] > 1 else seen[:, 0]
+    if pools is None and not are_equal(sizes):
+        few = block_sum(few, sizes) / samples_of_pools(sizes, None, few)
+    return few.nan_to_num(0.0, 0.0, 0.0)
+
+
+def _moments_about(
+    center: Tensor, x: Tensor, sizes: Sizes, pools: Pools | None, lines: bool
+) -> Iterable[Tensor]:
+    """Return the mean distance to a center, and the mean square of it, ``[pools, C]``."""
+    values, axis = view_values(x, sizes, lines), 1 if lines else 3
+    sums = _pair_of_sums(values, axis)
+    totals, squares = sums
+    differences = values.new_empty(0)
+    rows = view_rows(sizes, lines, take(center, None if pools is None else pools.owners))
+    # A norm adds one after the other, in the dtype of the values; a sum in a tree.
+    takes_norms = not lines and values.shape[axis] < _LONG
+    tensors = values, *rows, totals, squares
+    for part, centers, total, square in in_parts(*tensors, whole=values.ndim - axis):
+        difference = torch.sub(part, centers, out=differences.resize_(part.shape))
+        torch.sum(difference, dim=axis, keepdim=True, out=total)
+        if takes_norms:
+            torch.linalg.vector_norm(difference, dim=axis, keepdim=True, out=square)
+        else:
+            torch.sum(difference.square_(), dim=axis, keepdim=True, out=square)
+    if takes_norms:
+        squares.square_()
+    size = samples_of_pools(sizes, pools, x) * x.shape[2:].numel()
+    return (pool_sum(rows, pools).div_(size) for rows in _of_blocks(sums, sizes, x.shape[1]))
+
+
+def plane_grad_sums(
+    dy: Tensor, x: Tensor, sizes: Sizes, center: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return `reference.block_grad_sums` of contiguous input."""
+    samples = x.shape[:2]
+    planes = 1, samples.numel(), x.shape[2:].numel()
+    sums = _grad_sums(dy.view(planes), x.view(planes), *per_plane(sizes, center, scale))
+    total, dot = (block_sum(rows.view(samples), sizes) for rows in sums)
+    return total, dot
+
+
+def line_grad_sums(
+    dy: Tensor, x: Tensor, sizes: Sizes, center: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return `reference.block_grad_sums` of input in lines."""
+    if are_small(x, sizes):
+        return _grad_sums_of_small(dy, x, sizes, center, scale)
+    blocks = blocks_of_lines(dy, sizes), blocks_of_lines(x, sizes), center, scale
+    sums = [_grad_sums_of_lines(*block) for block in zip(*blocks, strict=True)]
+    total, dot = (torch.stack(rows) for rows in zip(*sums, strict=True))
+    return total, dot
+
+
+def _grad_sums_of_small(
+    dy: Tensor, x: Tensor, sizes: Sizes, center: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    values, gradients = view_values(x, sizes, True), view_values(dy, sizes, True)
+    sums = _pair_of_sums(values, 1)
+    products = values.new_empty(0)
+    tensors = values, gradients, *view_rows(sizes, True, center), *sums
+    for part, grads, centers, total, dot in in_parts(*tensors, whole=2):
+        torch.sum(grads, dim=1, keepdim=True, out=total)
+        product = torch.sub(part, centers, out=products.resize_(part.shape)).mul_(grads)
+        torch.sum(product, dim=1, keepdim=True, out=dot)
+    total, dot = _of_blocks(sums, sizes, x.shape[1])
+    return total, dot * scale
+
+
+def _pair_of_sums(values: Tensor, axis: int) -> Tensor:
+    """Return memory for two sums over an axis, which is kept."""
+    shape = list(values.shape)
+    shape[axis] = 1
+    return values.new_empty(2, *shape)
+
+
+def _of_blocks(sums: Tensor, sizes: Sizes, channels: int) -> Tensor:
+    """Sum pairs of sums, of each block or each sample, to ``[2, blocks, C]``."""
+    rows = sums.view(-1, channels)
+    if len(rows) > 2 * len(sizes) or not are_equal(sizes):
+        rows = block_sum(rows, sizes * 2)
+    return rows.view(2, len(sizes), channels)
+
+
+def are_small(x: Tensor, sizes: Sizes) -> bool:
+    """Return whether to call aten for each block in lines costs more than to go over all twice."""
+    # Uneven blocks are summed by samples first, which is as much again where L is small.
+    return len(sizes) > 1 and x.numel() <= len(sizes) * (_CALL if are_equal(sizes) else _CALL // 4)
+
+
+def line_moments(x: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation ``[blocks, C]`` of input in lines, block by block."""
+    blocks = [_moments_of_lines(block) for block in blocks_of_lines(x, sizes)]
+    mean, std = (torch.stack(rows) for rows in zip(*blocks, strict=True))
+    return mean, std
+
+
+def _moments_of_lines(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation ``[C]`` of one block in lines."""
+    if x.numel() == 0:
+        zeros = x.new_zeros(x.shape[1])
+        return zeros, zeros
+    parts = x.split(_lines_of_a_part())
+    found = [torch.batch_norm_update_stats(part, None, None, 0.0) for part in parts]
+    if len(parts) == 1:
+        return found[0][0], found[0][1].sqrt_()
+    share = torch.tensor([len(part) / len(x) for part in parts], dtype=torch.float64)[:, None]
+    means, variances = (torch.stack(rows).double() for rows in zip(*found, strict=True))
+    mean = (share * means).sum(dim=0)
+    variance = (share * (means - mean).square_().add_(variances)).sum(dim=0)
+    return mean.to(x.dtype), variance.sqrt_().to(x.dtype)
+
+
+def _lines_of_a_part() -> int:
+    return _LINES * torch.get_num_threads()
+
+
+def _grad_sums_of_lines(
+    dy: Tensor, x: Tensor, center: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return `_grad_sums` of one block in lines."""
+    lines = _lines_of_a_part()
+    parts = zip(dy.split(lines), x.split(lines), strict=True)
+    sums = [_grad_sums(*part, center, scale) for part in parts]
+    if len(sums) == 1:
+        return sums[0]
+    total, dot = (
+        torch.stack(rows).sum(dim=0, dtype=torch.float64) for rows in zip(*sums, strict=True)
+    )
+    return total.to(x.dtype), dot.to(x.dtype)
+
+
+def _grad_sums(dy: Tensor, x: Tensor, center: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``sum dy`` and ``sum dy * (x - center) * scale`` of channels, axis 1."""
+    if x.numel() == 0:
+        zeros = torch.zeros_like(center)
+        return zeros, zeros
+    # The gradients of bias and weight of a batch norm whose saved inverse deviation is the scale.
+    _, dot, total = torch.ops.aten.native_batch_norm_backward(
+        dy, x, scale, None, None, center, scale, True, 0.0, [False, True, True]
+    )
+    return total, dot
