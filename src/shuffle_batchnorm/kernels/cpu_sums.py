@@ -12,7 +12,7 @@ from .rows import Pools, Sizes, are_equal, block_sum, pool_sum, samples_of_pools
 SHARE = 16  # of the values, of which a guess sees one
 _LONG = 2**14  # values of a plane
 _LINES = 2**11  # of a thread: aten adds them one after the other, in the dtype of the values
-_CALL = 2**16  # values of a block in lines that take as long as calling aten for it
+_CALL = 2**17  # values of a block in lines from which on calling aten for each takes less time
 
 
 def moments(x: Tensor, sizes: Sizes, pools: Pools | None, lines: bool) -> tuple[Tensor, Tensor]:
@@ -126,7 +126,7 @@ def _of_blocks(sums: Tensor, sizes: Sizes, channels: int) -> Tensor:
 def are_small(x: Tensor, sizes: Sizes) -> bool:
     """Return whether to call aten for each block in lines costs more than to go over all twice."""
     # Uneven blocks are summed by samples first, which is as much again where L is small.
-    return len(sizes) > 1 and x.numel() <= len(sizes) * (_CALL if are_equal(sizes) else _CALL // 4)
+    return len(sizes) > 1 and x.numel() < len(sizes) * (_CALL if are_equal(sizes) else _CALL // 4)
 
 
 def line_moments(x: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor]:
