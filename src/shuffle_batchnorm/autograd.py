@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import kernels
-from .kernels.rows import take
+from .kernels.rows import Order, take
 from .mixing import Plan
 from .process_groups import CALL, World
 from .statistics import sums_of_sources
@@ -109,7 +109,7 @@ def _gradients(
     return dx, dweight, dbias
 
 
-def _of_blocks(order: tuple[int, ...] | None, *rows: Tensor) -> Sequence[Tensor]:
+def _of_blocks(order: Order | None, *rows: Tensor) -> Sequence[Tensor]:
     """Give each block its rows."""
     return rows if order is None else tuple(take(row, order) for row in rows)
 

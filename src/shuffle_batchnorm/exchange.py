@@ -8,7 +8,6 @@ each peer concerned; all ranks of the group call it in the same order.
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from . import notices
 from .kernels.rows import constant
-from .mixing import Plan, Rotation, rotation
+from .mixing import Plan, Rotation, kept, rotation
 from .notices import Waiting
 from .process_groups import CALL, World
 
@@ -50,9 +49,7 @@ def rotate(rows: Tensor, plan: Plan, world: World, *, inverse: bool = False) -> 
     shape = (plan.groups, plan.per_group, rows.shape[-1])
     if not any(plan.shifts):
         return rows.expand(shape)
-    # The compiler traces the arithmetic once and warns of caches.
-    find = _find_route if torch.compiler.is_compiling() else _cached_route
-    route = find(plan, inverse, plan.per_group // rows.shape[1])
+    route = _find_route(plan, inverse, plan.per_group // rows.shape[1])
     outgoing = _take(rows.flatten(0, 1), route.send_order)
     if world.size == 1:
         return outgoing.view(shape)
@@ -61,6 +58,7 @@ def rotate(rows: Tensor, plan: Plan, world: World, *, inverse: bool = False) -> 
     return _take(incoming, route.place_order).view(shape)
 
 
+@kept
 def _find_route(plan: Plan, inverse: bool, copies: int) -> Rotation:
     """Return the rotation of `copies` of each row; on one rank, all of it in the sending order."""
     route = rotation(plan.world_size, plan.rank, plan.groups, plan.shifts)
@@ -70,9 +68,6 @@ def _find_route(plan: Plan, inverse: bool, copies: int) -> Rotation:
     if plan.world_size == 1:
         order = tuple(order[k] for k in route.place_order)
     return route._replace(send_order=order)
-
-
-_cached_route = lru_cache(maxsize=1024)(_find_route)
 
 
 def fits_one_message(rows: Tensor, plan: Plan) -> bool:

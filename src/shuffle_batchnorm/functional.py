@@ -1,7 +1,6 @@
 """shuffle_batch_norm: moments of blocks, mix, per-block affine; and its backward."""
 
 import warnings
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -12,7 +11,7 @@ from . import notices, process_groups
 from .agreement import Agreed, agree, check_input, wire_of
 from .autograd import Normalise
 from .kernels.rows import are_equal, counts, is_known, take
-from .mixing import Options, Plan, check_options, make_plan
+from .mixing import Options, Plan, check_options, kept, make_plan
 from .process_groups import CALL, ProcessGroupLike, World
 from .recomputation import is_recomputation
 from .statistics import Statistics, check_counts, mix, rejection, statistics_of
@@ -130,18 +129,14 @@ def normalise(
     """Normalise with batch statistics and update the running ones. See `shuffle_batch_norm`."""
     check_options(CALL, options)
     world = process_groups.resolve(process_group)
-    # The compiler traces the arithmetic once and warns of caches.
-    make = make_plan if torch.compiler.is_compiling() else _cached_plan
-    plan = make(options, world.size, world.rank)
+    plan = make_plan(options, world.size, world.rank)
     _warn_if_nothing_is_shuffled(options, plan)
     parameters = {
         "weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var
     }  # fmt: skip
     _accept(input, parameters, options, plan, world, agreed, num_features)
 
-    batch = input.shape[0]
-    caches = isinstance(batch, int) and not torch.compiler.is_compiling()  # a symbol has no hash
-    plan, sizes = (_cached_cut if caches else _cut)(plan, batch)
+    plan, sizes = _cut(plan, input.shape[0])
     length = input.shape[2:].numel()
     with torch.no_grad():
         statistics = statistics_of(input, sizes, plan, world)
@@ -155,9 +150,7 @@ def normalise(
     return Normalised(output, statistics, sizes)
 
 
-_cached_plan = lru_cache(maxsize=1024)(make_plan)
-
-
+@kept
 def _cut(plan: Plan, batch: int) -> tuple[Plan, tuple[int, ...]]:
     """Return the plan for a batch, and the samples in each of its blocks."""
     if plan.world_size == 1 and is_known(batch // plan.groups < plan.per_group):
@@ -165,9 +158,6 @@ def _cut(plan: Plan, batch: int) -> tuple[Plan, tuple[int, ...]]:
         # So does a graph for batches of any size.
         plan = plan.without_empty_blocks(batch)
     return plan, plan.sizes(batch)
-
-
-_cached_cut = lru_cache(maxsize=1024)(_cut)
 
 
 def _warn_if_nothing_is_shuffled(options: Options, plan: Plan) -> None:

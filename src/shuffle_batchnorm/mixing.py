@@ -5,12 +5,34 @@ among all ``G = W * groups``. A group is cut into ``B`` contiguous blocks (``B =
 ``regroup``), so a local batch is ``groups * B`` blocks in a row.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 MODES = ("local", "sync", "swap", "regroup")
+
+
+def kept(function: Callable[P, T]) -> Callable[P, T]:
+    """Keep what a function makes of its arguments, from step to step.
+
+    Not of symbols, which have no hash, and not under the compiler, which traces the arithmetic once
+    and warns of caches.
+    """
+    cached = lru_cache(maxsize=1024)(function)
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        if torch.compiler.is_compiling() or any(isinstance(arg, torch.SymInt) for arg in args):
+            return function(*args, **kwargs)
+        return cached(*args, **kwargs)  # type: ignore[arg-type]  # hashable, which P can't say
+
+    return call
 
 
 class Options(NamedTuple):
@@ -89,6 +111,7 @@ class Plan(NamedTuple):
         return self._replace(world_size=1, rank=0, groups=self.total_groups)
 
 
+@kept
 def make_plan(options: Options, world_size: int, rank: int) -> Plan:
     """Return the plan of one rank."""
     mode, groups, offset, blocks = options

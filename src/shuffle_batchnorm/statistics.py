@@ -7,7 +7,6 @@ in float32, or float64 for float64 input, and are pooled in float64 where the de
 
 import math
 from collections.abc import Callable
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -25,7 +24,7 @@ from .kernels.rows import (
     pool_sum,
     take,
 )
-from .mixing import Plan, block_sizes
+from .mixing import Plan, block_sizes, kept
 from .process_groups import CALL, World
 
 # The count in the rows of a rank that could not accept its input: that of whatever it is pooled in.
@@ -66,6 +65,7 @@ class Way(NamedTuple):
     users: Order | None = None
 
 
+@kept
 def find_way(plan: Plan) -> Way:
     """Return the way of a plan in one process."""
     if plan.mode == "swap" and any(plan.shifts):
@@ -78,15 +78,9 @@ def find_way(plan: Plan) -> Way:
     return Way()
 
 
-_cached_way = lru_cache(maxsize=1024)(find_way)
-
-
 def _way(plan: Plan, world: World) -> Way | None:
     """Return the way in one process; None if peers have to be asked."""
-    if world.size > 1 and plan.mode != "local":
-        return None
-    # The compiler traces the arithmetic once and warns of caches.
-    return find_way(plan) if torch.compiler.is_compiling() else _cached_way(plan)
+    return None if world.size > 1 and plan.mode != "local" else find_way(plan)
 
 
 def statistics_of(x: Tensor, sizes: tuple[int, ...], plan: Plan, world: World) -> Statistics:

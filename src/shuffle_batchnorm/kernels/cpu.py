@@ -28,15 +28,16 @@ _SMALL = 2**22  # values that two passes over cached parts map faster than one p
 def block_moments(x: Tensor, sizes: Sizes, pools: Pools | None = None) -> tuple[Tensor, Tensor]:
     """See `reference.block_moments`."""
     x, lines = layout(_full(x))
+    can_look = has_numbers(x)
     # Not traced: a graph for any size can't hold aten's batch norm.
-    if lines and has_numbers(x) and not are_small(x, sizes):
+    if lines and can_look and not are_small(x, sizes):
         mean, std = pool_moments(*line_moments(x, sizes), sizes, pools)
     elif pools is not None and pools.number * SHARE < len(sizes):
         # The first block of a pool is less than a guess has to see.
         return pool_moments(*block_moments(x, sizes), sizes, pools)
     else:
         mean, std = moments(x, sizes, pools, lines)
-    if x.dtype == torch.float32 and has_numbers(x) and not math.isfinite(std.sum()):
+    if x.dtype == torch.float32 and can_look and not math.isfinite(std.sum()):
         _look_again(x, sizes, pools, mean, std)
     return mean, std
 

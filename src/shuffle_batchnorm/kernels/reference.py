@@ -9,15 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from .rows import (
-    Pools,
-    Sizes,
-    accumulation_dtype,
-    block_sum,
-    counts,
-    per_sample,
-    pool_moments,
-)
+from .rows import Pools, Sizes, accumulation_dtype, block_sum, counts, per_sample, pool_moments
 
 
 def block_moments(x: Tensor, sizes: Sizes, pools: Pools | None = None) -> tuple[Tensor, Tensor]:
