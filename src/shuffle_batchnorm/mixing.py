@@ -28,7 +28,7 @@ def kept(function: Callable[P, T]) -> Callable[P, T]:
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        if torch.compiler.is_compiling() or any(isinstance(arg, torch.SymInt) for arg in args):
+        if torch.compiler.is_compiling() or torch.SymInt in map(type, args):
             return function(*args, **kwargs)
         return cached(*args, **kwargs)  # type: ignore[arg-type]  # hashable, which P can't say
 
