@@ -213,6 +213,16 @@ def work(
     dist.destroy_process_group()
 
 
+def be_spawned(
+    local_rank: int, options: Options, train: TensorDataset, test: TensorDataset, rendezvous: str
+) -> None:
+    """Work, and leave without Python's shutdown, which a gloo thread may still abort."""
+    work(local_rank, options, train, test, rendezvous)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
 def train_epoch(
     model: nn.Module,
     loader: DataLoader[tuple[Tensor, ...]],
@@ -271,7 +281,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         rendezvous = (Path(folder) / "rendezvous").as_uri()
         try:
-            spawn(work, (options, train, test, rendezvous), world)
+            spawn(be_spawned, (options, train, test, rendezvous), world)
         except ProcessException as error:
             sys.exit(f"main.py: a worker failed: {error}")
 
