@@ -32,6 +32,10 @@ CASES: dict[str, tuple[Callable[[], Tensor], tuple[int, ...]]] = {
     "L not a multiple of a vector": (lambda: randn(4, 3, 17), (2, 2)),
     "5-D": (lambda: randn(4, 3, 2, 3, 5), (2, 2)),
     "channels last": (lambda: randn(8, 6, 4, 5).contiguous(memory_format=LAST2D), (4, 4)),
+    "channels last, an odd number of lines": (
+        lambda: randn(7, 6, 3, 5).contiguous(memory_format=LAST2D),
+        (7,),
+    ),
     "channels last 3-D": (lambda: randn(4, 6, 2, 3, 4).contiguous(memory_format=LAST3D), (1, 3)),
     "3-D in lines, which no memory format names": (
         lambda: randn(6, 5, 4).movedim(1, 2).contiguous().movedim(2, 1),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import kernels
-from .kernels.rows import Order, take
+from .kernels.rows import Order, constant, take
 from .mixing import Plan
 from .process_groups import CALL, World
 from .statistics import sums_of_sources
@@ -40,14 +40,16 @@ class Normalise(torch.autograd.Function):
     ) -> Tensor:
         """Return y. `values` to `source` are `Statistics`."""
         # hypot: the square of a deviation that fits the dtype may not.
-        rho = torch.hypot(std, std.new_full((), math.sqrt(eps))).reciprocal_()
+        rho = torch.hypot(std, constant((math.sqrt(eps),), std.dtype, std)).reciprocal_()
         scale = rho if weight is None else rho * weight.to(rho.dtype)
-        sources: Sequence[Tensor] = (mean, rho)
+        sources: Sequence[Tensor] = (mean, scale, rho)
         known: Tensor | int | None = values
         count: Tensor | None = None
         if isinstance(values, Tensor):  # of peers: a row for each block
             known, count = None, take(values, source)
-            sources, source = _of_blocks(source, *sources), None
+            source_mean, source_rho = _of_blocks(source, mean, rho)
+            # Users weight what they send.
+            sources, source = (source_mean, source_rho, source_rho), None
         mean, rho, scale = _of_blocks(used, mean, rho, scale)
         ctx.save_for_backward(x, weight, mean, rho, scale, *sources, count)
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -90,19 +92,19 @@ def _gradients(
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """Return the gradients of input, weight and bias.
 
-    `rows` are mean, rho and ``rho * w`` of each block's normaliser, then mean and rho of the S
-    sources, as is `count`; `source` says in which a block is pooled. Always exchanges, even where
-    no gradient of the input is needed: a peer may need one.
+    `rows` are mean, rho and ``rho * w`` of each block's normaliser, then mean, the factor of the
+    sums and rho of the S sources, as is `count`; `source` says in which a block is pooled. Always
+    exchanges, even where no gradient of the input is needed: a peer may need one.
     """
     kernel = kernels.select(x)
-    mean, rho, scale, source_mean, source_rho = rows
+    mean, rho, scale, source_mean, factor, source_rho = rows
     total, dot = kernel.block_grad_sums(dy, x, sizes, mean, rho)
     dweight, dbias = dot.sum(dim=0), total.sum(dim=0)
     first, second = sums_of_sources(total, dot, weight, plan, world)
     if not needs_dx:
         return None, dweight, dbias
     # 0, where it is known: no values to multiply by infinity.
-    step = source_rho / (-count.clamp(min=1) if isinstance(count, Tensor) else -count)
+    step = factor / (-count.clamp(min=1) if isinstance(count, Tensor) else -count)
     b = (step * second).mul_(source_rho)
     b, center, c = _of_blocks(source, b, source_mean, step * first)
     dx = kernel.block_grad_affine(dy, x, sizes, scale, b, center, c)

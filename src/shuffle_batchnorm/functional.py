@@ -233,10 +233,10 @@ def _update_running(
     else:  # each normaliser has as many blocks here, so their average is that over the blocks
         rise = values / (values - 1)
     for running, batch in ((running_mean, mean), (running_var, std.square().mul_(rise))):
-        if filled is None:
-            new = batch.mean(dim=0)
-        else:
+        if filled is not None:
             new = torch.where(filled, batch, 0).sum(dim=0) / filled.sum()
+        else:
+            new = batch[0] if len(batch) == 1 else batch.mean(dim=0)
         step = momentum.to(new.dtype) if isinstance(momentum, Tensor) else momentum
         if running.dtype == new.dtype:
             running.lerp_(new, step)

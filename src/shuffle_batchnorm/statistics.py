@@ -167,7 +167,7 @@ def mix_gradients(sums: Tensor, plan: Plan, world: World) -> Tensor:
 def sums_of_sources(
     total: Tensor, dot: Tensor, weight: Tensor | None, plan: Plan, world: World
 ) -> tuple[Tensor, Tensor]:
-    """Return for each source the weighted sums over all its users.
+    """Return for each source the sums over all its users: of ranks, weighted.
 
     Args:
         total: ``sum dy`` over each local block, ``[blocks, C]``.
@@ -177,23 +177,20 @@ def sums_of_sources(
         world: the ranks.
 
     Returns:
-        ``sum w dy`` and ``sum w dy xhat``, ``[S, C]`` each: S are the R rows of `Statistics` in one
-        process, else this rank's blocks.
+        ``[S, C]`` each. In one process ``sum dy`` and ``sum dy xhat`` of the R rows of
+        `Statistics`; else ``sum w dy`` and ``sum w dy xhat`` of this rank's blocks.
 
     Communication: that of `mix_gradients`.
     """
     way = _way(plan, world)
-    if way is None:
-        sums = torch.stack([total, dot], dim=1)
-        weighted = sums if weight is None else sums * weight.to(sums.dtype)
-        blocks = weighted.view(plan.groups, plan.per_group, -1)
-        mixed = mix_gradients(blocks, plan, world).reshape(sums.shape)
-        return mixed[:, 0], mixed[:, 1]
-    first, second = (take(pool_sum(sums, way.pools), way.users) for sums in (total, dot))
-    if weight is None:
+    if way is not None:
+        first, second = (take(pool_sum(sums, way.pools), way.users) for sums in (total, dot))
         return first, second
-    weight = weight.to(first.dtype)
-    return first * weight, second * weight
+    sums = torch.stack([total, dot], dim=1)
+    weighted = sums if weight is None else sums * weight.to(sums.dtype)
+    blocks = weighted.view(plan.groups, plan.per_group, -1)
+    mixed = mix_gradients(blocks, plan, world).reshape(sums.shape)
+    return mixed[:, 0], mixed[:, 1]
 
 
 def _regroup(rows: Tensor, plan: Plan, world: World, combine: Callable[[Tensor], Tensor]) -> Tensor:

@@ -1,7 +1,7 @@
 """What the CPU kernels sum: moments of blocks or pools, and the two sums of a gradient."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from .rows import Pools, Sizes, are_equal, block_sum, pool_sum, samples_of_pools
 
 SHARE = 16  # of the values, of which a guess sees one
 _LONG = 2**14  # values of a plane
-_LINES = 2**11  # of a thread: aten adds them one after the other, in the dtype of the values
+_LINES = 2**12  # lines that a thread may add one after the other
 _CALL = 2**17  # values of a block in lines from which on calling aten for each takes less time
 
 
@@ -88,8 +88,7 @@ def line_grad_sums(
     if are_small(x, sizes):
         return _grad_sums_of_small(dy, x, sizes, center, scale)
     blocks = blocks_of_lines(dy, sizes), blocks_of_lines(x, sizes), center, scale
-    sums = [_grad_sums_of_lines(*block) for block in zip(*blocks, strict=True)]
-    total, dot = (torch.stack(rows) for rows in zip(*sums, strict=True))
+    total, dot = _stack([_grad_sums_of_lines(*block) for block in zip(*blocks, strict=True)])
     return total, dot
 
 
@@ -132,43 +131,68 @@ def are_small(x: Tensor, sizes: Sizes) -> bool:
 def line_moments(x: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor]:
     """Return mean and standard deviation ``[blocks, C]`` of input in lines, block by block."""
     blocks = [_moments_of_lines(block) for block in blocks_of_lines(x, sizes)]
-    mean, std = (torch.stack(rows) for rows in zip(*blocks, strict=True))
-    return mean, std
+    mean, variance = _stack(blocks)
+    return mean, variance.sqrt_()
 
 
-def _moments_of_lines(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation ``[C]`` of one block in lines."""
+def _stack(blocks: list[Sequence[Tensor]]) -> Sequence[Tensor]:
+    """Return what was found of each block, ``[C]``, as rows ``[blocks, C]``."""
+    if len(blocks) == 1:
+        return [row[None] for row in blocks[0]]
+    return [torch.stack(rows) for rows in zip(*blocks, strict=True)]
+
+
+def _moments_of_lines(x: Tensor) -> Sequence[Tensor]:
+    """Return mean and variance ``[C]`` of one block in lines."""
     if x.numel() == 0:
         zeros = x.new_zeros(x.shape[1])
         return zeros, zeros
-    parts = x.split(_lines_of_a_part())
-    found = [torch.batch_norm_update_stats(part, None, None, 0.0) for part in parts]
-    if len(parts) == 1:
-        return found[0][0], found[0][1].sqrt_()
-    share = torch.tensor([len(part) / len(x) for part in parts], dtype=torch.float64)[:, None]
-    means, variances = (torch.stack(rows).double() for rows in zip(*found, strict=True))
-    mean = (share * means).sum(dim=0)
-    variance = (share * (means - mean).square_().add_(variances)).sum(dim=0)
-    return mean.to(x.dtype), variance.sqrt_().to(x.dtype)
-
-
-def _lines_of_a_part() -> int:
-    return _LINES * torch.get_num_threads()
+    side = _side_by_side(x)
+    even = len(x) - len(x) % side
+    mean, variance = torch.batch_norm_update_stats(_beside(x[:even], side), None, None, 0.0)
+    if side > 1:
+        spread, mean = torch.var_mean(mean.view(side, -1), dim=0, correction=0)
+        variance = variance.view(side, -1).mean(dim=0).add_(spread)
+    if even < len(x):
+        rest, variance_of_rest = torch.batch_norm_update_stats(x[even:], None, None, 0.0)
+        share, distance = 1 - even / len(x), rest - mean
+        mean = mean.add_(distance, alpha=share)
+        variance.lerp_(variance_of_rest, share)
+        variance.addcmul_(distance, distance, value=share * (1 - share))
+    return mean, variance
 
 
 def _grad_sums_of_lines(
     dy: Tensor, x: Tensor, center: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return `_grad_sums` of one block in lines."""
-    lines = _lines_of_a_part()
-    parts = zip(dy.split(lines), x.split(lines), strict=True)
-    sums = [_grad_sums(*part, center, scale) for part in parts]
-    if len(sums) == 1:
-        return sums[0]
-    total, dot = (
-        torch.stack(rows).sum(dim=0, dtype=torch.float64) for rows in zip(*sums, strict=True)
-    )
-    return total.to(x.dtype), dot.to(x.dtype)
+    side = _side_by_side(x)
+    if side == 1:
+        return _grad_sums(dy, x, center, scale)
+    even = len(x) - len(x) % side
+    views = _beside(dy[:even], side), _beside(x[:even], side)
+    sums = _grad_sums(*views, center.repeat(side), scale.repeat(side))
+    total, dot = (rows.view(side, -1).sum(dim=0) for rows in sums)
+    if even < len(x):
+        rest = _grad_sums(dy[even:], x[even:], center, scale)
+        total, dot = total.add_(rest[0]), dot.add_(rest[1])
+    return total, dot
+
+
+def _side_by_side(x: Tensor) -> int:
+    """Return how many lines to take for one: as many as leave a thread few to add.
+
+    aten adds the lines of a thread one after the other, in the dtype of the values.
+    """
+    side = 1
+    while len(x) > side * _LINES * torch.get_num_threads():
+        side *= 2
+    return side
+
+
+def _beside(x: Tensor, side: int) -> Tensor:
+    """View lines ``[R, C]`` as ``[R / side, side * C]``."""
+    return x if side == 1 else x.view(-1, side * x.shape[1])
 
 
 def _grad_sums(dy: Tensor, x: Tensor, center: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:

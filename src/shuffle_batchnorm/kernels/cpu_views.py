@@ -47,12 +47,12 @@ def blocks_of_lines(x: Tensor, sizes: Sizes) -> tuple[Tensor, ...]:
     return torch.split(lines, [size * length for size in sizes])
 
 
-def in_parts(*tensors: Tensor, whole: int = 1) -> Iterable[tuple[Tensor, ...]]:
+def in_parts(*tensors: Tensor, whole: int = 1, room: int = 1) -> Iterable[tuple[Tensor, ...]]:
     """Cut tensors that broadcast to the first into parts that stay in a cache.
 
-    The last axes stay whole, as many as that.
+    The last axes stay whole, as many as `whole`. A part has `room` times the usual values.
     """
-    room = PART * torch.get_num_threads()
+    room *= PART * torch.get_num_threads()
     return (tensors,) if tensors[0].numel() <= room else _cut(room, whole, *tensors)
 
 

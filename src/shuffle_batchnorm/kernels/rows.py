@@ -35,11 +35,9 @@ def accumulation_dtype(x: Tensor) -> torch.dtype:
 
 def has_numbers(x: Tensor) -> bool:
     """Return whether a program may look at a tensor's numbers: it isn't fake, nor being traced."""
-    modes = torch._C._TorchDispatchModeKey
-    kinds = (modes.FAKE, modes.PROXY)
-    return not hasattr(x, "fake_mode") and all(
-        torch._C._get_dispatch_mode(kind) is None for kind in kinds
-    )
+    mode_of, kinds = torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey
+    traced = mode_of(kinds.FAKE) is not None or mode_of(kinds.PROXY) is not None
+    return not (traced or hasattr(x, "fake_mode"))
 
 
 def block_sum(samples: Tensor, sizes: Sizes) -> Tensor:
@@ -153,7 +151,7 @@ def _tensor_in_graph(sizes: Sizes, like: Tensor) -> Tensor:
     return torch.stack([like.new_full((), n, dtype=torch.int64) for n in sizes])
 
 
-def constant(values: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
+def constant(values: tuple[float, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
     """Return numbers as a tensor on the device of `like`, without a copy to it at every step."""
     # A tensor made while tracing belongs to that trace.
     if type(like) is not Tensor or torch.compiler.is_compiling():
@@ -169,7 +167,7 @@ _in_cuda_graphs: set[Tensor] = set()
 
 
 @lru_cache(maxsize=1024)
-def _cached(values: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def _cached(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=dtype, device=device)
 
 
@@ -197,7 +195,8 @@ def are_equal(sizes: Sizes) -> bool:
     Under a compiler, whether they have in every batch that the graph is for.
     """
     # As tensor_split cuts a group, sizes fall by at most one from its first block to its last.
-    return is_known(sizes[0] == sizes[-1])
+    first, last = sizes[0], sizes[-1]
+    return first is last or is_known(first == last)
 
 
 def is_known(condition: bool) -> bool:
