@@ -11,7 +11,7 @@ from .rows import Pools, Sizes, are_equal, block_sum, pool_sum, samples_of_pools
 
 SHARE = 16  # of the values, of which a guess sees one
 _LONG = 2**14  # values of a plane
-_LINES = 2**12  # lines that a thread may add one after the other
+_LINES = 2**11  # lines that a thread may add one after the other
 _CALL = 2**17  # values of a block in lines from which on calling aten for each takes less time
 
 
