@@ -1,6 +1,8 @@
 """Compiled training as people write it: many steps, DDP, checkpoints, autocast, inductor."""
 
 import copy
+import math
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -11,12 +13,14 @@ import torch
 import torch._dynamo.testing
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._inductor.utils import run_fw_bw_and_get_code
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from ranks import run_on_ranks
 from shuffle_batchnorm import ShuffleBatchNorm, batch_shuffle
 from shuffle_batchnorm.permutations import _permutations_op
+from truth import gradient
 
 MODES = ["local", "sync", "swap", "regroup"]
 
@@ -137,13 +141,33 @@ def test_inside_and_around_ddp(mode: str) -> None:
         _assert_same(around, eager)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+NEEDS_COMPILER = pytest.mark.skipif(
+    shutil.which("g++") is None, reason="inductor needs a C++ compiler"
+)
+
+
+@NEEDS_COMPILER
 @pytest.mark.parametrize("mode", ["swap", "regroup"])
 def test_inductor(mode: str) -> None:
     """Catches what only shows in generated code: a fused kernel with another result."""
     want_model, model = _net(mode, groups=4), _net(mode, groups=4)
     compiled = torch.compile(model, fullgraph=True)
     _assert_same(_train(model, compiled), _train(want_model, want_model))
+
+
+@NEEDS_COMPILER
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_generated_code_writes_output_and_gradient_once(layout: torch.memory_format) -> None:
+    """Catches a result that is made in another layout, and copied into its own."""
+    x = torch.randn(8, 24, 5, 7).to(memory_format=layout).requires_grad_()
+    run = torch.compile(ShuffleBatchNorm(24, mode="regroup", groups=2), fullgraph=True)
+    _, codes = run_fw_bw_and_get_code(lambda: run(x))
+    for code in codes:
+        shapes = re.findall(r"empty_strided_cpu\(\(([\d, ]+)\)", code)
+        sizes = [math.prod(map(int, re.findall(r"\d+", shape))) for shape in shapes]
+        assert sum(size >= x.numel() for size in sizes) == 1, shapes
+    assert len(codes) == 2
+    assert gradient(x).is_contiguous(memory_format=layout)
 
 
 def test_the_custom_op_keeps_its_promises() -> None:

@@ -51,8 +51,8 @@ def block_affine(x: Tensor, sizes: Sizes, center: Tensor, scale: Tensor, shift: 
         scale: ``[blocks, C]``.
         shift: ``[blocks, C]``.
     """
-    center, scale, shift = _spread(sizes, center, scale, shift)
-    return _like((_planes(x) - center) * scale + shift, x)
+    center, scale, shift = _spread(sizes, x.ndim, center, scale, shift)
+    return _cast((_wide(x) - center) * scale + shift, x.dtype)
 
 
 def block_grad_sums(
@@ -60,7 +60,7 @@ def block_grad_sums(
 ) -> tuple[Tensor, Tensor]:
     """Return each block's sums of ``dy`` and of ``dy * (x - center) * scale``, ``[blocks, C]``."""
     dy_planes, x_planes = _planes(dy), _planes(x)
-    products = (dy_planes * (x_planes - _spread(sizes, center)[0])).sum(dim=2)
+    products = (dy_planes * (x_planes - _spread(sizes, 3, center)[0])).sum(dim=2)
     return block_sum(dy_planes.sum(dim=2), sizes), block_sum(products, sizes) * scale
 
 
@@ -68,26 +68,27 @@ def block_grad_affine(
     dy: Tensor, x: Tensor, sizes: Sizes, a: Tensor, b: Tensor, center: Tensor, c: Tensor
 ) -> Tensor:
     """Return ``dx = a * dy + b * (x - center) + c`` with each block's rows ``[blocks, C]``."""
-    a, b, center, c = _spread(sizes, a, b, center, c)
-    dx = (_planes(x) - center) * b + c
-    return _like(dx + _planes(dy) * a, x)
+    a, b, center, c = _spread(sizes, x.ndim, a, b, center, c)
+    dx = (_wide(x) - center) * b + c
+    return _cast(dx + _wide(dy) * a, x.dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(accumulation_dtype(x))
 
 
 def _planes(x: Tensor) -> Tensor:
     """View ``[N, C, *]`` as ``[N, C, L]`` in the dtype of its statistics."""
-    return x.reshape(x.shape[0], x.shape[1], x.shape[2:].numel()).to(accumulation_dtype(x))
+    return _wide(x.reshape(x.shape[0], x.shape[1], x.shape[2:].numel()))
 
 
-def _spread(sizes: Sizes, *rows: Tensor) -> tuple[Tensor, ...]:
-    """Give each sample its numbers in rows ``[blocks, C]``: each ``[N, C, 1]``."""
+def _spread(sizes: Sizes, ndim: int, *rows: Tensor) -> tuple[Tensor, ...]:
+    """Give each sample its numbers in rows ``[blocks, C]``: each ``[N, C, 1, ...]``."""
     # Side by side, a compiler has to write them down, and can't work them out for every value.
     spread = per_sample(torch.cat(rows, dim=1), sizes)
-    return spread[:, :, None].chunk(len(rows), dim=1)
+    return spread.view(*spread.shape, *[1] * (ndim - 2)).chunk(len(rows), dim=1)
 
 
-def _like(planes: Tensor, x: Tensor) -> Tensor:
-    """Give ``[N, C, L]`` the shape and dtype of `x`; an elementwise result has its layout."""
-    # torch 2.11 compiles an output that was copied into, or a cast to the same dtype, to a gradient
-    # of zeros.
-    out = planes.reshape(x.shape)
-    return out if out.dtype == x.dtype else out.to(x.dtype)
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    # torch 2.11 compiles an output that was cast to the same dtype to a gradient of zeros.
+    return x if x.dtype == dtype else x.to(dtype)
