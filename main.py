@@ -204,19 +204,20 @@ def work(
         print_in_turn([f"[{epoch}/{options.epochs}] Loss {loss:.4f}", RULE])
 
     synchronize_running_stats(model, process_group=None)
-    # Every worker evaluates and nothing is exchanged any more: a gloo thread still letting go of
-    # its last message when Python shuts down would abort the worker.
-    share = accuracy(model, *(tensor.to(device) for tensor in test.tensors))
     if rank == 0:
+        share = accuracy(model, *(tensor.to(device) for tensor in test.tensors))
         remark = "" if options.data == "digits" else ": noise has nothing to learn, expect 0.5"
         print(f"=> Accuracy {share:.4f} on {len(test)} held-out images{remark}", flush=True)
     dist.destroy_process_group()
 
 
-def be_spawned(
+def work_and_leave(
     local_rank: int, options: Options, train: TensorDataset, test: TensorDataset, rendezvous: str
 ) -> None:
-    """Work, and leave without Python's shutdown, which a gloo thread may still abort."""
+    """Work, and end this process without Python's shutdown.
+
+    A thread of gloo that lets go of its last message would abort the process then.
+    """
     work(local_rank, options, train, test, rendezvous)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -276,12 +277,12 @@ def main() -> None:
             names = ",".join(map(str, options.gpu))
             print(f"=> GPU {names} not found: the workers run on the CPU, with gloo", flush=True)
     if UNDER_TORCHRUN:
-        return work(int(os.environ["LOCAL_RANK"]), options, train, test, "env://")
+        work_and_leave(int(os.environ["LOCAL_RANK"]), options, train, test, "env://")
     # They meet at a file, not at a port: nobody else can have taken it.
     with tempfile.TemporaryDirectory() as folder:
         rendezvous = (Path(folder) / "rendezvous").as_uri()
         try:
-            spawn(be_spawned, (options, train, test, rendezvous), world)
+            spawn(work_and_leave, (options, train, test, rendezvous), world)
         except ProcessException as error:
             sys.exit(f"main.py: a worker failed: {error}")
 

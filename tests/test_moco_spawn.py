@@ -1,7 +1,9 @@
 """Processes that start and end together. Each test starts its own: that is what it is about."""
 
+import atexit
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -18,6 +20,11 @@ from shuffle_batchnorm.moco.spawn import RankError, Stopped, StopRequest, listen
 
 def multiply(rank: int, _stop: StopRequest, factor: int) -> int:
     return (rank + 5) * factor
+
+
+def note_shutdown(_rank: int, _stop: StopRequest, path: str) -> None:
+    print("worked")
+    atexit.register(Path(path).touch)
 
 
 def fail(rank: int, _stop: StopRequest) -> None:
@@ -143,3 +150,30 @@ def test_second_signal_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
         handler(signal.SIGINT, None)
         assert raised == [signal.SIGINT]
         assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+
+
+def test_a_rank_leaves_without_pythons_shutdown(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a shutdown that a gloo thread may abort, and what was printed before, unflushed."""
+    spawn_ranks(note_shutdown, 1, str(tmp_path / "shutdown"))
+    assert capfd.readouterr().out == "worked\n"
+    assert not (tmp_path / "shutdown").exists()
+
+
+@pytest.mark.parametrize("under_torchrun", [False, True])
+def test_so_does_one_of_torchruns(under_torchrun: bool, tmp_path: Path) -> None:
+    """Catches the same for the command, which elsewhere shuts Python down."""
+    program = (
+        "import atexit, pathlib, sys;"
+        "from shuffle_batchnorm.moco import cli;"
+        f"atexit.register(pathlib.Path({str(tmp_path / 'shutdown')!r}).touch);"
+        "sys.argv[1:] = ['nonsense'];"
+        "cli.run()"
+    )
+    ours = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    environment = {name: value for name, value in os.environ.items() if name not in ours}
+    environment |= ours if under_torchrun else {}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, check=False)
+    assert done.returncode == 2
+    assert (tmp_path / "shutdown").exists() != under_torchrun

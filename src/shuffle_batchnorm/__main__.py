@@ -1,8 +1,6 @@
 """``python -m shuffle_batchnorm``: the command ``shuffle-batchnorm``."""
 
-import sys
-
-from .moco.cli import main
+from .moco.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -7,15 +7,24 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from .config import ConfigError
-from .launch import is_first
+from .launch import is_first, under_torchrun
+from .spawn import leave
 
 PROGRAM = "shuffle-batchnorm"
 FAILURE, USER_ERROR = 1, 2
 # Packages of the extra `train`; if another one is missing, something else is wrong.
 EXTRA = {"jinja2", "kornia", "matplotlib", "numpy", "PIL", "scipy", "sklearn", "tqdm", "tyro"}
+
+
+def run() -> NoReturn:
+    """Be the command: end this process with the exit code of `main`."""
+    code = main()
+    if under_torchrun():
+        leave(code)
+    sys.exit(code)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -17,7 +17,16 @@ import torch.distributed as dist
 from .config import CALL, ConfigError, RunConfig
 from .spawn import RankError, Stopped, StopRequest, listening, spawn_ranks
 
-__all__ = ["Place", "RankError", "Stopped", "find_device", "is_first", "launch", "world_size"]
+__all__ = [
+    "Place",
+    "RankError",
+    "Stopped",
+    "find_device",
+    "is_first",
+    "launch",
+    "under_torchrun",
+    "world_size",
+]
 
 
 class Place(NamedTuple):
@@ -34,7 +43,7 @@ def world_size(run: RunConfig) -> int:
     """Return W, the number of ranks that `launch` will start or join."""
     if dist.is_initialized():
         return dist.get_world_size()
-    if _under_torchrun():
+    if under_torchrun():
         return int(os.environ["WORLD_SIZE"])
     if run.ranks is not None:
         return run.ranks
@@ -43,7 +52,7 @@ def world_size(run: RunConfig) -> int:
 
 def is_first() -> bool:
     """Return whether this process speaks for this machine's ranks."""
-    return not _under_torchrun() or os.environ["LOCAL_RANK"] == "0"
+    return not under_torchrun() or os.environ["LOCAL_RANK"] == "0"
 
 
 def find_device(run: RunConfig, local_rank: int, local_size: int) -> torch.device:
@@ -86,7 +95,7 @@ def launch(
         device = find_device(run, int(os.environ.get("LOCAL_RANK", rank)), local_size)
         with hear() as stop:
             return _join(function, args, Place(rank, size, device, stop, None))
-    if _under_torchrun():
+    if under_torchrun():
         local_rank = int(os.environ["LOCAL_RANK"])
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1))
         device = find_device(run, local_rank, local_size)
@@ -148,7 +157,8 @@ def _join(function: Callable[..., Any], args: tuple[object, ...], place: Place) 
     return function(place._replace(control=dist.new_group(backend="gloo")), *args)
 
 
-def _under_torchrun() -> bool:
+def under_torchrun() -> bool:
+    """Return whether torchrun, or what speaks its language, made this process one of the ranks."""
     return {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys()
 
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch.distributed as dist
 
@@ -207,6 +207,17 @@ def spawn_ranks(
     return family.judge()
 
 
+def leave(code: int) -> NoReturn:
+    """End the process of a rank, without Python's shutdown.
+
+    A thread of gloo that lets go of its last message would abort the process then, and a process
+    group that lost a rank can't be shut down in order.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def _is_echo(error: BaseException) -> bool:
     return type(error) is RuntimeError or isinstance(error, dist.DistError)
 
@@ -232,10 +243,7 @@ def _be_rank(
         outcome = _Outcome(None, _portable(error), where, time.monotonic())
     pipe.send_bytes(pickle.dumps(outcome))
     pipe.close()
-    if outcome.error is not None:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)  # a process group that lost a rank can't be shut down in order
+    leave(0 if outcome.error is None else 1)
 
 
 def _die_with_parent() -> None:
