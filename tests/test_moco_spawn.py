@@ -1,6 +1,7 @@
 """Processes that start and end together. Each test starts its own: that is what it is about."""
 
 import atexit
+import functools
 import os
 import signal
 import subprocess
@@ -22,9 +23,20 @@ def multiply(rank: int, _stop: StopRequest, factor: int) -> int:
     return (rank + 5) * factor
 
 
-def note_shutdown(_rank: int, _stop: StopRequest, path: str) -> None:
+class Witness:
+    """Tells when Python is taken down, and this object with it."""
+
+    def __init__(self, path: str) -> None:
+        self.note = functools.partial(os.mkdir, path)
+
+    def __del__(self) -> None:
+        self.note()
+
+
+def be_witnessed(_rank: int, _stop: StopRequest, folder: str) -> None:
     print("worked")
-    atexit.register(Path(path).touch)
+    atexit.register(os.mkdir, f"{folder}/exit")
+    vars(sys)["witness"] = Witness(f"{folder}/shutdown")
 
 
 def fail(rank: int, _stop: StopRequest) -> None:
@@ -152,28 +164,28 @@ def test_second_signal_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
         assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
 
 
-def test_a_rank_leaves_without_pythons_shutdown(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """Catches a shutdown that a gloo thread may abort, and what was printed before, unflushed."""
-    spawn_ranks(note_shutdown, 1, str(tmp_path / "shutdown"))
+def test_a_rank_leaves_python_up(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Catches a shutdown that a gloo thread may abort; and what should happen before it."""
+    spawn_ranks(be_witnessed, 1, str(tmp_path))
     assert capfd.readouterr().out == "worked\n"
-    assert not (tmp_path / "shutdown").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["exit"]
 
 
 @pytest.mark.parametrize("under_torchrun", [False, True])
 def test_so_does_one_of_torchruns(under_torchrun: bool, tmp_path: Path) -> None:
-    """Catches the same for the command, which elsewhere shuts Python down."""
+    """Catches the same for the command, which elsewhere takes Python down."""
     program = (
-        "import atexit, pathlib, sys;"
+        "import sys, test_moco_spawn;"
         "from shuffle_batchnorm.moco import cli;"
-        f"atexit.register(pathlib.Path({str(tmp_path / 'shutdown')!r}).touch);"
+        f"test_moco_spawn.be_witnessed(0, None, {str(tmp_path)!r});"
         "sys.argv[1:] = ['nonsense'];"
         "cli.run()"
     )
     ours = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     environment = {name: value for name, value in os.environ.items() if name not in ours}
     environment |= ours if under_torchrun else {}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, check=False)
+    folder = Path(__file__).parent
+    done = subprocess.run([sys.executable, "-c", program], env=environment, cwd=folder, check=False)
     assert done.returncode == 2
+    assert (tmp_path / "exit").exists()
     assert (tmp_path / "shutdown").exists() != under_torchrun

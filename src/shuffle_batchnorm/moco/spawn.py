@@ -1,5 +1,6 @@
 """Processes, one per rank, that are started together and end together, whatever happens to one."""
 
+import atexit
 import multiprocessing
 import os
 import pickle
@@ -208,11 +209,15 @@ def spawn_ranks(
 
 
 def leave(code: int) -> NoReturn:
-    """End the process of a rank, without Python's shutdown.
+    """End the process of a rank, without taking Python down.
 
-    A thread of gloo that lets go of its last message would abort the process then, and a process
-    group that lost a rank can't be shut down in order.
+    A thread of gloo that lets go of its last message would abort the process then.
     """
+    atexit._run_exitfuncs()  # what other packages started, such as compiler processes, ends
+    _end(code)
+
+
+def _end(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -243,7 +248,9 @@ def _be_rank(
         outcome = _Outcome(None, _portable(error), where, time.monotonic())
     pipe.send_bytes(pickle.dumps(outcome))
     pipe.close()
-    leave(0 if outcome.error is None else 1)
+    if outcome.error is not None:
+        _end(1)  # a process group that lost a rank can't be shut down in order
+    leave(0)
 
 
 def _die_with_parent() -> None:
