@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from shuffle_batchnorm.kernels import Kernels
+from shuffle_batchnorm.kernels.rows import Pools
 from shuffle_batchnorm.mixing import block_sizes
 
 LAST2D, LAST3D = torch.channels_last, torch.channels_last_3d
@@ -148,3 +149,45 @@ def assert_one_rounding(
         torch.testing.assert_close(
             got[name].double(), want[name], rtol=torch.finfo(x.dtype).eps, atol=1e-4
         )
+
+
+# The blocks of two pools, dealt out of their order; and one pool of all.
+DEALT = Pools(2, (0, 4, 2, 3, 1, 5), (0, 1, 0, 1, 0, 1))
+ONE_POOL = Pools(1, tuple(range(6)), (0,) * 6)
+POOLED = pytest.mark.parametrize(
+    ("shape", "sizes", "pools"),
+    [
+        ((12, 5, 4, 6), (2,) * 6, DEALT),
+        ((6, 5, 49), (1,) * 6, DEALT),
+        ((10, 5, 7), (2, 2, 1) * 2, DEALT),
+        ((4, 5, 7), (1, 1, 0) * 2, DEALT),
+        ((204, 3, 20), (34,) * 6, DEALT),  # more than the sixteen of which a guess sees one
+        ((6, 5), (1,) * 6, DEALT),
+        ((10, 5), (2, 2, 1) * 2, DEALT),
+        ((12, 5, 4), (2,) * 6, ONE_POOL),
+        ((12, 5), (2,) * 6, ONE_POOL),
+    ],
+    ids=str,
+)
+
+
+def check_pools(
+    kernels: Kernels,
+    shape: tuple[int, ...],
+    sizes: tuple[int, ...],
+    pools: Pools,
+    lines: bool,
+    device: str = "cpu",
+) -> None:
+    """Compare the moments of pools, far apart, with those of their blocks' values in a row."""
+    x = randn(*shape) + 100 * torch.arange(shape[0]).view(-1, *[1] * (len(shape) - 1))
+    x = x.movedim(1, -1).contiguous().movedim(-1, 1) if lines else x
+    blocks, per_pool = x.split(sizes), len(sizes) // pools.number
+    mean, std = kernels.block_moments(x.to(device), sizes, pools)
+    for k in range(pools.number):
+        members = pools.dealt[k * per_pool : (k + 1) * per_pool]
+        assert all(pools.owners[block] == k for block in members)
+        samples = torch.cat([blocks[block] for block in members]).movedim(1, 0).flatten(1)
+        deviation, center = torch.std_mean(samples, dim=1, correction=0)
+        torch.testing.assert_close(mean[k].cpu(), center, rtol=1e-13, atol=1e-13)
+        torch.testing.assert_close(std[k].cpu(), deviation, rtol=1e-12, atol=1e-13)

@@ -15,10 +15,12 @@ from kernel_cases import (
     DTYPES,
     LAST2D,
     NAMED,
+    POOLED,
     all_four,
     assert_near,
     assert_one_rounding,
     cast,
+    check_pools,
     loops,
     randn,
     rows_for,
@@ -143,43 +145,15 @@ def test_moments_of_the_reference_keep_their_digits(shape: tuple[int, ...], bloc
 
 
 # Blocks per pool in an order of their own; and all in one.
-DEALT = Pools(2, (0, 4, 2, 3, 1, 5), (0, 1, 0, 1, 0, 1))
-ONE_POOL = Pools(1, tuple(range(6)), (0,) * 6)
-
-
 @pytest.mark.parametrize("kernels", [CPU, REFERENCE], ids=["cpu", "reference"])
-@pytest.mark.parametrize(
-    ("shape", "sizes", "pools"),
-    [
-        ((12, 5, 4, 6), (2,) * 6, DEALT),
-        ((6, 5, 49), (1,) * 6, DEALT),
-        ((10, 5, 7), (2, 2, 1) * 2, DEALT),
-        ((4, 5, 7), (1, 1, 0) * 2, DEALT),
-        ((204, 3, 20), (34,) * 6, DEALT),  # more than the sixteen of which a guess sees one
-        ((6, 5), (1,) * 6, DEALT),
-        ((10, 5), (2, 2, 1) * 2, DEALT),
-        ((12, 5, 4), (2,) * 6, ONE_POOL),
-        ((12, 5), (2,) * 6, ONE_POOL),
-    ],
-    ids=str,
-)
+@POOLED
 @pytest.mark.parametrize("lines", [False, True])
 @pytest.mark.usefixtures("_cut")
 def test_pools_are_groups_of_their_blocks(
     kernels: Kernels, shape: tuple[int, ...], sizes: tuple[int, ...], pools: Pools, lines: bool
 ) -> None:
     """Catches a block in another's pool, one counted twice, and pools that share a mean."""
-    x = randn(*shape) + 100 * torch.arange(shape[0]).view(-1, *[1] * (len(shape) - 1))
-    x = x.movedim(1, -1).contiguous().movedim(-1, 1) if lines else x
-    blocks, per_pool = x.split(sizes), len(sizes) // pools.number
-    mean, std = kernels.block_moments(x, sizes, pools)
-    for k in range(pools.number):
-        members = pools.dealt[k * per_pool : (k + 1) * per_pool]
-        assert all(pools.owners[block] == k for block in members)
-        samples = torch.cat([blocks[block] for block in members]).movedim(1, 0).flatten(1)
-        deviation, center = torch.std_mean(samples, dim=1, correction=0)
-        torch.testing.assert_close(mean[k], center, rtol=1e-13, atol=1e-13)
-        torch.testing.assert_close(std[k], deviation, rtol=1e-12, atol=1e-13)
+    check_pools(kernels, shape, sizes, pools, lines)
 
 
 def test_kernels_are_chosen_by_device_and_dtype() -> None:

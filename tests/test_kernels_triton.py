@@ -13,16 +13,19 @@ from torch import Tensor, nn
 from kernel_cases import (
     LAST2D,
     NAMED,
+    POOLED,
     all_four,
     assert_near,
     assert_one_rounding,
     cast,
+    check_pools,
     loops,
     randn,
     rows_for,
 )
 from shuffle_batchnorm import ShuffleBatchNorm, kernels
 from shuffle_batchnorm.kernels import Kernels, reference, triton_tiles
+from shuffle_batchnorm.kernels.rows import Pools
 from truth import gradient
 
 pytest.importorskip("triton", reason="Triton is for Linux")
@@ -169,6 +172,24 @@ def test_splits_add_up_and_repeat_their_bits(
     again = all_four(TRITON, x, dy, sizes, _packed_rows(x, sizes))
     for name, tensor in once.items():
         assert torch.equal(tensor, again[name]), name
+
+
+@pytest.mark.parametrize("merged", [1, 8, 1024])
+@POOLED
+@LINES
+@pytest.mark.usefixtures("_many_splits")
+def test_pools_are_groups_of_their_blocks(
+    shape: tuple[int, ...],
+    sizes: tuple[int, ...],
+    pools: Pools,
+    lines: bool,
+    merged: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Catches a split in another's pool, and more blocks than one program can merge."""
+    for module in (triton_module, triton_tiles):
+        monkeypatch.setattr(module, "MERGED", merged)
+    check_pools(TRITON, shape, sizes, pools, lines, DEVICE)
 
 
 @pytest.mark.parametrize("split", [False, True])

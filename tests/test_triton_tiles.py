@@ -49,8 +49,8 @@ def test_tiles_compile_and_cover(channels: int, length: int, lines: bool, itemsi
             width = channels if lines else length
             assert -(-width // inner) * inner < 2 * width
             height, columns = merge_tile(tiles.splits)
-            assert tiles.splits <= height <= 4096
-            assert height * columns <= 4096
+            assert tiles.splits <= height <= 2048
+            assert height * columns <= 2048
 
 
 @LINES

@@ -11,7 +11,7 @@ from . import kernels
 from .kernels.rows import Order, constant, take
 from .mixing import Plan
 from .process_groups import CALL, World
-from .statistics import sums_of_sources
+from .statistics import asks_peers, find_way, sums_of_sources
 
 
 class Normalise(torch.autograd.Function):
@@ -98,9 +98,12 @@ def _gradients(
     """
     kernel = kernels.select(x)
     mean, rho, scale, source_mean, factor, source_rho = rows
-    total, dot = kernel.block_grad_sums(dy, x, sizes, mean, rho)
-    dweight, dbias = dot.sum(dim=0), total.sum(dim=0)
-    first, second = sums_of_sources(total, dot, weight, plan, world)
+    exchanges = asks_peers(plan, world)
+    users = None if exchanges else find_way(plan).users
+    first, second = kernel.block_grad_sums(dy, x, sizes, mean, rho, users)
+    dweight, dbias = second.sum(dim=0), first.sum(dim=0)
+    if exchanges:
+        first, second = sums_of_sources(first, second, weight, plan, world)
     if not needs_dx:
         return None, dweight, dbias
     # 0, where it is known: no values to multiply by infinity.

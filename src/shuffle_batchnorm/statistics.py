@@ -21,7 +21,6 @@ from .kernels.rows import (
     counts,
     per_sample,
     pool,
-    pool_sum,
     take,
 )
 from .mixing import Plan, block_sizes, kept
@@ -54,33 +53,32 @@ class Way(NamedTuple):
 
     Attributes:
         pools: of blocks, each a normaliser; None: each block is one.
+        users: of blocks, by the normaliser that they use; None: as `used`.
         used: as in `Statistics`.
         source: as in `Statistics`.
-        users: in `swap`, the block that uses each normaliser.
     """
 
     pools: Pools | None = None
+    users: Pools | None = None
     used: Order | None = None
     source: Order | None = None
-    users: Order | None = None
 
 
 @kept
 def find_way(plan: Plan) -> Way:
     """Return the way of a plan in one process."""
+    used = plan.normalisers()
+    users = Pools(plan.groups, tuple(sorted(range(len(used)), key=used.__getitem__)), used)
     if plan.mode == "swap" and any(plan.shifts):
-        used = plan.normalisers()
-        return Way(used=used, users=tuple(map(used.index, range(len(used)))))
+        return Way(None, users, used)
     if plan.mode == "regroup" and plan.groups > 1 and plan.per_group > 1:
-        owners = plan.normalisers()
-        dealt = tuple(sorted(range(len(owners)), key=owners.__getitem__))
-        return Way(Pools(plan.groups, dealt, owners), owners, owners)
+        return Way(users, users, used, used)
     return Way()
 
 
-def _way(plan: Plan, world: World) -> Way | None:
-    """Return the way in one process; None if peers have to be asked."""
-    return None if world.size > 1 and plan.mode != "local" else find_way(plan)
+def asks_peers(plan: Plan, world: World) -> bool:
+    """Return whether the statistics of other ranks are needed, or theirs of this one."""
+    return world.size > 1 and plan.mode != "local"
 
 
 def statistics_of(x: Tensor, sizes: tuple[int, ...], plan: Plan, world: World) -> Statistics:
@@ -89,8 +87,8 @@ def statistics_of(x: Tensor, sizes: tuple[int, ...], plan: Plan, world: World) -
     Communication: that of `mix`.
     """
     kernel = kernels.select(x)
-    way = _way(plan, world)
-    if way is not None:
+    if not asks_peers(plan, world):
+        way = find_way(plan)
         mean, std = kernel.block_moments(x, sizes, way.pools)
         # A new group has as many as any.
         values = x.shape[2:].numel() * (x.shape[0] // plan.groups)
@@ -167,25 +165,20 @@ def mix_gradients(sums: Tensor, plan: Plan, world: World) -> Tensor:
 def sums_of_sources(
     total: Tensor, dot: Tensor, weight: Tensor | None, plan: Plan, world: World
 ) -> tuple[Tensor, Tensor]:
-    """Return for each source the sums over all its users: of ranks, weighted.
+    """Return for each of this rank's blocks the sums over all users of its source.
 
     Args:
-        total: ``sum dy`` over each local block, ``[blocks, C]``.
+        total: ``sum dy`` over each of them, ``[blocks, C]``.
         dot: ``sum dy xhat``, likewise.
         weight: that of this rank, ``[C]``; None: 1.
         plan: how the ranks mix.
         world: the ranks.
 
     Returns:
-        ``[S, C]`` each. In one process ``sum dy`` and ``sum dy xhat`` of the R rows of
-        `Statistics`; else ``sum w dy`` and ``sum w dy xhat`` of this rank's blocks.
+        ``sum w dy`` and ``sum w dy xhat``, ``[blocks, C]`` each.
 
     Communication: that of `mix_gradients`.
     """
-    way = _way(plan, world)
-    if way is not None:
-        first, second = (take(pool_sum(sums, way.pools), way.users) for sums in (total, dot))
-        return first, second
     sums = torch.stack([total, dot], dim=1)
     weighted = sums if weight is None else sums * weight.to(sums.dtype)
     blocks = weighted.view(plan.groups, plan.per_group, -1)

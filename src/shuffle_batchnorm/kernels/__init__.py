@@ -32,9 +32,15 @@ class Kernels(Protocol):
         """Return ``(x - center) * scale + shift``."""
 
     def block_grad_sums(
-        self, dy: Tensor, x: Tensor, sizes: Sizes, center: Tensor, scale: Tensor
+        self,
+        dy: Tensor,
+        x: Tensor,
+        sizes: Sizes,
+        center: Tensor,
+        scale: Tensor,
+        pools: Pools | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return the sums of ``dy`` and of ``dy * (x - center) * scale``, ``[blocks, C]``."""
+        """Return the sums of ``dy`` and of ``dy * (x - center) * scale``, like the moments."""
 
     def block_grad_affine(
         self, dy: Tensor, x: Tensor, sizes: Sizes, a: Tensor, b: Tensor, center: Tensor, c: Tensor

@@ -20,7 +20,7 @@ from torch import Tensor
 from .cpu_sums import SHARE, are_small, line_grad_sums, line_moments, moments, plane_grad_sums
 from .cpu_views import PART, in_parts, per_plane, view_rows, view_values
 from .layouts import as_layout, layout
-from .rows import Pools, Sizes, accumulation_dtype, has_numbers, pool_moments
+from .rows import Pools, Sizes, accumulation_dtype, has_numbers, pool_moments, pool_sum
 
 _SMALL = 2**22  # values that two passes over cached parts map faster than one pass over all
 
@@ -74,13 +74,14 @@ def block_affine(x: Tensor, sizes: Sizes, center: Tensor, scale: Tensor, shift: 
 
 
 def block_grad_sums(
-    dy: Tensor, x: Tensor, sizes: Sizes, center: Tensor, scale: Tensor
+    dy: Tensor, x: Tensor, sizes: Sizes, center: Tensor, scale: Tensor, pools: Pools | None = None
 ) -> tuple[Tensor, Tensor]:
     """See `reference.block_grad_sums`."""
     x, lines = layout(_full(x))
     dy = as_layout(_full(dy), lines)
-    sums = line_grad_sums if lines else plane_grad_sums
-    return sums(dy, x, sizes, center, scale)
+    sums_of_blocks = line_grad_sums if lines else plane_grad_sums
+    total, dot = sums_of_blocks(dy, x, sizes, center, scale)
+    return pool_sum(total, pools), pool_sum(dot, pools)
 
 
 def block_grad_affine(

@@ -9,7 +9,16 @@ import math
 import torch
 from torch import Tensor
 
-from .rows import Pools, Sizes, accumulation_dtype, block_sum, counts, per_sample, pool_moments
+from .rows import (
+    Pools,
+    Sizes,
+    accumulation_dtype,
+    block_sum,
+    counts,
+    per_sample,
+    pool_moments,
+    pool_sum,
+)
 
 
 def block_moments(x: Tensor, sizes: Sizes, pools: Pools | None = None) -> tuple[Tensor, Tensor]:
@@ -56,12 +65,16 @@ def block_affine(x: Tensor, sizes: Sizes, center: Tensor, scale: Tensor, shift: 
 
 
 def block_grad_sums(
-    dy: Tensor, x: Tensor, sizes: Sizes, center: Tensor, scale: Tensor
+    dy: Tensor, x: Tensor, sizes: Sizes, center: Tensor, scale: Tensor, pools: Pools | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return each block's sums of ``dy`` and of ``dy * (x - center) * scale``, ``[blocks, C]``."""
+    """Return each block's sums of ``dy`` and of ``dy * (x - center) * scale``, ``[blocks, C]``.
+
+    With pools those of each pool, ``[pools, C]``.
+    """
     dy_planes, x_planes = _planes(dy), _planes(x)
     products = (dy_planes * (x_planes - _spread(sizes, 3, center)[0])).sum(dim=2)
-    return block_sum(dy_planes.sum(dim=2), sizes), block_sum(products, sizes) * scale
+    total, dot = block_sum(dy_planes.sum(dim=2), sizes), block_sum(products, sizes) * scale
+    return pool_sum(total, pools), pool_sum(dot, pools)
 
 
 def block_grad_affine(

@@ -64,8 +64,9 @@ def pool_sum(sums: Tensor, pools: Pools | None) -> Tensor:
     """Sum the blocks of each pool: ``[blocks, C]`` to ``[pools, C]``; None: no pools."""
     if pools is None:
         return sums
-    shape = pools.number, len(pools.dealt) // pools.number, sums.shape[1]
-    return take(sums, pools.dealt).view(shape).sum(dim=1)
+    dealt = take(sums, pools.dealt)
+    members = len(pools.dealt) // pools.number
+    return dealt if members == 1 else dealt.view(pools.number, members, -1).sum(dim=1)
 
 
 def take(rows: Tensor, order: Order | None) -> Tensor:

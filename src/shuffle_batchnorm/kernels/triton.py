@@ -11,29 +11,34 @@ from torch import Tensor
 from . import triton_kernels
 from .layouts import as_layout, layout
 from .rows import Pools, Sizes, accumulation_dtype, constant, pool_moments
-from .triton_tiles import elementwise, merge_tile, reduction
+from .triton_tiles import MERGED, elementwise, merge_tile, reduction
 
 
 def block_moments(x: Tensor, sizes: Sizes, pools: Pools | None = None) -> tuple[Tensor, Tensor]:
     """See `reference.block_moments`."""
+    members = 1 if pools is None else len(pools.dealt) // pools.number
+    if members > MERGED:
+        return pool_moments(*block_moments(x, sizes), sizes, pools)
     x, lines = layout(x)
-    tiles = reduction(x.shape, sizes, lines, x.itemsize)
-    splits, rows = tiles.splits, (len(sizes), x.shape[1])
+    tiles = reduction(x.shape, sizes, lines, x.itemsize, members)
+    splits, (blocks, channels) = tiles.splits, (len(sizes), x.shape[1])
+    merges = splits > 1 or pools is not None
     starts = constant(tiles.table, torch.int64, x)
-    planes = (2, *rows) if splits == 1 else (3, splits, *rows)
+    planes = (3, splits, blocks, channels) if merges else (2, blocks, channels)
     out = x.new_empty(planes, dtype=accumulation_dtype(x))
-    columns = rows[0] * rows[1]
     with torch.cuda.device_of(x):
         triton_kernels.moments[(tiles.programs,)](
-            x, starts, out, columns, splits=splits, SPLIT=splits > 1, **tiles.arguments
+            x, starts, out, blocks * channels, splits=splits, SPLIT=merges, **tiles.arguments
         )
-        if splits > 1:
-            parts, out = out, out.new_empty(2, *rows)
-            height, width = merge_tile(splits)
-            triton_kernels.merge_moments[(-(-columns // width),)](
-                parts, out, columns, splits, SPLITS=height, COLUMNS=width
-            )
-    return pool_moments(out[0], out[1], sizes, pools)
+        if merges:
+            number, dealt = (blocks, range(blocks)) if pools is None else pools[:2]
+            parts, out = out, out.new_empty(2, number, channels)
+            height, width = merge_tile(splits * members)
+            triton_kernels.merge_moments[(number * -(-channels // width),)](
+                parts, constant(tuple(dealt), torch.int64, x), out, blocks * channels, channels,
+                splits, members, ROWS=height, COLUMNS=width,
+            )  # fmt: skip
+    return out[0], out[1]
 
 
 def block_affine(x: Tensor, sizes: Sizes, center: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -43,7 +48,7 @@ def block_affine(x: Tensor, sizes: Sizes, center: Tensor, scale: Tensor, shift: 
 
 
 def block_grad_sums(
-    dy: Tensor, x: Tensor, sizes: Sizes, center: Tensor, scale: Tensor
+    dy: Tensor, x: Tensor, sizes: Sizes, center: Tensor, scale: Tensor, pools: Pools | None = None
 ) -> tuple[Tensor, Tensor]:
     """See `reference.block_grad_sums`."""
     x, lines = layout(x)
@@ -56,7 +61,10 @@ def block_grad_sums(
             as_layout(dy, lines), x, starts, *_row(center), *_row(scale),
             out, rows[0] * rows[1], splits=tiles.splits, **tiles.arguments,
         )  # fmt: skip
-    total, dot = out[:, 0] if tiles.splits == 1 else out.sum(dim=1)
+    if pools is not None:  # their blocks are further splits
+        dealt = out.index_select(2, constant(pools.dealt, torch.int64, x))
+        out = dealt.view(2, tiles.splits, pools.number, -1, rows[1]).movedim(3, 1).flatten(1, 2)
+    total, dot = out[:, 0] if out.shape[1] == 1 else out.sum(dim=1)
     return total, dot
 
 

@@ -24,7 +24,8 @@ def moments(
     one of a few, it can't be far from the mean unless the values are, too: little cancels at worst,
     next to nothing where tiles resemble each other.
 
-    `out` is ``[2, blocks, C]``, or ``[3, splits, blocks, C]`` if SPLIT; `columns` is blocks * C.
+    `out` is ``[2, blocks, C]``, or ``[3, splits, blocks, C]`` if SPLIT, for `merge_moments`;
+    `columns` is blocks * C.
     """
     dtype = out.dtype.element_ty
     inner = units * UNIT
@@ -75,33 +76,40 @@ def moments(
         tl.store(place + size, tl.sqrt(squares / tl.maximum(count, 1)), mask=exist)
 
 
-@triton.jit(do_not_specialize=["columns", "splits"])
+@triton.jit(do_not_specialize=["columns", "channels", "splits", "members"])
 def merge_moments(
-    parts, out, columns, splits, SPLITS: tl.constexpr, COLUMNS: tl.constexpr
+    parts, dealt, out, columns, channels, splits, members,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Merge the moments of splits by Chan's formula, all at once and always in the same order.
+    """Merge the moments of the splits of a pool's blocks, all at once and always in one order.
 
-    `parts` are as `moments` writes them, ``[3, splits, columns]``; `out` is ``[2, columns]``.
+    In float64, by Chan's formula. `parts` are as `moments` writes them, ``[3, splits, blocks, C]``;
+    `dealt` are the blocks of the first pool, `members` of them, then of the second, and so on;
+    `out` is ``[2, pools, C]``.
     """
-    split = tl.arange(0, SPLITS)[:, None]
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    offsets = split.to(tl.int64) * columns + column
-    exists = (split < splits) & (column < columns)
+    dtype = out.dtype.element_ty
+    tiles = tl.cdiv(channels, COLUMNS)
+    pool = (tl.program_id(0) // tiles).to(tl.int64)
+    column = tl.program_id(0) % tiles * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    row = tl.arange(0, ROWS)[:, None]
+    there = row < splits * members
+    block = tl.load(dealt + pool * members + row % members, mask=there, other=0)
+    offsets = (row // members).to(tl.int64) * columns + block * channels + column
+    exists = there & (column < channels)
     size = splits.to(tl.int64) * columns
-    mean = tl.load(parts + offsets, mask=exists, other=0)
-    squares = tl.load(parts + size + offsets, mask=exists, other=0)
-    count = tl.load(parts + 2 * size + offsets, mask=exists, other=0)
+    mean = tl.load(parts + offsets, mask=exists, other=0).to(tl.float64)
+    squares = tl.load(parts + size + offsets, mask=exists, other=0).to(tl.float64)
+    count = tl.load(parts + 2 * size + offsets, mask=exists, other=0).to(tl.float64)
 
-    n = tl.maximum(tl.sum(count, axis=0, keep_dims=True), 1)
-    # Shares of distances lose fewer digits than shares of large means.
-    pivot = tl.load(parts + column, mask=column < columns, other=0)
-    merged = pivot + tl.sum(count / n * (mean - pivot), axis=0, keep_dims=True)
+    share = count / tl.maximum(tl.sum(count, axis=0, keep_dims=True), 1)
+    merged = tl.sum(share * mean, axis=0, keep_dims=True)
     distance = mean - merged
-    # In this order no square of a split without values overflows.
-    squares += count * distance * distance
-    std = tl.sqrt(tl.sum(squares, axis=0, keep_dims=True) / n)
-    tl.store(out + column, merged, mask=column < columns)
-    tl.store(out + columns + column, std, mask=column < columns)
+    squares = squares / tl.maximum(count, 1) + distance * distance
+    std = tl.sqrt(tl.sum(share * squares, axis=0, keep_dims=True))
+    place = pool * channels + column
+    pools = tl.num_programs(0) // tiles
+    tl.store(out + place, merged.to(dtype), mask=column < channels)
+    tl.store(out + pools.to(tl.int64) * channels + place, std.to(dtype), mask=column < channels)
 
 
 @triton.jit(do_not_specialize=["columns", "splits"])

@@ -21,7 +21,7 @@ _ROWS = 4  # tiles that a program loads at once
 _STEPS = 4  # loads of ROWS tiles that are worth a program of their own
 _UNSPLIT = 8  # as many are not worth a second launch
 _PROGRAMS = 4096  # fill a GPU several times; fixed, so that every GPU adds in the same order
-_SPLITS = 1024  # that one program can merge
+MERGED = 1024  # splits of blocks that one program can merge
 
 
 class Tiles(NamedTuple):
@@ -41,8 +41,11 @@ class Tiles(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def reduction(shape: Shape, sizes: Sizes, lines: bool, itemsize: int) -> Tiles:
-    """Return how to sum blocks: a program takes some channels of a block, or a split of them."""
+def reduction(shape: Shape, sizes: Sizes, lines: bool, itemsize: int, members: int = 1) -> Tiles:
+    """Return how to sum blocks: a program takes some channels of a block, or a split of them.
+
+    `members` are the blocks that are merged to one.
+    """
     channels, length, outer, inner = _memory(shape, lines)
     lanes = _tile_size(inner, itemsize, accesses=1, narrow=4)
     most = max(sizes)
@@ -54,7 +57,7 @@ def reduction(shape: Shape, sizes: Sizes, lines: bool, itemsize: int) -> Tiles:
     tiles = -(-channels // (width if lines else height))
     splits = 1
     if steps > _UNSPLIT:
-        splits = max(1, min(_PROGRAMS // (tiles * len(sizes)), steps // _STEPS, _SPLITS))
+        splits = max(1, min(_PROGRAMS // (tiles * len(sizes)), steps // _STEPS, MERGED // members))
     starts = [0]
     for n in sizes:
         starts.append(starts[-1] + n)
@@ -75,10 +78,10 @@ def elementwise(shape: Shape, sizes: Sizes, lines: bool, itemsize: int) -> Tiles
     return Tiles(programs, 1, _arguments(outer, inner, lines, depth, height, width), owners)
 
 
-def merge_tile(splits: int) -> tuple[int, int]:
-    """Return the tile ``[SPLITS, COLUMNS]`` of the kernel that merges splits."""
-    height = _power(splits)
-    return height, min(64, 4096 // height)
+def merge_tile(rows: int) -> tuple[int, int]:
+    """Return the tile ``[ROWS, COLUMNS]`` of the kernel that merges so many splits of blocks."""
+    height = _power(rows)
+    return height, min(64, 2 * MERGED // height)
 
 
 def _memory(shape: Shape, lines: bool) -> tuple[int, int, int, int]:
