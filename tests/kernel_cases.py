@@ -179,15 +179,55 @@ def check_pools(
     lines: bool,
     device: str = "cpu",
 ) -> None:
-    """Compare the moments of pools, far apart, with those of their blocks' values in a row."""
+    """Compare moments of pools, far apart, and kernels that take rows of pools, with loops."""
     x = randn(*shape) + 100 * torch.arange(shape[0]).view(-1, *[1] * (len(shape) - 1))
     x = x.movedim(1, -1).contiguous().movedim(-1, 1) if lines else x
     blocks, per_pool = x.split(sizes), len(sizes) // pools.number
     mean, std = kernels.block_moments(x.to(device), sizes, pools)
+    members = [pools.dealt[k * per_pool : (k + 1) * per_pool] for k in range(pools.number)]
     for k in range(pools.number):
-        members = pools.dealt[k * per_pool : (k + 1) * per_pool]
-        assert all(pools.owners[block] == k for block in members)
-        samples = torch.cat([blocks[block] for block in members]).movedim(1, 0).flatten(1)
+        assert all(pools.owners[block] == k for block in members[k])
+        samples = torch.cat([blocks[block] for block in members[k]]).movedim(1, 0).flatten(1)
         deviation, center = torch.std_mean(samples, dim=1, correction=0)
         torch.testing.assert_close(mean[k].cpu(), center, rtol=1e-13, atol=1e-13)
         torch.testing.assert_close(std[k].cpu(), deviation, rtol=1e-12, atol=1e-13)
+
+    x = x - 50 * shape[0]
+    dy, (a, b, center, c) = torch.randn_like(x), torch.randn(4, *mean.shape, dtype=x.dtype)
+    users = _next_owners(pools)
+    xs, dys, rows = x.to(device), dy.to(device), [row.to(device) for row in (a, b, center, c)]
+    got = _of_pools(kernels, xs, dys, sizes, rows, users, pools)
+    of_a, of_pools = list(users.owners), list(pools.owners)
+    b, center, c = b[of_pools], center[of_pools], c[of_pools]
+    want = loops(x, dy, sizes, [b, b, center, c])
+    want["dx"] = loops(x, dy, sizes, [a[of_a], b, center, c])["dx"]
+    for name in ("total", "dot"):
+        want[name] = torch.stack([want[name][list(blocks)].sum(dim=0) for blocks in members])
+    for name, tensor in got.items():
+        torch.testing.assert_close(tensor.cpu(), want[name], rtol=1e-12, atol=1e-10)
+
+
+def _next_owners(pools: Pools) -> Pools:
+    """Give the blocks of each pool to the next one."""
+    owners = tuple((k + 1) % pools.number for k in pools.owners)
+    dealt = tuple(sorted(range(len(owners)), key=owners.__getitem__))
+    return Pools(pools.number, dealt, owners)
+
+
+def _of_pools(
+    kernels: Kernels,
+    x: Tensor,
+    dy: Tensor,
+    sizes: tuple[int, ...],
+    rows: list[Tensor],
+    users: Pools,
+    pools: Pools,
+) -> dict[str, Tensor]:
+    a, b, center, c = rows
+    total, dot = kernels.block_grad_sums(dy, x, sizes, center, b, pools)
+    return dict(
+        y=kernels.block_affine(x, sizes, center, b, c, pools),
+        total=total,
+        dot=dot,
+        dx=kernels.block_grad_affine(dy, x, sizes, a, b, center, c, users, pools),
+    )

@@ -1,17 +1,16 @@
 """The normalisation of one rank's batch with given statistics, and its exact gradient."""
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import kernels
-from .kernels.rows import Order, constant, take
+from .kernels.rows import constant, take
 from .mixing import Plan
 from .process_groups import CALL, World
-from .statistics import asks_peers, find_way, sums_of_sources
+from .statistics import Way, asks_peers, find_way, sums_of_sources
 
 
 class Normalise(torch.autograd.Function):
@@ -42,20 +41,19 @@ class Normalise(torch.autograd.Function):
         # hypot: the square of a deviation that fits the dtype may not.
         rho = torch.hypot(std, constant((math.sqrt(eps),), std.dtype, std)).reciprocal_()
         scale = rho if weight is None else rho * weight.to(rho.dtype)
-        sources: Sequence[Tensor] = (mean, scale, rho)
-        known: Tensor | int | None = values
-        count: Tensor | None = None
+        sources, count = (mean, scale, rho), None
+        way = Way() if asks_peers(plan, world) else find_way(plan)
         if isinstance(values, Tensor):  # of peers: a row for each block
-            known, count = None, take(values, source)
-            source_mean, source_rho = _of_blocks(source, mean, rho)
-            # Users weight what they send.
-            sources, source = (source_mean, source_rho, source_rho), None
-        mean, rho, scale = _of_blocks(used, mean, rho, scale)
+            count = take(values, source)
+            source_mean, source_rho = take(mean, source), take(rho, source)
+            mean, rho, scale = (take(rows, used) for rows in (mean, rho, scale))
+            sources = source_mean, source_rho, source_rho  # users weight what they send
         ctx.save_for_backward(x, weight, mean, rho, scale, *sources, count)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.call = (known, source, sizes, plan, world)
+        ctx.call = (None if count is not None else values, way, sizes, plan, world)
         shift = mean.new_zeros(()) if bias is None else bias.to(mean.dtype)
-        return kernels.select(x).block_affine(x, sizes, mean, scale, shift.expand_as(mean))
+        shift = shift.expand_as(mean)
+        return kernels.select(x).block_affine(x, sizes, mean, scale, shift, way.users)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -63,9 +61,9 @@ class Normalise(torch.autograd.Function):
         x, weight, *rows, count = ctx.saved_tensors
         with torch.no_grad():
             needs_dx = ctx.needs_input_grad[0]
-            known, source, sizes, plan, world = ctx.call
+            known, way, sizes, plan, world = ctx.call
             count = known if count is None else count
-            first = _gradients(needs_dx, dy, x, weight, rows, count, source, sizes, plan, world)
+            first = _gradients(needs_dx, dy, x, weight, rows, count, way, sizes, plan, world)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # create_graph: the first derivatives are right; a second one must not be wrong.
             first = _FirstDerivative.apply(*first, dy, x, weight)  # type: ignore[no-untyped-call]
@@ -85,38 +83,31 @@ def _gradients(
     weight: Tensor | None,
     rows: list[Tensor],
     count: Tensor | int,
-    source: tuple[int, ...] | None,
+    way: Way,
     sizes: tuple[int, ...],
     plan: Plan,
     world: World,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """Return the gradients of input, weight and bias.
 
-    `rows` are mean, rho and ``rho * w`` of each block's normaliser, then mean, the factor of the
-    sums and rho of the S sources, as is `count`; `source` says in which a block is pooled. Always
-    exchanges, even where no gradient of the input is needed: a peer may need one.
+    `rows` are mean, rho and ``rho * w`` of normalisers, then mean, the factor of the sums and rho
+    of sources, as is `count`: in one process both are the R of `Statistics`, which `way` gives to
+    blocks; else there is one for each block. Always exchanges, even where no gradient of the input
+    is needed: a peer may need one.
     """
     kernel = kernels.select(x)
     mean, rho, scale, source_mean, factor, source_rho = rows
-    exchanges = asks_peers(plan, world)
-    users = None if exchanges else find_way(plan).users
-    first, second = kernel.block_grad_sums(dy, x, sizes, mean, rho, users)
+    first, second = kernel.block_grad_sums(dy, x, sizes, mean, rho, way.users)
     dweight, dbias = second.sum(dim=0), first.sum(dim=0)
-    if exchanges:
+    if asks_peers(plan, world):
         first, second = sums_of_sources(first, second, weight, plan, world)
     if not needs_dx:
         return None, dweight, dbias
     # 0, where it is known: no values to multiply by infinity.
     step = factor / (-count.clamp(min=1) if isinstance(count, Tensor) else -count)
-    b = (step * second).mul_(source_rho)
-    b, center, c = _of_blocks(source, b, source_mean, step * first)
-    dx = kernel.block_grad_affine(dy, x, sizes, scale, b, center, c)
+    b, c = (step * second).mul_(source_rho), step * first
+    dx = kernel.block_grad_affine(dy, x, sizes, scale, b, source_mean, c, way.users, way.pools)
     return dx, dweight, dbias
-
-
-def _of_blocks(order: Order | None, *rows: Tensor) -> Sequence[Tensor]:
-    """Give each block its rows."""
-    return rows if order is None else tuple(take(row, order) for row in rows)
 
 
 class _FirstDerivative(torch.autograd.Function):

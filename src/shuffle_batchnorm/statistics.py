@@ -53,15 +53,11 @@ class Way(NamedTuple):
 
     Attributes:
         pools: of blocks, each a normaliser; None: each block is one.
-        users: of blocks, by the normaliser that they use; None: as `used`.
-        used: as in `Statistics`.
-        source: as in `Statistics`.
+        users: of blocks, by the normaliser that they use; None: each uses its own.
     """
 
     pools: Pools | None = None
     users: Pools | None = None
-    used: Order | None = None
-    source: Order | None = None
 
 
 @kept
@@ -70,9 +66,9 @@ def find_way(plan: Plan) -> Way:
     used = plan.normalisers()
     users = Pools(plan.groups, tuple(sorted(range(len(used)), key=used.__getitem__)), used)
     if plan.mode == "swap" and any(plan.shifts):
-        return Way(None, users, used)
+        return Way(None, users)
     if plan.mode == "regroup" and plan.groups > 1 and plan.per_group > 1:
-        return Way(users, users, used, used)
+        return Way(users, users)
     return Way()
 
 
@@ -92,7 +88,8 @@ def statistics_of(x: Tensor, sizes: tuple[int, ...], plan: Plan, world: World) -
         mean, std = kernel.block_moments(x, sizes, way.pools)
         # A new group has as many as any.
         values = x.shape[2:].numel() * (x.shape[0] // plan.groups)
-        return Statistics(values, mean, std, way.used, way.source)
+        used, source = (pools and pools.owners for pools in (way.users, way.pools))
+        return Statistics(values, mean, std, used, source)
     mean, std = kernel.block_moments(x, sizes)
     rows = torch.cat([counts(sizes, x.shape[2:].numel(), mean), mean, std], dim=1)
     used_rows, source_rows = mix(rows.view(plan.groups, plan.per_group, -1), plan, world)

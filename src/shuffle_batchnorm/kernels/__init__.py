@@ -27,9 +27,15 @@ class Kernels(Protocol):
         """Return mean and standard deviation ``[blocks, C]``; with pools, ``[pools, C]``."""
 
     def block_affine(
-        self, x: Tensor, sizes: Sizes, center: Tensor, scale: Tensor, shift: Tensor
+        self,
+        x: Tensor,
+        sizes: Sizes,
+        center: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        pools: Pools | None = None,
     ) -> Tensor:
-        """Return ``(x - center) * scale + shift``."""
+        """Return ``(x - center) * scale + shift``; with pools, of rows ``[pools, C]``."""
 
     def block_grad_sums(
         self,
@@ -40,12 +46,24 @@ class Kernels(Protocol):
         scale: Tensor,
         pools: Pools | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return the sums of ``dy`` and of ``dy * (x - center) * scale``, like the moments."""
+        """Return the sums of ``dy`` and of ``dy * (x - center) * scale``, ``[blocks, C]``.
+
+        With pools, rows and sums are ``[pools, C]``.
+        """
 
     def block_grad_affine(
-        self, dy: Tensor, x: Tensor, sizes: Sizes, a: Tensor, b: Tensor, center: Tensor, c: Tensor
+        self,
+        dy: Tensor,
+        x: Tensor,
+        sizes: Sizes,
+        a: Tensor,
+        b: Tensor,
+        center: Tensor,
+        c: Tensor,
+        users: Pools | None = None,
+        pools: Pools | None = None,
     ) -> Tensor:
-        """Return ``a * dy + b * (x - center) + c``."""
+        """Return ``a * dy + b * (x - center) + c``; `a` may be of users, the rest of pools."""
 
 
 def select(x: Tensor) -> Kernels:

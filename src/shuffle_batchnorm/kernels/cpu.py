@@ -20,7 +20,15 @@ from torch import Tensor
 from .cpu_sums import SHARE, are_small, line_grad_sums, line_moments, moments, plane_grad_sums
 from .cpu_views import PART, in_parts, per_plane, view_rows, view_values
 from .layouts import as_layout, layout
-from .rows import Pools, Sizes, accumulation_dtype, has_numbers, pool_moments, pool_sum
+from .rows import (
+    Pools,
+    Sizes,
+    accumulation_dtype,
+    has_numbers,
+    pool_moments,
+    pool_sum,
+    take_pools,
+)
 
 _SMALL = 2**22  # values that two passes over cached parts map faster than one pass over all
 
@@ -53,12 +61,19 @@ def _look_again(x: Tensor, sizes: Sizes, pools: Pools | None, mean: Tensor, std:
             rows[:, some] = new.to(rows.dtype)
 
 
-def block_affine(x: Tensor, sizes: Sizes, center: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+def block_affine(
+    x: Tensor,
+    sizes: Sizes,
+    center: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    pools: Pools | None = None,
+) -> Tensor:
     """See `reference.block_affine`."""
     dtype = x.dtype
     x, lines = layout(_full(x))
     y = torch.empty_like(x)
-    shift = torch.addcmul(shift, center, scale, value=-1)
+    scale, shift = take_pools(pools, scale, torch.addcmul(shift, center, scale, value=-1))
     if not lines and x.numel() >= _SMALL:
         _one_pass_affine(y, x, *per_plane(sizes, scale, shift))
         return y.to(dtype)
@@ -80,25 +95,35 @@ def block_grad_sums(
     x, lines = layout(_full(x))
     dy = as_layout(_full(dy), lines)
     sums_of_blocks = line_grad_sums if lines else plane_grad_sums
-    total, dot = sums_of_blocks(dy, x, sizes, center, scale)
+    total, dot = sums_of_blocks(dy, x, sizes, *take_pools(pools, center, scale))
     return pool_sum(total, pools), pool_sum(dot, pools)
 
 
 def block_grad_affine(
-    dy: Tensor, x: Tensor, sizes: Sizes, a: Tensor, b: Tensor, center: Tensor, c: Tensor
+    dy: Tensor,
+    x: Tensor,
+    sizes: Sizes,
+    a: Tensor,
+    b: Tensor,
+    center: Tensor,
+    c: Tensor,
+    users: Pools | None = None,
+    pools: Pools | None = None,
 ) -> Tensor:
     """See `reference.block_grad_affine`."""
     dtype = x.dtype
     x, lines = layout(_full(x))
     dy, dx = as_layout(_full(dy), lines), torch.empty_like(x)
     views = (view_values(tensor, sizes, lines) for tensor in (dx, dy, x))
+    (a,) = take_pools(users, a)
     if lines:
         # nn.BatchNorm2d's error, from its mean in float32, is ten times that of this shift.
-        rows = view_rows(sizes, lines, a, b, torch.addcmul(c, b, center, value=-1))
+        b, c = take_pools(pools, b, torch.addcmul(c, b, center, value=-1))
+        rows = view_rows(sizes, lines, a, b, c)
         for out, grads, values, factors, slopes, shifts in in_parts(*views, *rows, room=2):
             torch.addcmul(shifts, values, slopes, out=out).addcmul_(grads, factors)
         return dx.to(dtype)
-    rows = view_rows(sizes, lines, a, b, center, c)
+    rows = view_rows(sizes, lines, a, *take_pools(pools, b, center, c))
     for out, grads, values, factors, slopes, centers, shifts in in_parts(*views, *rows):
         # x * b would be as large as the mean, and so would be what its rounding leaves. (Over
         # planes, aten vectorises an operation with one number per plane, not with two.)

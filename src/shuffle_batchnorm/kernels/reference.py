@@ -18,6 +18,7 @@ from .rows import (
     per_sample,
     pool_moments,
     pool_sum,
+    take_pools,
 )
 
 
@@ -50,17 +51,25 @@ def block_moments(x: Tensor, sizes: Sizes, pools: Pools | None = None) -> tuple[
     return pool_moments(mean + offset, variance.clamp(min=0).sqrt(), sizes, pools)
 
 
-def block_affine(x: Tensor, sizes: Sizes, center: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+def block_affine(
+    x: Tensor,
+    sizes: Sizes,
+    center: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    pools: Pools | None = None,
+) -> Tensor:
     """Return ``y = (x - center) * scale + shift`` with each block's rows, in x's dtype and layout.
 
     Args:
         x: ``[N, C, *]``.
         sizes: samples per block.
-        center: ``[blocks, C]``.
-        scale: ``[blocks, C]``.
-        shift: ``[blocks, C]``.
+        center: ``[blocks, C]``; with pools ``[pools, C]``, a row for all blocks of a pool.
+        scale: likewise.
+        shift: likewise.
+        pools: of blocks.
     """
-    center, scale, shift = _spread(sizes, x.ndim, center, scale, shift)
+    center, scale, shift = _spread(sizes, x.ndim, pools, center, scale, shift)
     return _cast((_wide(x) - center) * scale + shift, x.dtype)
 
 
@@ -69,19 +78,32 @@ def block_grad_sums(
 ) -> tuple[Tensor, Tensor]:
     """Return each block's sums of ``dy`` and of ``dy * (x - center) * scale``, ``[blocks, C]``.
 
-    With pools those of each pool, ``[pools, C]``.
+    With pools all rows are ``[pools, C]``, as in `block_affine`: the sums of each pool.
     """
     dy_planes, x_planes = _planes(dy), _planes(x)
-    products = (dy_planes * (x_planes - _spread(sizes, 3, center)[0])).sum(dim=2)
-    total, dot = block_sum(dy_planes.sum(dim=2), sizes), block_sum(products, sizes) * scale
-    return pool_sum(total, pools), pool_sum(dot, pools)
+    products = (dy_planes * (x_planes - _spread(sizes, 3, pools, center)[0])).sum(dim=2)
+    sums = (block_sum(rows, sizes) for rows in (dy_planes.sum(dim=2), products))
+    total, dot = (pool_sum(rows, pools) for rows in sums)
+    return total, dot * scale
 
 
 def block_grad_affine(
-    dy: Tensor, x: Tensor, sizes: Sizes, a: Tensor, b: Tensor, center: Tensor, c: Tensor
+    dy: Tensor,
+    x: Tensor,
+    sizes: Sizes,
+    a: Tensor,
+    b: Tensor,
+    center: Tensor,
+    c: Tensor,
+    users: Pools | None = None,
+    pools: Pools | None = None,
 ) -> Tensor:
-    """Return ``dx = a * dy + b * (x - center) + c`` with each block's rows ``[blocks, C]``."""
-    a, b, center, c = _spread(sizes, x.ndim, a, b, center, c)
+    """Return ``dx = a * dy + b * (x - center) + c`` with each block's rows ``[blocks, C]``.
+
+    Or with rows of pools, as in `block_affine`: `a` of the pools `users`, the others of `pools`.
+    """
+    (a,) = _spread(sizes, x.ndim, users, a)
+    b, center, c = _spread(sizes, x.ndim, pools, b, center, c)
     dx = (_wide(x) - center) * b + c
     return _cast(dx + _wide(dy) * a, x.dtype)
 
@@ -95,10 +117,11 @@ def _planes(x: Tensor) -> Tensor:
     return _wide(x.reshape(x.shape[0], x.shape[1], x.shape[2:].numel()))
 
 
-def _spread(sizes: Sizes, ndim: int, *rows: Tensor) -> tuple[Tensor, ...]:
-    """Give each sample its numbers in rows ``[blocks, C]``: each ``[N, C, 1, ...]``."""
+def _spread(sizes: Sizes, ndim: int, pools: Pools | None, *rows: Tensor) -> tuple[Tensor, ...]:
+    """Give each sample the numbers of its block or pool, of rows: each ``[N, C, 1, ...]``."""
     # Side by side, a compiler has to write them down, and can't work them out for every value.
-    spread = per_sample(torch.cat(rows, dim=1), sizes)
+    (packed,) = take_pools(pools, torch.cat(rows, dim=1))
+    spread = per_sample(packed, sizes)
     return spread.view(*spread.shape, *[1] * (ndim - 2)).chunk(len(rows), dim=1)
 
 

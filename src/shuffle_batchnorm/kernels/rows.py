@@ -12,7 +12,7 @@ Order = tuple[int, ...]  # numbers of rows
 
 
 class Pools(NamedTuple):
-    """Which blocks are pooled: as many blocks, and as many samples, in every pool.
+    """Which blocks are pooled, or share a row: as many blocks, and as many samples, in every pool.
 
     The batch is as many equal parts in a row as there are pools, a group each. The first block of
     part p, the longest, belongs to pool p.
@@ -72,6 +72,11 @@ def pool_sum(sums: Tensor, pools: Pools | None) -> Tensor:
 def take(rows: Tensor, order: Order | None) -> Tensor:
     """Return the rows ``[R, C]`` in this order, of which None is their own."""
     return rows if order is None else rows.index_select(0, constant(order, torch.int64, rows))
+
+
+def take_pools(pools: Pools | None, *rows: Tensor) -> tuple[Tensor, ...]:
+    """Give each block the row of its pool: ``[pools, C]`` to ``[blocks, C]``; None: no pools."""
+    return rows if pools is None else tuple(take(row, pools.owners) for row in rows)
 
 
 def pool(rows: Tensor) -> Tensor:

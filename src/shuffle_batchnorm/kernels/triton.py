@@ -41,10 +41,17 @@ def block_moments(x: Tensor, sizes: Sizes, pools: Pools | None = None) -> tuple[
     return out[0], out[1]
 
 
-def block_affine(x: Tensor, sizes: Sizes, center: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+def block_affine(
+    x: Tensor,
+    sizes: Sizes,
+    center: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    pools: Pools | None = None,
+) -> Tensor:
     """See `reference.block_affine`."""
     x, lines = layout(x)
-    return _affine(x, sizes, lines, center, scale, shift)
+    return _affine(x, sizes, lines, center, scale, shift, pools)
 
 
 def block_grad_sums(
@@ -58,7 +65,7 @@ def block_grad_sums(
     out = x.new_empty((2, tiles.splits, *rows), dtype=accumulation_dtype(x))
     with torch.cuda.device_of(x):
         triton_kernels.grad_sums[(tiles.programs,)](
-            as_layout(dy, lines), x, starts, *_row(center), *_row(scale),
+            as_layout(dy, lines), x, starts, _owners(sizes, pools, x), *_row(center), *_row(scale),
             out, rows[0] * rows[1], splits=tiles.splits, **tiles.arguments,
         )  # fmt: skip
     if pools is not None:  # their blocks are further splits
@@ -69,11 +76,19 @@ def block_grad_sums(
 
 
 def block_grad_affine(
-    dy: Tensor, x: Tensor, sizes: Sizes, a: Tensor, b: Tensor, center: Tensor, c: Tensor
+    dy: Tensor,
+    x: Tensor,
+    sizes: Sizes,
+    a: Tensor,
+    b: Tensor,
+    center: Tensor,
+    c: Tensor,
+    users: Pools | None = None,
+    pools: Pools | None = None,
 ) -> Tensor:
     """See `reference.block_grad_affine`."""
     x, lines = layout(x)
-    return _affine(x, sizes, lines, center, b, c, as_layout(dy, lines), a)
+    return _affine(x, sizes, lines, center, b, c, pools, as_layout(dy, lines), a, users)
 
 
 def _affine(
@@ -83,18 +98,27 @@ def _affine(
     center: Tensor,
     scale: Tensor,
     shift: Tensor,
+    pools: Pools | None,
     dy: Tensor | None = None,
     factor: Tensor | None = None,
+    users: Pools | None = None,
 ) -> Tensor:
     tiles = elementwise(x.shape, sizes, lines, x.itemsize)
-    owners = constant(tiles.table, torch.int64, x)
+    blocks = constant(tiles.table, torch.int64, x)
     y = torch.empty_like(x)
     with torch.cuda.device_of(x):
         triton_kernels.affine[(tiles.programs,)](
-            x, y, owners, *_row(center), *_row(scale), *_row(shift),
-            dy, *((None, 0) if factor is None else _row(factor)), x.shape[0], **tiles.arguments,
+            x, y, blocks, _owners(sizes, pools, x), *_row(center), *_row(scale), *_row(shift),
+            dy, _owners(sizes, users, x), *((None, 0) if factor is None else _row(factor)),
+            x.shape[0], **tiles.arguments,
         )  # fmt: skip
     return y
+
+
+def _owners(sizes: Sizes, pools: Pools | None, like: Tensor) -> Tensor:
+    """Return the number of each block's row."""
+    owners = tuple(range(len(sizes))) if pools is None else pools.owners
+    return constant(owners, torch.int64, like)
 
 
 def _row(row: Tensor) -> tuple[Tensor, int]:

@@ -114,13 +114,14 @@ def merge_moments(
 
 @triton.jit(do_not_specialize=["columns", "splits"])
 def grad_sums(
-    dy, x, starts, center, center_stride, scale, scale_stride, out, columns, outer, units, splits,
-    UNIT: tl.constexpr, LINES: tl.constexpr, ROWS: tl.constexpr, OUTER: tl.constexpr,
+    dy, x, starts, owners, center, center_stride, scale, scale_stride, out, columns, outer, units,
+    splits, UNIT: tl.constexpr, LINES: tl.constexpr, ROWS: tl.constexpr, OUTER: tl.constexpr,
     INNER: tl.constexpr,
 ):  # fmt: skip
     """Write each split's sums of ``dy`` and of ``dy * (x - center) * scale``.
 
-    `out` is ``[2, splits, blocks, C]``; `columns` is blocks * C.
+    `owners` is the row of each block in `center` and `scale`, ``[blocks]``; `out` is
+    ``[2, splits, blocks, C]``; `columns` is blocks * C.
     """
     dtype = out.dtype.element_ty
     inner = units * UNIT
@@ -128,7 +129,8 @@ def grad_sums(
         starts, outer, inner, splits, LINES, ROWS, OUTER, INNER
     )
     channels, exist = _channels(tile, outer, inner, LINES, OUTER, INNER)
-    mean = tl.load(center + block * center_stride + channels, mask=exist, other=0)
+    row = tl.load(owners + block)
+    mean = tl.load(center + row * center_stride + channels, mask=exist, other=0)
 
     total = tl.zeros([OUTER, INNER], dtype)
     dot = tl.zeros([OUTER, INNER], dtype)
@@ -143,7 +145,7 @@ def grad_sums(
             total += gradient
             dot += gradient * (values - mean)
 
-    factor = tl.load(scale + block * scale_stride + channels, mask=exist, other=0)
+    factor = tl.load(scale + row * scale_stride + channels, mask=exist, other=0)
     place = out + _place(block, split, columns, outer, inner, LINES) + channels
     tl.store(place, _per_channel(total, LINES), mask=exist)
     size = splits.to(tl.int64) * columns
@@ -152,13 +154,14 @@ def grad_sums(
 
 @triton.jit(do_not_specialize=["samples"])
 def affine(
-    x, y, owners, center, center_stride, scale, scale_stride, shift, shift_stride,
-    dy, factor, factor_stride, samples, outer, units, UNIT: tl.constexpr, LINES: tl.constexpr,
-    ROWS: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
+    x, y, blocks, owners, center, center_stride, scale, scale_stride, shift, shift_stride,
+    dy, users, factor, factor_stride, samples, outer, units, UNIT: tl.constexpr,
+    LINES: tl.constexpr, ROWS: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     """Write ``y = (x - center) * scale + shift``, plus ``dy * factor`` if there is a `dy`.
 
-    `owners` is the block of each sample ``[samples]``.
+    `blocks` is the block of each sample ``[samples]``; `owners` and `users` are the row of each
+    block ``[blocks]`` in `center`, `scale` and `shift`, and in `factor`.
     """
     dtype = center.dtype.element_ty
     inner = units * UNIT
@@ -172,18 +175,20 @@ def affine(
     there = sample < samples
     exists = there[:, None] & (o < outer)[:, None, None] & (i < inner)
 
-    owner = tl.load(owners + sample, mask=there, other=0)
+    block = tl.load(blocks + sample, mask=there, other=0)
     if LINES:
-        owner, channels, exist = owner[:, None], i[None, :], there[:, None] & (i < inner)
+        block, channels, exist = block[:, None], i[None, :], there[:, None] & (i < inner)
     else:
-        owner, channels, exist = owner[None, :], o[:, None], there & (o < outer)[:, None]
+        block, channels, exist = block[None, :], o[:, None], there & (o < outer)[:, None]
+    owner = tl.load(owners + block)
     values = tl.load(x + offsets, mask=exists, other=0).to(dtype)
     values -= _per_sample(center + owner * center_stride + channels, exist, LINES)
     values *= _per_sample(scale + owner * scale_stride + channels, exist, LINES)
     values += _per_sample(shift + owner * shift_stride + channels, exist, LINES)
     if dy is not None:
         gradient = tl.load(dy + offsets, mask=exists, other=0).to(dtype)
-        values += gradient * _per_sample(factor + owner * factor_stride + channels, exist, LINES)
+        user = tl.load(users + block)
+        values += gradient * _per_sample(factor + user * factor_stride + channels, exist, LINES)
     tl.store(y + offsets, values.to(y.dtype.element_ty), mask=exists)
 
 
