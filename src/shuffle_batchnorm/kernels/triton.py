@@ -1,8 +1,8 @@
 """The four kernels for GPUs, in Triton: activations are read once, and written once.
 
 The first call for a kind of input compiles, and makes small index tensors on the device; capture
-CUDA graphs after a warm-up. Later calls launch one kernel, or two where few blocks and channels are
-split among more programs. Results have the same bits every time.
+CUDA graphs after a warm-up. Later calls launch one kernel, or two where blocks are pooled, or few
+blocks and channels split among more programs. Results have the same bits every time.
 """
 
 import torch
