@@ -51,6 +51,8 @@ bench: setup ## measure layers, steps, exchanges, shuffles; print targets, draw 
 		--save layer_channels_last
 	$(BIN)/python benchmarks/bench_layer.py --compiled --shapes 64x112x112 256x14x14 \
 		--seconds 5 --save layer_compiled
+	$(BIN)/python benchmarks/bench_layer.py --channels-last --compiled --shapes 64x56x56 256x14x14 \
+		--seconds 3 --memory-batch 0 --save layer_channels_last_compiled
 	$(BIN)/python benchmarks/bench_layer.py --ranks 2 --groups 1 --shapes 64x56x56 512x7x7 \
 		--seconds 5 --save layer_ranks
 	$(BIN)/python benchmarks/bench_step.py --seconds 15 --save

@@ -68,11 +68,13 @@ def channels_last_targets(summary: list[Row]) -> list[Target]:
     return [Target(f"channels-last, forward + backward / {PLAIN}", value, 1.10, mean["name"])]
 
 
-def compiled_targets(summary: list[Row]) -> list[Target]:
+def compiled_targets(summary: list[Row], layout: str = "") -> list[Target]:
     limits = {PLAIN: 1.0, f"{PLAIN}, compiled": 1.1}
     worst = {peer: slowest(summary, peer) for peer in limits}
     return [
-        Target(f"compiled / {peer}", row["both"]["geometric_mean"], limits[peer], row["name"])
+        Target(
+            f"{layout}compiled / {peer}", row["both"]["geometric_mean"], limits[peer], row["name"]
+        )
         for peer, row in worst.items()
     ]
 
@@ -133,6 +135,9 @@ def main() -> None:
         "layer": lambda record: layer_targets(record["summary"], record["memory"]),
         "layer_channels_last": lambda record: channels_last_targets(record["summary"]),
         "layer_compiled": lambda record: compiled_targets(record["summary"]),
+        "layer_channels_last_compiled": lambda record: compiled_targets(
+            record["summary"], "channels-last, "
+        ),
         "step_compiled": lambda record: step_targets(record["rows"]),
         "exchange": lambda record: exchange_targets(record["rows"]),
         "batch_shuffle": lambda record: shuffle_targets(record["rows"]),

@@ -5,6 +5,7 @@ Small tensors, few rounds, and no time is looked at: speed is for a machine that
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -321,12 +322,13 @@ def test_targets_are_read_from_results(results: Path, capsys: pytest.CaptureFixt
     harness.save("layer", record["rows"], summary=record["summary"], memory=memory)
     bench_layer.main([*LAYER, *SHORT, "--channels-last", "--save", "layer_channels_last"])
     bench_layer.main([*LAYER, *SHORT, "--compiled", "--save", "layer_compiled"])
+    shutil.copy(results / "layer_compiled.json", results / "layer_channels_last_compiled.json")
     bench_step.main([*STEP, *SHORT, "--compiled", "--steps", "supervised", "--save"])
     bench_exchange.main(["--world-sizes=2", "--channels=512", "--rounds=2", "--save"])
     bench_batch_shuffle.main(["--world-sizes=2", "--rounds=2", "--save"])
     targets.main()
     lines = capsys.readouterr().out.split("target  ")[-1].splitlines()[1:]
-    assert len(lines) == 4 + 1 + 2 + 2 + 1 + 1
+    assert len(lines) == 4 + 1 + 2 + 2 + 2 + 1 + 1
     (line,) = (line for line in lines if line.startswith("peak memory"))
     assert line.split()[-5:] == ["<=", "1.02", "MISSED", "regroup,", "groups=4"]
 

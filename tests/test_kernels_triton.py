@@ -322,3 +322,18 @@ def test_where_triton_does_not_work_a_warning_says_what_is_slower(
     with pytest.warns(UserWarning, match=r"Triton does not work here.* slower: \w+: .+"):
         assert kernels.select(x) is REFERENCE
     assert kernels.select(x) is REFERENCE  # once is enough
+
+
+@pytest.mark.skipif(CUDA, reason="it is there")
+@pytest.mark.usefixtures("_no_choice_yet")
+@pytest.mark.parametrize("name", ["moments", "merge_moments", "affine", "grad_sums"])
+def test_a_kernel_that_fails_later_fails_at_the_choice(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a training that ends in its first backward pass."""
+    x: Any = _OnAGPU()
+    monkeypatch.setattr(kernels, "Tensor", _OnAGPU)
+    monkeypatch.setattr(torch, "ones", lambda *shape, **_: torch.full(shape, 1.0))
+    monkeypatch.setattr(triton_kernels, name, None)
+    with pytest.warns(UserWarning, match="Triton does not work here"):
+        assert kernels.select(x) is REFERENCE

@@ -89,7 +89,7 @@ def _triton(device: torch.device) -> Kernels:
         return reference
     try:
         triton = cast(Kernels, import_module(f"{__name__}.triton"))
-        triton.block_moments(torch.ones(1, 1, device=device), (1,))
+        _launch_all(triton, torch.ones(2, 1, device=device))
     except torch.OutOfMemoryError:
         raise  # it says nothing about Triton, and the next call asks again
     except Exception as error:  # an image without a C compiler, a driver that is too old, ...
@@ -100,3 +100,12 @@ def _triton(device: torch.device) -> Kernels:
         )
         return reference
     return triton
+
+
+def _launch_all(kernels: Kernels, x: Tensor) -> None:
+    """Call all four, with everything that they may launch: what fails should fail here."""
+    sizes, pools = (1, 1), Pools(1, (0, 1), (0, 0))
+    mean, std = kernels.block_moments(x, sizes, pools)
+    kernels.block_affine(x, sizes, mean, std, mean, pools)
+    kernels.block_grad_sums(x, x, sizes, mean, std, pools)
+    kernels.block_grad_affine(x, x, sizes, std, std, mean, mean, pools, pools)
