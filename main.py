@@ -213,7 +213,7 @@ def work(
 
 def work_and_leave(
     local_rank: int, options: Options, train: TensorDataset, test: TensorDataset, rendezvous: str
-) -> None:
+) -> NoReturn:
     """Work, and end this process without taking Python down.
 
     A thread of gloo that lets go of its last message would abort the process then.

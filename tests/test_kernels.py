@@ -56,7 +56,9 @@ def _cut(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setattr(cpu_views, "PART", 7)
         for name in ("_LINES", "_LONG"):
             monkeypatch.setattr(cpu_sums, name, 7)
+        monkeypatch.setattr(cpu_sums, "_COLUMNS", 24)
         if "each for itself" in request.param:
+            monkeypatch.setattr(cpu, "_MANY", 0)  # the gradient of lines in two passes
             monkeypatch.setattr(cpu, "_SMALL", 0)  # planes in one pass
             monkeypatch.setattr(cpu_sums, "_CALL", 0)  # lines block by block
 
@@ -144,7 +146,6 @@ def test_moments_of_the_reference_keep_their_digits(shape: tuple[int, ...], bloc
         assert (std[k] / exact[0] - 1).abs().max() < 1e-6
 
 
-# Blocks per pool in an order of their own; and all in one.
 @pytest.mark.parametrize("kernels", [CPU, REFERENCE], ids=["cpu", "reference"])
 @POOLED
 @pytest.mark.parametrize("lines", [False, True])

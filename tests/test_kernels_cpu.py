@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from kernel_cases import randn
-from shuffle_batchnorm.kernels import cpu, cpu_views
+from shuffle_batchnorm.kernels import cpu, cpu_sums, cpu_views
 from shuffle_batchnorm.kernels.rows import Pools
 
 pytestmark = pytest.mark.usefixtures("nan_in_fresh_memory")
@@ -189,3 +189,42 @@ def test_a_deviation_is_finite_where_its_square_is_not(
     assert mean[:, 0].isinf().all()
     assert std[:, 0].isnan().all()
     assert std[:, 1:].isfinite().all()
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("columns", [4, 16])
+def test_an_infinity_in_lines_is_the_mean_of_its_channel(
+    value: float, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches inf - inf where lines are summed in pieces, side by side."""
+    monkeypatch.setattr(cpu_sums, "_LINES", 16)
+    monkeypatch.setattr(cpu_sums, "_COLUMNS", columns)
+    x = torch.randn(8, 4, 5, 7).contiguous(memory_format=torch.channels_last)
+    x[0, 1, 0, 0] = value
+    mean, std = cpu.block_moments(x, (8,))
+    torch.testing.assert_close(mean[0], x.mean(dim=(0, 2, 3)), equal_nan=True)
+    assert std.isfinite().tolist() == [[True, False, True, True]]
+
+
+@pytest.mark.parametrize("columns", [4, 16])
+def test_float64_lines_have_infinite_variances(
+    columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches inf - inf in the pooling of pieces, which no wider dtype mends."""
+    monkeypatch.setattr(cpu_sums, "_LINES", 16)
+    monkeypatch.setattr(cpu_sums, "_COLUMNS", columns)
+    x = 1e200 * torch.randn(5, 4, 5, 7, dtype=torch.float64)
+    std = cpu.block_moments(x.contiguous(memory_format=torch.channels_last), (5,))[1]
+    assert std.isinf().all()
+
+
+@pytest.mark.parametrize("shape", [(64, 8), (4, 8, 8, 8), (4, 8, 64)], ids=str)
+def test_small_blocks_keep_the_distance_to_their_mean(shape: tuple[int, ...]) -> None:
+    """Catches a product with a large mean, and its rounding, where the distance itself is exact."""
+    x = torch.randn(shape) + 1e4
+    center = x.transpose(0, 1).flatten(1).mean(dim=1)[None]
+    zero, third = torch.zeros_like(center), torch.full_like(center, 1 / 3)
+    x = x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+    dx = cpu.block_grad_affine(x, x, shape[:1], zero, third, center, zero)
+    want = (x - center.view(-1, *[1] * (x.ndim - 2))) / 3
+    torch.testing.assert_close(dx, want, rtol=2e-7, atol=0)

@@ -164,6 +164,20 @@ def test_second_signal_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
         assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
 
 
+def close_stdout(_rank: int, _stop: StopRequest, path: str) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    sys.stdout = os.fdopen(write, "w")
+    print("nobody reads this")
+    vars(sys)["witness"] = Witness(path)
+
+
+def test_a_rank_that_nobody_reads_leaves_all_the_same(tmp_path: Path) -> None:
+    """Catches a flush that fails, and takes Python down after all."""
+    spawn_ranks(close_stdout, 1, str(tmp_path / "shutdown"))
+    assert not (tmp_path / "shutdown").exists()
+
+
 def test_a_rank_leaves_python_up(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Catches a shutdown that a gloo thread may abort; and what should happen before it."""
     spawn_ranks(be_witnessed, 1, str(tmp_path))

@@ -33,6 +33,7 @@ CASES: dict[str, tuple[Callable[[], Tensor], torch.dtype]] = {
     "a million values per plane": (lambda: _randn(4, 2, 1000, 1000) + 3, FLOAT),
     "one channel": (lambda: _randn(4, 1, 300, 300) + 3, FLOAT),
     "one value per plane": (lambda: _randn(64, 8, 1, 1) + 3, FLOAT),
+    "few values, mean of 10,000 deviations": (lambda: _randn(8, 64, 1, 1) + 1e4, FLOAT),
     "one sample per group": (lambda: _randn(4, 8, 9, 9) + 3, FLOAT),
     "an outlier first": (lambda: _with_outlier(_randn(16, 8, 9, 9)), FLOAT),
 }

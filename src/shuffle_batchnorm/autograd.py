@@ -1,7 +1,7 @@
 """The normalisation of one rank's batch with given statistics, and its exact gradient."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,16 +41,14 @@ class Normalise(torch.autograd.Function):
         # hypot: the square of a deviation that fits the dtype may not.
         rho = torch.hypot(std, constant((math.sqrt(eps),), std.dtype, std)).reciprocal_()
         scale = rho if weight is None else rho * weight.to(rho.dtype)
-        sources, count = (mean, scale, rho), None
         way = Way() if asks_peers(plan, world) else find_way(plan)
-        if isinstance(values, Tensor):  # of peers: a row for each block
-            count = take(values, source)
-            source_mean, source_rho = take(mean, source), take(rho, source)
+        sources: tuple[Tensor, ...] = ()  # in one process the normalisers
+        if isinstance(values, Tensor):  # of peers: rows for each block
+            sources = tuple(take(rows, source) for rows in (mean, rho, values))
             mean, rho, scale = (take(rows, used) for rows in (mean, rho, scale))
-            sources = source_mean, source_rho, source_rho  # users weight what they send
-        ctx.save_for_backward(x, weight, mean, rho, scale, *sources, count)
+        ctx.save_for_backward(x, weight, mean, rho, scale, *sources)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.call = (None if count is not None else values, way, sizes, plan, world)
+        ctx.call = (0 if sources else values, way, sizes, plan, world)
         shift = mean.new_zeros(()) if bias is None else bias.to(mean.dtype)
         shift = shift.expand_as(mean)
         return kernels.select(x).block_affine(x, sizes, mean, scale, shift, way.users)
@@ -58,12 +56,14 @@ class Normalise(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of x, weight and bias."""
-        x, weight, *rows, count = ctx.saved_tensors
+        x, weight, mean, rho, scale, *sources = ctx.saved_tensors
         with torch.no_grad():
             needs_dx = ctx.needs_input_grad[0]
-            known, way, sizes, plan, world = ctx.call
-            count = known if count is None else count
-            first = _gradients(needs_dx, dy, x, weight, rows, count, way, sizes, plan, world)
+            values, *call = ctx.call
+            used = _Rows(mean, rho, scale, values)
+            # What arrives from users on other ranks is weighted already.
+            source = _Rows(sources[0], sources[1], sources[1], sources[2]) if sources else used
+            first = _gradients(needs_dx, dy, x, weight, used, source, *call)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # create_graph: the first derivatives are right; a second one must not be wrong.
             first = _FirstDerivative.apply(*first, dy, x, weight)  # type: ignore[no-untyped-call]
@@ -76,13 +76,29 @@ class Normalise(torch.autograd.Function):
         )
 
 
+class _Rows(NamedTuple):
+    """What a backward pass knows of some normalisers.
+
+    Attributes:
+        mean: ``[R, C]``.
+        rho: ``[R, C]``.
+        factor: of ``dy``, ``rho * w``; ``rho`` where ``dy`` has been weighted.
+        values: per channel, ``[R, 1]`` or a number; asked of sources.
+    """
+
+    mean: Tensor
+    rho: Tensor
+    factor: Tensor
+    values: Tensor | int
+
+
 def _gradients(
     needs_dx: bool,
     dy: Tensor,
     x: Tensor,
     weight: Tensor | None,
-    rows: list[Tensor],
-    count: Tensor | int,
+    used: _Rows,
+    source: _Rows,
     way: Way,
     sizes: tuple[int, ...],
     plan: Plan,
@@ -90,23 +106,24 @@ def _gradients(
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """Return the gradients of input, weight and bias.
 
-    `rows` are mean, rho and ``rho * w`` of normalisers, then mean, the factor of the sums and rho
-    of sources, as is `count`: in one process both are the R of `Statistics`, which `way` gives to
-    blocks; else there is one for each block. Always exchanges, even where no gradient of the input
-    is needed: a peer may need one.
+    In one process `used` and `source` are all normalisers, which `way` gives to blocks; else they
+    have a row for each block. Always exchanges, even where no gradient of the input is needed: a
+    peer may need one.
     """
     kernel = kernels.select(x)
-    mean, rho, scale, source_mean, factor, source_rho = rows
-    first, second = kernel.block_grad_sums(dy, x, sizes, mean, rho, way.users)
+    first, second = kernel.block_grad_sums(dy, x, sizes, used.mean, used.rho, way.users)
     dweight, dbias = second.sum(dim=0), first.sum(dim=0)
     if asks_peers(plan, world):
         first, second = sums_of_sources(first, second, weight, plan, world)
     if not needs_dx:
         return None, dweight, dbias
+    n = source.values
     # 0, where it is known: no values to multiply by infinity.
-    step = factor / (-count.clamp(min=1) if isinstance(count, Tensor) else -count)
-    b, c = (step * second).mul_(source_rho), step * first
-    dx = kernel.block_grad_affine(dy, x, sizes, scale, b, source_mean, c, way.users, way.pools)
+    step = source.factor / (-n.clamp(min=1) if isinstance(n, Tensor) else -n)
+    b, c = (step * second).mul_(source.rho), step * first
+    dx = kernel.block_grad_affine(
+        dy, x, sizes, used.factor, b, source.mean, c, way.users, way.pools
+    )
     return dx, dweight, dbias
 
 

@@ -30,6 +30,7 @@ from .rows import (
     take_pools,
 )
 
+_MANY = 2**10  # lines
 _SMALL = 2**22  # values that two passes over cached parts map faster than one pass over all
 
 
@@ -116,8 +117,8 @@ def block_grad_affine(
     dy, dx = as_layout(_full(dy), lines), torch.empty_like(x)
     views = (view_values(tensor, sizes, lines) for tensor in (dx, dy, x))
     (a,) = take_pools(users, a)
-    if lines:
-        # nn.BatchNorm2d's error, from its mean in float32, is ten times that of this shift.
+    if lines and x.numel() >= _MANY * b.numel():
+        # The error of aten's mean of so many lines is larger than that of a shift by it.
         b, c = take_pools(pools, b, torch.addcmul(c, b, center, value=-1))
         rows = view_rows(sizes, lines, a, b, c)
         for out, grads, values, factors, slopes, shifts in in_parts(*views, *rows, room=2):
@@ -125,9 +126,13 @@ def block_grad_affine(
         return dx.to(dtype)
     rows = view_rows(sizes, lines, a, *take_pools(pools, b, center, c))
     for out, grads, values, factors, slopes, centers, shifts in in_parts(*views, *rows):
-        # x * b would be as large as the mean, and so would be what its rounding leaves. (Over
-        # planes, aten vectorises an operation with one number per plane, not with two.)
-        torch.sub(values, centers, out=out).mul_(slopes).add_(shifts).addcmul_(grads, factors)
+        # x * b would be as large as the mean, and so would be what its rounding leaves.
+        torch.sub(values, centers, out=out)
+        if lines:
+            torch.addcmul(shifts, out, slopes, out=out)
+        else:  # over planes, aten vectorises an operation with one number per plane, not with two
+            out.mul_(slopes).add_(shifts)
+        out.addcmul_(grads, factors)
     return dx.to(dtype)
 
 

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from .cpu_views import blocks_of_lines, in_parts, per_plane, view_rows, view_values
-from .rows import Pools, Sizes, are_equal, block_sum, pool_sum, samples_of_pools, take
+from .rows import Pools, Sizes, are_equal, block_sum, constant, pool_sum, samples_of_pools, take
 
 SHARE = 16  # of the values, of which a guess sees one
 _LONG = 2**14  # values of a plane
 _LINES = 2**11  # lines that a thread may add one after the other
+_COLUMNS = 2**10  # channels of lines side by side that a sum of them keeps in the nearest cache
 _CALL = 2**17  # values of a block in lines from which on calling aten for each takes less time
 
 
@@ -147,52 +148,52 @@ def _moments_of_lines(x: Tensor) -> Sequence[Tensor]:
     if x.numel() == 0:
         zeros = x.new_zeros(x.shape[1])
         return zeros, zeros
-    side = _side_by_side(x)
-    even = len(x) - len(x) % side
-    mean, variance = torch.batch_norm_update_stats(_beside(x[:even], side), None, None, 0.0)
-    if side > 1:
-        spread, mean = torch.var_mean(mean.view(side, -1), dim=0, correction=0)
-        variance = variance.view(side, -1).mean(dim=0).add_(spread)
-    if even < len(x):
-        rest, variance_of_rest = torch.batch_norm_update_stats(x[even:], None, None, 0.0)
-        share, distance = 1 - even / len(x), rest - mean
-        mean = mean.add_(distance, alpha=share)
-        variance.lerp_(variance_of_rest, share)
-        variance.addcmul_(distance, distance, value=share * (1 - share))
-    return mean, variance
+    pieces = _pieces(x)
+    found = [torch.batch_norm_update_stats(piece, None, None, 0.0) for piece in pieces]
+    if pieces[0] is x:
+        return found[0]
+    means, variances = (_rows_of_lines(rows, x) for rows in zip(*found, strict=True))
+    lines = [len(piece) for piece in pieces for _ in range(piece.shape[1] // x.shape[1])]
+    share = constant(tuple(n / len(x) for n in lines), x.dtype, x)[:, None]
+    mean = (share * means).sum(dim=0)
+    return mean, (share * (means - mean).square_().add_(variances)).sum(dim=0)
 
 
 def _grad_sums_of_lines(
     dy: Tensor, x: Tensor, center: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return `_grad_sums` of one block in lines."""
-    side = _side_by_side(x)
-    if side == 1:
+    pieces = _pieces(x)
+    if pieces[0] is x:
         return _grad_sums(dy, x, center, scale)
-    even = len(x) - len(x) % side
-    views = _beside(dy[:even], side), _beside(x[:even], side)
-    sums = _grad_sums(*views, center.repeat(side), scale.repeat(side))
-    total, dot = (rows.view(side, -1).sum(dim=0) for rows in sums)
-    if even < len(x):
-        rest = _grad_sums(dy[even:], x[even:], center, scale)
-        total, dot = total.add_(rest[0]), dot.add_(rest[1])
+    sums = []
+    for grads, values in zip(_pieces(dy), pieces, strict=True):
+        side = values.shape[1] // x.shape[1]
+        sums.append(_grad_sums(grads, values, center.repeat(side), scale.repeat(side)))
+    total, dot = (_rows_of_lines(rows, x).sum(dim=0) for rows in zip(*sums, strict=True))
     return total, dot
 
 
-def _side_by_side(x: Tensor) -> int:
-    """Return how many lines to take for one: as many as leave a thread few to add.
+def _pieces(x: Tensor) -> list[Tensor]:
+    """Cut lines ``[R, C]`` into pieces that leave a thread few lines to add.
 
-    aten adds the lines of a thread one after the other, in the dtype of the values.
+    Short lines are taken side by side, k as one, ``[r, k * C]``; what that leaves is the last
+    piece, ``[r, C]`` with r < k. (aten adds the lines of a thread one after the other, in the
+    dtype of the values.)
     """
-    side = 1
-    while len(x) > side * _LINES * torch.get_num_threads():
+    most, side = _LINES * torch.get_num_threads(), 1
+    while len(x) > side * most and 2 * side * x.shape[1] <= _COLUMNS:
         side *= 2
-    return side
+    if len(x) <= most:
+        return [x]
+    even = len(x) // side * side
+    beside = x[:even].view(-1, side * x.shape[1])
+    return [*beside.split(most), *([x[even:]] if even < len(x) else [])]
 
 
-def _beside(x: Tensor, side: int) -> Tensor:
-    """View lines ``[R, C]`` as ``[R / side, side * C]``."""
-    return x if side == 1 else x.view(-1, side * x.shape[1])
+def _rows_of_lines(rows: Iterable[Tensor], x: Tensor) -> Tensor:
+    """Return what was found of pieces, a row ``[C]`` for each of the lines side by side."""
+    return torch.cat([row.view(-1, x.shape[1]) for row in rows])
 
 
 def _grad_sums(dy: Tensor, x: Tensor, center: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:

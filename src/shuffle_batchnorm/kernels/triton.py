@@ -65,7 +65,7 @@ def block_grad_sums(
     out = x.new_empty((2, tiles.splits, *rows), dtype=accumulation_dtype(x))
     with torch.cuda.device_of(x):
         triton_kernels.grad_sums[(tiles.programs,)](
-            as_layout(dy, lines), x, starts, _owners(sizes, pools, x), *_row(center), *_row(scale),
+            as_layout(dy, lines), x, starts, _owners(pools, x), *_row(center), *_row(scale),
             out, rows[0] * rows[1], splits=tiles.splits, **tiles.arguments,
         )  # fmt: skip
     if pools is not None:  # their blocks are further splits
@@ -108,20 +108,19 @@ def _affine(
     y = torch.empty_like(x)
     with torch.cuda.device_of(x):
         triton_kernels.affine[(tiles.programs,)](
-            x, y, blocks, _owners(sizes, pools, x), *_row(center), *_row(scale), *_row(shift),
-            dy, _owners(sizes, users, x), *((None, 0) if factor is None else _row(factor)),
+            x, y, blocks, _owners(pools, x), *_row(center), *_row(scale), *_row(shift),
+            dy, _owners(users, x), *((None, 0) if factor is None else _row(factor)),
             x.shape[0], **tiles.arguments,
         )  # fmt: skip
     return y
 
 
-def _owners(sizes: Sizes, pools: Pools | None, like: Tensor) -> Tensor:
-    """Return the number of each block's row."""
-    owners = tuple(range(len(sizes))) if pools is None else pools.owners
-    return constant(owners, torch.int64, like)
+def _owners(pools: Pools | None, like: Tensor) -> Tensor | None:
+    """Return the number of each block's row; None if it is its own."""
+    return None if pools is None else constant(pools.owners, torch.int64, like)
 
 
 def _row(row: Tensor) -> tuple[Tensor, int]:
-    """Return a row ``[blocks, C]`` and the distance between its blocks."""
+    """Return rows ``[blocks, C]``, or of pools, and the distance from one to the next."""
     row = row if row.stride(1) == 1 else row.contiguous()
     return row, row.stride(0)

@@ -6,7 +6,8 @@ Memory is ``[N, outer, inner]``, contiguous: lines ``[N, L, C]`` if LINES, else 
 - `outer`, `units`: ``inner = units * UNIT``, so that the compiler knows a divisor of `inner`;
 - `starts`: the first sample of each block, and N, ``[blocks + 1]``;
 - `splits`: the programs that share the sums of a block and a tile of channels;
-- a row ``[blocks, C]`` comes with the distance from one block to the next.
+- rows ``[blocks, C]``, or of pools, come with the distance from one to the next; `owners` or
+  `users`, ``[blocks]``, are the row of each block, None if it is the one of the same number.
 """
 
 import triton
@@ -120,8 +121,8 @@ def grad_sums(
 ):  # fmt: skip
     """Write each split's sums of ``dy`` and of ``dy * (x - center) * scale``.
 
-    `owners` is the row of each block in `center` and `scale`, ``[blocks]``; `out` is
-    ``[2, splits, blocks, C]``; `columns` is blocks * C.
+    `owners` are for `center` and `scale`; `out` is ``[2, splits, blocks, C]``; `columns` is
+    blocks * C.
     """
     dtype = out.dtype.element_ty
     inner = units * UNIT
@@ -129,7 +130,7 @@ def grad_sums(
         starts, outer, inner, splits, LINES, ROWS, OUTER, INNER
     )
     channels, exist = _channels(tile, outer, inner, LINES, OUTER, INNER)
-    row = tl.load(owners + block)
+    row = block if owners is None else tl.load(owners + block)
     mean = tl.load(center + row * center_stride + channels, mask=exist, other=0)
 
     total = tl.zeros([OUTER, INNER], dtype)
@@ -160,8 +161,8 @@ def affine(
 ):  # fmt: skip
     """Write ``y = (x - center) * scale + shift``, plus ``dy * factor`` if there is a `dy`.
 
-    `blocks` is the block of each sample ``[samples]``; `owners` and `users` are the row of each
-    block ``[blocks]`` in `center`, `scale` and `shift`, and in `factor`.
+    `blocks` is the block of each sample ``[samples]``; `owners` are for `center`, `scale` and
+    `shift`, `users` for `factor`.
     """
     dtype = center.dtype.element_ty
     inner = units * UNIT
@@ -180,14 +181,14 @@ def affine(
         block, channels, exist = block[:, None], i[None, :], there[:, None] & (i < inner)
     else:
         block, channels, exist = block[None, :], o[:, None], there & (o < outer)[:, None]
-    owner = tl.load(owners + block)
+    owner = block if owners is None else tl.load(owners + block)
     values = tl.load(x + offsets, mask=exists, other=0).to(dtype)
     values -= _per_sample(center + owner * center_stride + channels, exist, LINES)
     values *= _per_sample(scale + owner * scale_stride + channels, exist, LINES)
     values += _per_sample(shift + owner * shift_stride + channels, exist, LINES)
     if dy is not None:
         gradient = tl.load(dy + offsets, mask=exists, other=0).to(dtype)
-        user = tl.load(users + block)
+        user = block if users is None else tl.load(users + block)
         values += gradient * _per_sample(factor + user * factor_stride + channels, exist, LINES)
     tl.store(y + offsets, values.to(y.dtype.element_ty), mask=exists)
 

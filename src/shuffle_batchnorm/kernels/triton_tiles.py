@@ -74,8 +74,8 @@ def elementwise(shape: Shape, sizes: Sizes, lines: bool, itemsize: int) -> Tiles
     height = min(size // width, _power(outer))
     depth = min(size // (height * width), _power(shape[0]))
     programs = -(-shape[0] // depth) * -(-outer // height) * -(-inner // width)
-    owners = tuple(k for k, n in enumerate(sizes) for _ in range(n))
-    return Tiles(programs, 1, _arguments(outer, inner, lines, depth, height, width), owners)
+    blocks = tuple(k for k, n in enumerate(sizes) for _ in range(n))
+    return Tiles(programs, 1, _arguments(outer, inner, lines, depth, height, width), blocks)
 
 
 def merge_tile(rows: int) -> tuple[int, int]:

@@ -213,13 +213,18 @@ def leave(code: int) -> NoReturn:
 
     A thread of gloo that lets go of its last message would abort the process then.
     """
+    threading._shutdown()  # type: ignore[attr-defined]  # waits for threads, as Python would
     atexit._run_exitfuncs()  # what other packages started, such as compiler processes, ends
     _end(code)
 
 
 def _end(code: int) -> NoReturn:
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except OSError:  # nobody reads it any more: Python itself would end with this code
+            code = code or 120
     os._exit(code)
 
 
