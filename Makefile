@@ -55,9 +55,9 @@ bench: setup ## measure layers, steps, exchanges, shuffles; print targets, draw 
 		--seconds 3 --memory-batch 0 --save layer_channels_last_compiled
 	$(BIN)/python benchmarks/bench_layer.py --ranks 2 --groups 1 --shapes 64x56x56 512x7x7 \
 		--seconds 5 --save layer_ranks
-	$(BIN)/python benchmarks/bench_step.py --seconds 15 --save
+	$(BIN)/python benchmarks/bench_step.py --seconds 12 --save
 	$(BIN)/python benchmarks/bench_step.py --compiled --steps supervised --bn swap regroup \
-		--groups 1 --seconds 40 --save
+		--groups 1 --seconds 30 --save
 	$(BIN)/python benchmarks/bench_exchange.py --rounds 61 --save
 	$(BIN)/python benchmarks/bench_batch_shuffle.py --rounds 61 --save
 	$(BIN)/python benchmarks/targets.py

@@ -69,7 +69,8 @@ def block_affine(
         shift: likewise.
         pools: of blocks.
     """
-    center, scale, shift = _spread(sizes, x.ndim, pools, center, scale, shift)
+    rows = take_pools(pools, center, scale, shift)
+    center, scale, shift = _spread(sizes, x.ndim, *rows)
     return _cast((_wide(x) - center) * scale + shift, x.dtype)
 
 
@@ -81,7 +82,9 @@ def block_grad_sums(
     With pools all rows are ``[pools, C]``, as in `block_affine`: the sums of each pool.
     """
     dy_planes, x_planes = _planes(dy), _planes(x)
-    products = (dy_planes * (x_planes - _spread(sizes, 3, pools, center)[0])).sum(dim=2)
+    products = (dy_planes * (x_planes - _spread(sizes, 3, *take_pools(pools, center))[0])).sum(
+        dim=2
+    )
     sums = (block_sum(rows, sizes) for rows in (dy_planes.sum(dim=2), products))
     total, dot = (pool_sum(rows, pools) for rows in sums)
     return total, dot * scale
@@ -102,8 +105,8 @@ def block_grad_affine(
 
     Or with rows of pools, as in `block_affine`: `a` of the pools `users`, the others of `pools`.
     """
-    (a,) = _spread(sizes, x.ndim, users, a)
-    b, center, c = _spread(sizes, x.ndim, pools, b, center, c)
+    rows = *take_pools(users, a), *take_pools(pools, b, center, c)
+    a, b, center, c = _spread(sizes, x.ndim, *rows)
     dx = (_wide(x) - center) * b + c
     return _cast(dx + _wide(dy) * a, x.dtype)
 
@@ -117,11 +120,10 @@ def _planes(x: Tensor) -> Tensor:
     return _wide(x.reshape(x.shape[0], x.shape[1], x.shape[2:].numel()))
 
 
-def _spread(sizes: Sizes, ndim: int, pools: Pools | None, *rows: Tensor) -> tuple[Tensor, ...]:
-    """Give each sample the numbers of its block or pool, of rows: each ``[N, C, 1, ...]``."""
+def _spread(sizes: Sizes, ndim: int, *rows: Tensor) -> tuple[Tensor, ...]:
+    """Give each sample its numbers in rows ``[blocks, C]``: each ``[N, C, 1, ...]``."""
     # Side by side, a compiler has to write them down, and can't work them out for every value.
-    (packed,) = take_pools(pools, torch.cat(rows, dim=1))
-    spread = per_sample(packed, sizes)
+    spread = per_sample(torch.cat(rows, dim=1), sizes)
     return spread.view(*spread.shape, *[1] * (ndim - 2)).chunk(len(rows), dim=1)
 
 
