@@ -30,7 +30,7 @@ from .rows import (
     take_pools,
 )
 
-_MANY = 2**10  # lines
+_MANY = 2**10  # lines with the same row, whose gradient takes two passes
 _SMALL = 2**22  # values that two passes over cached parts map faster than one pass over all
 
 

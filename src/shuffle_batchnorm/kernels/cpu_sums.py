@@ -12,7 +12,7 @@ from .rows import Pools, Sizes, are_equal, block_sum, constant, pool_sum, sample
 SHARE = 16  # of the values, of which a guess sees one
 _LONG = 2**14  # values of a plane
 _LINES = 2**11  # lines that a thread may add one after the other
-_COLUMNS = 2**10  # channels of lines side by side that a sum of them keeps in the nearest cache
+_COLUMNS = 2**10  # of lines side by side: their sums stay in the nearest cache
 _CALL = 2**17  # values of a block in lines from which on calling aten for each takes less time
 
 

@@ -14,8 +14,8 @@ Order = tuple[int, ...]  # numbers of rows
 class Pools(NamedTuple):
     """Which blocks are pooled, or share a row: as many blocks, and as many samples, in every pool.
 
-    The batch is as many equal parts in a row as there are pools, a group each. The first block of
-    part p, the longest, belongs to pool p.
+    The batch is as many equal parts in a row as there are pools, a group each. Where moments are
+    pooled, the first block of part p, the longest, belongs to pool p.
 
     Attributes:
         number: of pools.
