@@ -16,8 +16,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from kernel_cases import all_four, rows_for
+from kernel_cases import all_four, all_of_pools, rows_for
 from shuffle_batchnorm.kernels import triton
+from shuffle_batchnorm.kernels.rows import Pools
 
 _FIRST_HOPPER = 90
 
@@ -35,8 +36,10 @@ class _Driver:
         return 0
 
 
-def _compile(shape: tuple[int, ...], dtype: torch.dtype, lines: bool, blocks: int) -> list[Any]:
-    """Return the kernels that a call of all four functions would launch."""
+def _compile(
+    shape: tuple[int, ...], dtype: torch.dtype, lines: bool, blocks: int, pooled: bool
+) -> list[Any]:
+    """Return the kernels that a call of all four functions, with pools or not, would launch."""
     launched: list[Any] = []
     run = JITFunction.run
 
@@ -48,7 +51,11 @@ def _compile(shape: tuple[int, ...], dtype: torch.dtype, lines: bool, blocks: in
     sizes = (shape[0] // blocks,) * blocks
     JITFunction.run = note
     try:
-        all_four(triton, x, x, sizes, rows_for(x, sizes, 4))
+        if pooled:
+            pools = Pools(1, tuple(range(blocks)), (0,) * blocks)
+            all_of_pools(triton, x, x, sizes, rows_for(x, (shape[0],), 4), pools, pools)
+        else:
+            all_four(triton, x, x, sizes, rows_for(x, sizes, 4))
     finally:
         JITFunction.run = run
     return launched
@@ -57,8 +64,8 @@ def _compile(shape: tuple[int, ...], dtype: torch.dtype, lines: bool, blocks: in
 def main() -> None:
     driver.set_active(_Driver())
     for line in sys.stdin:
-        shape, dtype, lines, blocks = json.loads(line)
-        for kernel in _compile(tuple(shape), getattr(torch, dtype), lines, blocks):
+        shape, dtype, lines, blocks, pooled = json.loads(line)
+        for kernel in _compile(tuple(shape), getattr(torch, dtype), lines, blocks, pooled):
             # Where activations are in half precision, nothing else is.
             to_halves = re.findall(
                 r"tt.addptr .* tensor<[^>]*!tt.ptr<b?f16>.*, tensor<[^>]*x(i\d+)>",

@@ -182,27 +182,25 @@ def check_pools(
     """Compare moments of pools, far apart, and kernels that take rows of pools, with loops."""
     x = randn(*shape) + 100 * torch.arange(shape[0]).view(-1, *[1] * (len(shape) - 1))
     x = x.movedim(1, -1).contiguous().movedim(-1, 1) if lines else x
-    blocks, per_pool = x.split(sizes), len(sizes) // pools.number
-    mean, std = kernels.block_moments(x.to(device), sizes, pools)
-    members = [pools.dealt[k * per_pool : (k + 1) * per_pool] for k in range(pools.number)]
-    for k in range(pools.number):
-        assert all(pools.owners[block] == k for block in members[k])
-        samples = torch.cat([blocks[block] for block in members[k]]).movedim(1, 0).flatten(1)
-        deviation, center = torch.std_mean(samples, dim=1, correction=0)
-        torch.testing.assert_close(mean[k].cpu(), center, rtol=1e-13, atol=1e-13)
-        torch.testing.assert_close(std[k].cpu(), deviation, rtol=1e-12, atol=1e-13)
-
-    x = x - 50 * shape[0]
-    dy, (a, b, center, c) = torch.randn_like(x), torch.randn(4, *mean.shape, dtype=x.dtype)
+    dy = torch.randn_like(x)
+    a, b, center, c = torch.randn(4, pools.number, shape[1], dtype=x.dtype)
     users = _next_owners(pools)
     xs, dys, rows = x.to(device), dy.to(device), [row.to(device) for row in (a, b, center, c)]
-    got = _of_pools(kernels, xs, dys, sizes, rows, users, pools)
+    got = all_of_pools(kernels, xs, dys, sizes, rows, users, pools)
+
     of_a, of_pools = list(users.owners), list(pools.owners)
     b, center, c = b[of_pools], center[of_pools], c[of_pools]
     want = loops(x, dy, sizes, [b, b, center, c])
     want["dx"] = loops(x, dy, sizes, [a[of_a], b, center, c])["dx"]
+    per_pool, blocks = len(sizes) // pools.number, x.split(sizes)
+    members = [pools.dealt[k * per_pool : (k + 1) * per_pool] for k in range(pools.number)]
     for name in ("total", "dot"):
         want[name] = torch.stack([want[name][list(blocks)].sum(dim=0) for blocks in members])
+    samples = [torch.cat([blocks[k] for k in some]).movedim(1, 0).flatten(1) for some in members]
+    want["mean"] = torch.stack([values.mean(dim=1) for values in samples])
+    want["std"] = torch.stack([values.std(dim=1, correction=0) for values in samples])
+    for k, some in enumerate(members):
+        assert all(pools.owners[block] == k for block in some)
     for name, tensor in got.items():
         torch.testing.assert_close(tensor.cpu(), want[name], rtol=1e-12, atol=1e-10)
 
@@ -214,7 +212,7 @@ def _next_owners(pools: Pools) -> Pools:
     return Pools(pools.number, dealt, owners)
 
 
-def _of_pools(
+def all_of_pools(
     kernels: Kernels,
     x: Tensor,
     dy: Tensor,
@@ -224,8 +222,11 @@ def _of_pools(
     pools: Pools,
 ) -> dict[str, Tensor]:
     a, b, center, c = rows
+    mean, std = kernels.block_moments(x, sizes, pools)
     total, dot = kernels.block_grad_sums(dy, x, sizes, center, b, pools)
     return dict(
+        mean=mean,
+        std=std,
         y=kernels.block_affine(x, sizes, center, b, c, pools),
         total=total,
         dot=dot,

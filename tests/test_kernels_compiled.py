@@ -11,17 +11,20 @@ import pytest
 pytest.importorskip("triton", reason="Triton is for Linux")
 
 TESTS = Path(__file__).parent
-# shape, dtype, in lines, blocks: and the bytes that a thread should load at once, where it can
+# shape, dtype, in lines, blocks, pooled: and the bytes that a thread should load at once, where it
+# can
 CASES = [
-    ((8, 64, 8, 8), "float32", False, 2, 16),
-    ((8, 64, 8, 8), "bfloat16", False, 8, 16),
-    ((8, 64, 8, 8), "bfloat16", True, 2, 16),
-    ((40, 24, 14, 14), "float32", True, 1, 16),  # 24 is no multiple of 16; splits
-    ((8, 6, 14, 14), "bfloat16", False, 2, 8),  # L = 4 * 49
-    ((8, 6, 7, 7), "float16", False, 2, 2),
-    ((8, 3, 9), "float64", True, 1, 8),
-    ((8, 1), "float64", False, 4, 8),
-    ((8, 130), "float32", False, 8, 8),
+    ((8, 64, 8, 8), "float32", False, 2, False, 16),
+    ((8, 64, 8, 8), "bfloat16", False, 8, False, 16),
+    ((8, 64, 8, 8), "bfloat16", False, 8, True, 16),
+    ((8, 64, 8, 8), "bfloat16", True, 2, False, 16),
+    ((8, 64, 8, 8), "float32", True, 2, True, 16),
+    ((40, 24, 14, 14), "float32", True, 1, False, 16),  # 24 is no multiple of 16; splits
+    ((8, 6, 14, 14), "bfloat16", False, 2, False, 8),  # L = 4 * 49
+    ((8, 6, 7, 7), "float16", False, 2, False, 2),
+    ((8, 3, 9), "float64", True, 1, False, 8),
+    ((8, 1), "float64", False, 4, True, 8),
+    ((8, 130), "float32", False, 8, False, 8),
 ]
 
 
@@ -32,7 +35,7 @@ def test_every_kernel_compiles(tmp_path: Path) -> None:
     )
     done = subprocess.run(
         [sys.executable, str(TESTS / "compile_kernels.py")],
-        input="\n".join(json.dumps(case[:4]) for case in CASES),
+        input="\n".join(json.dumps(case[:5]) for case in CASES),
         env=os.environ
         | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": path},
         capture_output=True,
@@ -46,7 +49,7 @@ def test_every_kernel_compiles(tmp_path: Path) -> None:
         if name == "moments":  # the first of each case
             case = next(cases)
         if name != "merge_moments":
-            assert widest_access >= case[4], (name, case)
+            assert widest_access >= case[5], (name, case)
             assert offsets == (["i64"] if case[1].endswith("16") else []), (name, case)
     assert next(cases, None) is None
     assert any(name == "merge_moments" for name, *_ in kernels), "no case is split"
