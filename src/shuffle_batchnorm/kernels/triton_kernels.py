@@ -42,6 +42,8 @@ def moments(
         exists = lanes & (place + r * pitch < limit)
         center += tl.load(x + offsets + r * jump, mask=exists, other=0).to(dtype)
     center = _per_channel(center, LINES) / tl.maximum(count, 1).to(dtype)
+    # About infinity, infinite values would be NaN, and their mean.
+    center = tl.where(tl.abs(center) < float("inf"), center, 0)
 
     total = tl.zeros([OUTER, INNER], dtype)
     squares = tl.zeros([OUTER, INNER], dtype)
@@ -65,6 +67,7 @@ def moments(
     # Squares beyond the dtype are infinite, as in the reference; inf - inf would be NaN.
     squares = tl.where(squares < float("inf"), squares - total * mean, squares)
     squares = tl.where(squares < 0, 0, squares)
+    squares = tl.where(tl.abs(mean) < float("inf"), squares, mean - mean)  # NaN
 
     channels, exist = _channels(tile, outer, inner, LINES, OUTER, INNER)
     place = out + _place(block, split, columns, outer, inner, LINES) + channels
