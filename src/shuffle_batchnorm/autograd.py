@@ -41,11 +41,12 @@ class Normalise(torch.autograd.Function):
         # hypot: the square of a deviation that fits the dtype may not.
         rho = torch.hypot(std, constant((math.sqrt(eps),), std.dtype, std)).reciprocal_()
         scale = rho if weight is None else rho * weight.to(rho.dtype)
-        way = Way() if asks_peers(plan, world) else find_way(plan)
         sources: tuple[Tensor, ...] = ()  # in one process the normalisers
         if isinstance(values, Tensor):  # of peers: rows for each block
-            sources = tuple(take(rows, source) for rows in (mean, rho, values))
+            way, sources = Way(), tuple(take(rows, source) for rows in (mean, rho, values))
             mean, rho, scale = (take(rows, used) for rows in (mean, rho, scale))
+        else:
+            way = find_way(plan)
         ctx.save_for_backward(x, weight, mean, rho, scale, *sources)
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.call = (0 if sources else values, way, sizes, plan, world)

@@ -153,9 +153,9 @@ class Rotation(NamedTuple):
     def inverse(self) -> "Rotation":
         """Return the rotation that moves every row back."""
         return Rotation(
-            send_order=_inverse(self.place_order),
+            send_order=argsort(self.place_order),
             send_splits=self.receive_splits,
-            place_order=_inverse(self.send_order),
+            place_order=argsort(self.send_order),
             receive_splits=self.send_splits,
         )
 
@@ -180,12 +180,13 @@ def rotation(world_size: int, rank: int, groups: int, shifts: tuple[int, ...]) -
     return Rotation(
         send_order=tuple(row[-1] for row in leaving),
         send_splits=_count(world_size, [row[0] for row in leaving]),
-        place_order=_inverse(tuple(row[-1] for row in arriving)),
+        place_order=argsort(tuple(row[-1] for row in arriving)),
         receive_splits=_count(world_size, [row[0] for row in arriving]),
     )
 
 
-def _inverse(order: tuple[int, ...]) -> tuple[int, ...]:
+def argsort(order: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the places of the smallest number, of the next, ...: of a permutation, its inverse."""
     return tuple(sorted(range(len(order)), key=order.__getitem__))
 
 

@@ -23,7 +23,7 @@ from .kernels.rows import (
     pool,
     take,
 )
-from .mixing import Plan, block_sizes, kept
+from .mixing import Plan, argsort, block_sizes, kept
 from .process_groups import CALL, World
 
 # The count in the rows of a rank that could not accept its input: that of whatever it is pooled in.
@@ -64,7 +64,7 @@ class Way(NamedTuple):
 def find_way(plan: Plan) -> Way:
     """Return the way of a plan in one process."""
     used = plan.normalisers()
-    users = Pools(plan.groups, tuple(sorted(range(len(used)), key=used.__getitem__)), used)
+    users = Pools(plan.groups, argsort(used), used)
     if plan.mode == "swap" and any(plan.shifts):
         return Way(None, users)
     if plan.mode == "regroup" and plan.groups > 1 and plan.per_group > 1:

@@ -23,11 +23,11 @@ from .layouts import as_layout, layout
 from .rows import (
     Pools,
     Sizes,
-    accumulation_dtype,
     has_numbers,
     pool_moments,
     pool_sum,
     take_pools,
+    widen,
 )
 
 _MANY = 2**10  # lines with the same row, whose gradient takes two passes
@@ -36,7 +36,7 @@ _SMALL = 2**22  # values that two passes over cached parts map faster than one p
 
 def block_moments(x: Tensor, sizes: Sizes, pools: Pools | None = None) -> tuple[Tensor, Tensor]:
     """See `reference.block_moments`."""
-    x, lines = layout(_full(x))
+    x, lines = layout(widen(x))
     can_look = has_numbers(x)
     # Not traced: a graph for any size can't hold aten's batch norm.
     if lines and can_look and not are_small(x, sizes):
@@ -72,7 +72,7 @@ def block_affine(
 ) -> Tensor:
     """See `reference.block_affine`."""
     dtype = x.dtype
-    x, lines = layout(_full(x))
+    x, lines = layout(widen(x))
     y = torch.empty_like(x)
     scale, shift = take_pools(pools, scale, torch.addcmul(shift, center, scale, value=-1))
     if not lines and x.numel() >= _SMALL:
@@ -93,8 +93,8 @@ def block_grad_sums(
     dy: Tensor, x: Tensor, sizes: Sizes, center: Tensor, scale: Tensor, pools: Pools | None = None
 ) -> tuple[Tensor, Tensor]:
     """See `reference.block_grad_sums`."""
-    x, lines = layout(_full(x))
-    dy = as_layout(_full(dy), lines)
+    x, lines = layout(widen(x))
+    dy = as_layout(widen(dy), lines)
     sums_of_blocks = line_grad_sums if lines else plane_grad_sums
     total, dot = sums_of_blocks(dy, x, sizes, *take_pools(pools, center, scale))
     return pool_sum(total, pools), pool_sum(dot, pools)
@@ -113,8 +113,8 @@ def block_grad_affine(
 ) -> Tensor:
     """See `reference.block_grad_affine`."""
     dtype = x.dtype
-    x, lines = layout(_full(x))
-    dy, dx = as_layout(_full(dy), lines), torch.empty_like(x)
+    x, lines = layout(widen(x))
+    dy, dx = as_layout(widen(dy), lines), torch.empty_like(x)
     views = (view_values(tensor, sizes, lines) for tensor in (dx, dy, x))
     (a,) = take_pools(users, a)
     if lines and x.numel() >= _MANY * b.numel():
@@ -134,10 +134,6 @@ def block_grad_affine(
             out.mul_(slopes).add_(shifts)
         out.addcmul_(grads, factors)
     return dx.to(dtype)
-
-
-def _full(x: Tensor) -> Tensor:
-    return x.to(accumulation_dtype(x))
 
 
 def _one_pass_affine(y: Tensor, x: Tensor, scale: Tensor, shift: Tensor) -> None:

@@ -12,13 +12,13 @@ from torch import Tensor
 from .rows import (
     Pools,
     Sizes,
-    accumulation_dtype,
     block_sum,
     counts,
     per_sample,
     pool_moments,
     pool_sum,
     take_pools,
+    widen,
 )
 
 
@@ -71,7 +71,7 @@ def block_affine(
     """
     rows = take_pools(pools, center, scale, shift)
     center, scale, shift = _spread(sizes, x.ndim, *rows)
-    return _cast((_wide(x) - center) * scale + shift, x.dtype)
+    return _cast((widen(x) - center) * scale + shift, x.dtype)
 
 
 def block_grad_sums(
@@ -107,17 +107,13 @@ def block_grad_affine(
     """
     rows = *take_pools(users, a), *take_pools(pools, b, center, c)
     a, b, center, c = _spread(sizes, x.ndim, *rows)
-    dx = (_wide(x) - center) * b + c
-    return _cast(dx + _wide(dy) * a, x.dtype)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(accumulation_dtype(x))
+    dx = (widen(x) - center) * b + c
+    return _cast(dx + widen(dy) * a, x.dtype)
 
 
 def _planes(x: Tensor) -> Tensor:
     """View ``[N, C, *]`` as ``[N, C, L]`` in the dtype of its statistics."""
-    return _wide(x.reshape(x.shape[0], x.shape[1], x.shape[2:].numel()))
+    return widen(x.reshape(x.shape[0], x.shape[1], x.shape[2:].numel()))
 
 
 def _spread(sizes: Sizes, ndim: int, *rows: Tensor) -> tuple[Tensor, ...]:

@@ -33,6 +33,11 @@ def accumulation_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def widen(x: Tensor) -> Tensor:
+    """Return a tensor in the dtype of its statistics."""
+    return x.to(accumulation_dtype(x))
+
+
 def has_numbers(x: Tensor) -> bool:
     """Return whether a program may look at a tensor's numbers: it isn't fake, nor being traced."""
     mode_of, kinds = torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey
