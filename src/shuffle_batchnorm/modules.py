@@ -43,7 +43,8 @@ class ShuffleBatchNorm(_BatchNorm):
 
     S, the group that normalises a sample, follows from the mode; see `shuffle_batch_norm` for the
     formula, the communication and the gradient. Parameters, buffers and ``state_dict`` are those
-    of ``nn.BatchNorm1d/2d/3d``. In eval mode it is that layer too, without communication.
+    of ``nn.BatchNorm1d/2d/3d``. In eval mode it is that layer too, without communication; in
+    training, where it has nothing to mix: with ``groups=1``, in ``local`` or in one process.
 
     ========== ===================================== ========================================
     mode       a sample is normalised by             is
@@ -59,7 +60,7 @@ class ShuffleBatchNorm(_BatchNorm):
         8 or more of these layers want ``mode="regroup"``.
 
     A forward run again in the backward pass (activation checkpointing) communicates again and
-    leaves the running statistics alone. Double backward raises.
+    leaves the running statistics alone. Double backward raises, but where it is that layer.
 
     Args:
         num_features: C.
@@ -142,7 +143,10 @@ class ShuffleBatchNorm(_BatchNorm):
         if tracked and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
         if self._sinks:
-            mean, std = per_sample_statistics(result.statistics, result.sizes)
+            if result.statistics is None:
+                mean, std = own_statistics(input.detach(), groups=1)
+            else:
+                mean, std = per_sample_statistics(result.statistics, result.sizes)
             self._record(input, mean, std.square())
         return result.output
 
