@@ -10,11 +10,11 @@ from torch import Tensor
 from . import notices, process_groups
 from .agreement import Agreed, agree, check_input, wire_of
 from .autograd import Normalise
-from .kernels.rows import accumulation_dtype, are_equal, counts, is_known, take
+from .kernels.rows import are_equal, counts, is_known, take
 from .mixing import Options, Plan, check_options, kept, make_plan
 from .process_groups import CALL, ProcessGroupLike, World
 from .recomputation import is_recomputation
-from .statistics import Statistics, asks_peers, check_counts, mix, rejection, statistics_of
+from .statistics import Statistics, check_counts, mix, rejection, statistics_of
 
 
 def shuffle_batch_norm(
@@ -106,16 +106,10 @@ _agreed: Agreed = set()
 
 
 class Normalised(NamedTuple):
-    """The output of a training call, and the statistics behind it.
-
-    Attributes:
-        output: y.
-        statistics: of plain batch normalisation, which keeps its own: None.
-        sizes: the samples of each block.
-    """
+    """The output of a training call, and the statistics behind it."""
 
     output: Tensor
-    statistics: Statistics | None
+    statistics: Statistics
     sizes: tuple[int, ...]
 
 
@@ -144,19 +138,9 @@ def normalise(
 
     plan, sizes = _cut(plan, input.shape[0])
     length = input.shape[2:].numel()
-    # A tensor's momentum would have to be waited for.
-    if not isinstance(momentum, Tensor) and _is_plain(input, parameters, options, plan, world):
-        check_counts(input.shape[0] * length, None, sizes, plan, world, input.shape)
-        if is_recomputation():  # which has to save as many tensors as the computation
-            running_mean, running_var = (
-                None if running is None else running.clone()
-                for running in (running_mean, running_var)
-            )
-        output = F.batch_norm(input, running_mean, running_var, weight, bias, True, momentum, eps)
-        return Normalised(output, None, sizes)
     with torch.no_grad():
         statistics = statistics_of(input, sizes, plan, world)
-        check_counts(statistics.values, statistics.used, sizes, plan, world, input.shape)
+        check_counts(statistics, sizes, plan, world, input.shape)
         if running_mean is not None and running_var is not None and not is_recomputation():
             seen = sizes if length > 0 else (0,) * len(sizes)
             _update_running(running_mean, running_var, statistics, seen, plan, momentum)
@@ -164,30 +148,6 @@ def normalise(
         input, weight, bias, *statistics, eps, sizes, plan, world
     )
     return Normalised(output, statistics, sizes)
-
-
-def _is_plain(
-    input: Tensor,
-    parameters: dict[str, Tensor | None],
-    options: Options,
-    plan: Plan,
-    world: World,
-) -> bool:
-    """Return whether a call is one of ``nn.BatchNorm``, which torch does as fast as it gets.
-
-    Not where it is slow or rounds its statistics: for other memory formats, for parameters in half
-    precision. And not compiled: the reference fuses better.
-    """
-    if options.groups > 1 or asks_peers(plan, world) or torch.compiler.is_compiling():
-        return False
-    formats = torch.contiguous_format, *_CHANNELS_LAST.get(input.ndim, ())
-    if not any(input.is_contiguous(memory_format=known) for known in formats):
-        return False
-    wide = accumulation_dtype(input)
-    return all(tensor is None or tensor.dtype == wide for tensor in parameters.values())
-
-
-_CHANNELS_LAST = {4: (torch.channels_last,), 5: (torch.channels_last_3d,)}
 
 
 @kept

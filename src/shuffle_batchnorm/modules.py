@@ -43,8 +43,7 @@ class ShuffleBatchNorm(_BatchNorm):
 
     S, the group that normalises a sample, follows from the mode; see `shuffle_batch_norm` for the
     formula, the communication and the gradient. Parameters, buffers and ``state_dict`` are those
-    of ``nn.BatchNorm1d/2d/3d``. In eval mode it is that layer too, without communication; in
-    training, where it has nothing to mix: with ``groups=1``, in ``local`` or in one process.
+    of ``nn.BatchNorm1d/2d/3d``. In eval mode it is that layer too, without communication.
 
     ========== ===================================== ========================================
     mode       a sample is normalised by             is
@@ -60,7 +59,7 @@ class ShuffleBatchNorm(_BatchNorm):
         8 or more of these layers want ``mode="regroup"``.
 
     A forward run again in the backward pass (activation checkpointing) communicates again and
-    leaves the running statistics alone. Double backward raises, but where it is that layer.
+    leaves the running statistics alone. Double backward raises.
 
     Args:
         num_features: C.
@@ -143,10 +142,7 @@ class ShuffleBatchNorm(_BatchNorm):
         if tracked and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
         if self._sinks:
-            if result.statistics is None:
-                mean, std = own_statistics(input.detach(), groups=1)
-            else:
-                mean, std = per_sample_statistics(result.statistics, result.sizes)
+            mean, std = per_sample_statistics(result.statistics, result.sizes)
             self._record(input, mean, std.square())
         return result.output
 

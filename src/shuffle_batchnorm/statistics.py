@@ -211,23 +211,19 @@ def own_statistics(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
 
 
 def check_counts(
-    values: Tensor | int,
-    used: Order | None,
-    sizes: tuple[int, ...],
-    plan: Plan,
-    world: World,
-    shape: torch.Size,
+    statistics: Statistics, sizes: tuple[int, ...], plan: Plan, world: World, shape: torch.Size
 ) -> None:
     """Raise if a normaliser has fewer than 2 values per channel, or its rank rejected its input.
 
     On the CPU the error is raised here and names the group. A GPU raises a device-side assertion,
-    so that no step has to wait for the counts. `values` and `used` are those of `Statistics`.
+    so that no step has to wait for the counts.
     """
+    values = statistics.values
     if not isinstance(values, Tensor):
         if values == 1:
             raise _count_error(1, 0, plan, shape)
         return
-    count = take(values, used)[:, 0]
+    count = take(values, statistics.used)[:, 0]
     valid = count >= 2
     if not are_equal(sizes) or sizes[0] == 0:
         valid |= counts(sizes, 1, count)[:, 0] == 0  # nobody is normalised
