@@ -19,6 +19,7 @@ from triton.runtime.jit import JITFunction
 from kernel_cases import all_four, all_of_pools, rows_for
 from shuffle_batchnorm.kernels import triton
 from shuffle_batchnorm.kernels.rows import Pools
+from shuffle_batchnorm.kernels.small import Running
 
 _FIRST_HOPPER = 90
 
@@ -39,7 +40,7 @@ class _Driver:
 def _compile(
     shape: tuple[int, ...], dtype: torch.dtype, lines: bool, blocks: int, pooled: bool
 ) -> list[Any]:
-    """Return the kernels that a call of all four functions, with pools or not, would launch."""
+    """Return the kernels that a call of all functions, with pools or not, would launch."""
     launched: list[Any] = []
     run = JITFunction.run
 
@@ -56,6 +57,11 @@ def _compile(
             all_of_pools(triton, x, x, sizes, rows_for(x, (shape[0],), 4), pools, pools)
         else:
             all_four(triton, x, x, sizes, rows_for(x, sizes, 4))
+        total, dot, rho, factor = rows_for(x, sizes, 4)
+        triton.gradient_rows(total, dot, rho, factor, 7)
+        weight, mean, var = x.new_ones(3, shape[1])
+        triton.normaliser_rows(total, dot, weight, 1e-5, 7, Running(mean, var, 0.1))
+        triton.normaliser_rows(total, dot, None, 1e-5, 7, None)
     finally:
         JITFunction.run = run
     return launched

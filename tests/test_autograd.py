@@ -2,17 +2,19 @@
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from ranks import run_on_ranks
 from shuffle_batchnorm import ShuffleBatchNorm, shuffle_batch_norm, shuffle_offset
 from shuffle_batchnorm.mixing import MODES
+from truth import gradient
 
 MODE = pytest.mark.parametrize("mode", MODES)
 LAST = torch.channels_last
@@ -159,10 +161,10 @@ def test_double_backward_says_so(mode: str) -> None:
     assert torch.autograd.grad(grad.sum(), x)[0].abs().sum() > 0
 
 
-def _encoder(mode: str) -> nn.Sequential:
+def _encoder(mode: str, groups: int = 2) -> nn.Sequential:
     torch.manual_seed(1)
     layers = [
-        [nn.Conv1d(3, 3, 1), ShuffleBatchNorm(3, mode=mode, groups=2), nn.Tanh()] for _ in "ab"
+        [nn.Conv1d(3, 3, 1), ShuffleBatchNorm(3, mode=mode, groups=groups), nn.Tanh()] for _ in "ab"
     ]
     return nn.Sequential(*itertools.chain(*layers)).double()
 
@@ -200,6 +202,40 @@ def test_activation_checkpointing(mode: str, how: str, momentum: float | None) -
         assert want[-1] == 2 * views, "num_batches_tracked"
         for g, w in zip(got, want, strict=True):
             torch.testing.assert_close(g, w, rtol=1e-12, atol=1e-12)
+
+
+@MODE
+@pytest.mark.parametrize("groups", [1, 2])
+def test_selective_activation_checkpointing(mode: str, groups: int) -> None:
+    """Catches a recomputation with an operation that the forward did not have."""
+    results = []
+    for selects in (False, True):
+        model = _encoder(mode, groups)
+        x = torch.linspace(-1, 1, 96, dtype=torch.float64).sin().view(8, 3, 4).requires_grad_()
+        if selects:
+            save = [torch.ops.aten.convolution.default]
+            contexts = partial(create_selective_checkpoint_contexts, save)
+            y = checkpoint(model, x, use_reentrant=False, context_fn=contexts)
+        else:
+            y = model(x)
+        y.pow(3).sum().backward()
+        results.append([y.detach(), gradient(x), *model.buffers()])
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+
+
+@MODE
+@pytest.mark.parametrize("groups", [1, 2])
+def test_running_statistics_may_move_before_the_backward_pass(mode: str, groups: int) -> None:
+    """Catches a graph that holds buffers: other layouts, options, or a reset would break it."""
+    layer = ShuffleBatchNorm(3, mode=mode, groups=groups)
+    x = torch.randn(8, 3, 4, requires_grad=True)
+    (want,) = torch.autograd.grad(layer(x).pow(3).sum(), x)
+    y = layer(x)
+    layer(torch.randn(8, 4, 3).transpose(1, 2))
+    vars(layer)["groups"] = 4
+    layer(x.detach())
+    layer.reset_running_stats()
+    torch.testing.assert_close(torch.autograd.grad(y.pow(3).sum(), x)[0], want)
 
 
 @pytest.mark.parametrize("how", ["reentrant", "non-reentrant"])

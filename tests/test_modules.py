@@ -58,6 +58,20 @@ def test_one_group_is_batch_norm(kind: type[_BatchNorm], space: tuple[int, ...],
         _assert_same(_step(ours, x, dy), _step(plain, x, dy), rtol=1e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float16, 0.003), (torch.bfloat16, 0.02)])
+@pytest.mark.parametrize("affine", [True, False])
+def test_statistics_are_never_in_half_precision(
+    dtype: torch.dtype, error: float, affine: bool
+) -> None:
+    """Catches aten's batch norm of one group: it rounds statistics, as it would its parameters."""
+    layer = ShuffleBatchNorm(
+        3, mode="local", affine=affine, track_running_stats=affine, dtype=dtype
+    )
+    x = (torch.randn(64, 3, 8, 8) + 30).to(dtype)
+    want = F.batch_norm(x.double(), None, None, training=True)
+    assert (layer(x).double() - want).abs().max() < error
+
+
 @pytest.mark.parametrize(
     "options",
     [

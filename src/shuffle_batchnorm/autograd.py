@@ -1,16 +1,16 @@
 """The normalisation of one rank's batch with given statistics, and its exact gradient."""
 
-import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import kernels
-from .kernels.rows import constant, take
+from .kernels.rows import take
+from .kernels.small import slopes
 from .mixing import Plan
 from .process_groups import CALL, World
-from .statistics import Way, asks_peers, find_way, sums_of_sources
+from .statistics import Way, find_way, sums_of_sources
 
 
 class Normalise(torch.autograd.Function):
@@ -29,18 +29,15 @@ class Normalise(torch.autograd.Function):
         bias: Tensor | None,
         values: Tensor | int,
         mean: Tensor,
-        std: Tensor,
+        rho: Tensor,
+        scale: Tensor,
         used: tuple[int, ...] | None,
         source: tuple[int, ...] | None,
-        eps: float,
         sizes: tuple[int, ...],
         plan: Plan,
         world: World,
     ) -> Tensor:
-        """Return y. `values` to `source` are `Statistics`."""
-        # hypot: the square of a deviation that fits the dtype may not.
-        rho = torch.hypot(std, constant((math.sqrt(eps),), std.dtype, std)).reciprocal_()
-        scale = rho if weight is None else rho * weight.to(rho.dtype)
+        """Return y. `values`, `mean`, `used`, `source` are of `Statistics`, ``scale = rho * w``."""
         sources: tuple[Tensor, ...] = ()  # in one process the normalisers
         if isinstance(values, Tensor):  # of peers: rows for each block
             way, sources = Way(), tuple(take(rows, source) for rows in (mean, rho, values))
@@ -112,16 +109,17 @@ def _gradients(
     peer may need one.
     """
     kernel = kernels.select(x)
-    first, second = kernel.block_grad_sums(dy, x, sizes, used.mean, used.rho, way.users)
-    dweight, dbias = second.sum(dim=0), first.sum(dim=0)
-    if asks_peers(plan, world):
-        first, second = sums_of_sources(first, second, weight, plan, world)
+    total, dot = kernel.block_grad_sums(dy, x, sizes, used.mean, used.rho, way.users)
+    if isinstance(source.values, Tensor):
+        dweight, dbias = dot.sum(dim=0), total.sum(dim=0)
+        total, dot = sums_of_sources(total, dot, weight, plan, world)
+        b, c = slopes(total, dot, source.rho, source.factor, source.values)
+    else:
+        dweight, dbias, b, c = kernel.gradient_rows(
+            total, dot, source.rho, source.factor, source.values
+        )
     if not needs_dx:
         return None, dweight, dbias
-    n = source.values
-    # 0, where it is known: no values to multiply by infinity.
-    step = source.factor / (-n.clamp(min=1) if isinstance(n, Tensor) else -n)
-    b, c = (step * second).mul_(source.rho), step * first
     dx = kernel.block_grad_affine(
         dy, x, sizes, used.factor, b, source.mean, c, way.users, way.pools
     )

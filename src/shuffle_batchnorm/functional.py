@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import notices, process_groups
+from . import kernels, notices, process_groups
 from .agreement import Agreed, agree, check_input, wire_of
 from .autograd import Normalise
 from .kernels.rows import are_equal, counts, is_known, take
+from .kernels.small import Running, average, inverse_deviations, move
 from .mixing import Options, Plan, check_options, kept, make_plan
 from .process_groups import CALL, ProcessGroupLike, World
 from .recomputation import is_recomputation
@@ -137,15 +138,16 @@ def normalise(
     _accept(input, parameters, options, plan, world, agreed, num_features)
 
     plan, sizes = _cut(plan, input.shape[0])
-    length = input.shape[2:].numel()
     with torch.no_grad():
         statistics = statistics_of(input, sizes, plan, world)
         check_counts(statistics, sizes, plan, world, input.shape)
+        running = None
         if running_mean is not None and running_var is not None and not is_recomputation():
-            seen = sizes if length > 0 else (0,) * len(sizes)
-            _update_running(running_mean, running_var, statistics, seen, plan, momentum)
+            running = Running(running_mean, running_var, momentum)
+        rho, scale = _normaliser_rows(statistics, input, weight, eps, running, sizes, plan)
+    values, mean, _, used, source = statistics
     output = Normalise.apply(  # type: ignore[no-untyped-call]
-        input, weight, bias, *statistics, eps, sizes, plan, world
+        input, weight, bias, values, mean, rho, scale, used, source, sizes, plan, world
     )
     return Normalised(output, statistics, sizes)
 
@@ -204,41 +206,48 @@ def _accept(
         raise error
 
 
-def _update_running(
-    running_mean: Tensor,
-    running_var: Tensor,
+def _normaliser_rows(
     statistics: Statistics,
+    input: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    running: Running | None,
     sizes: tuple[int, ...],
     plan: Plan,
-    momentum: float | Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Return ``rho = 1 / sqrt(std**2 + eps)`` and ``rho * weight``; move running statistics."""
+    values, mean, std, _, _ = statistics
+    if not isinstance(values, Tensor):
+        # Each normaliser has as many blocks here, so their average is that over the blocks.
+        kernel = kernels.select(input)
+        return kernel.normaliser_rows(mean, std, weight, eps, values, running)
+    if running is not None:
+        seen = sizes if input.shape[2:].numel() > 0 else (0,) * len(sizes)
+        _move_running(running, values, statistics, seen, plan)
+    return inverse_deviations(std, weight, eps)
+
+
+def _move_running(
+    running: Running, values: Tensor, statistics: Statistics, sizes: tuple[int, ...], plan: Plan
 ) -> None:
     """Move the running statistics towards those used, averaged over the blocks with samples.
 
     In `regroup` the mean over all ranks of these averages is the average over all new groups.
     """
-    values, mean, std, used, _ = statistics
-    filled = None
-    if isinstance(values, Tensor):
-        count, mean, std = (take(rows, used) for rows in (values, mean, std))
-        rise: Tensor | float = count / (count - 1).clamp(min=1)
-        if not are_equal(sizes):
-            filled = counts(sizes, 1, count) > 0
-        elif sizes[0] == 0:
-            if plan.mode != "sync":
-                return
-            # An empty rank learns what the others have seen; if all are empty, nothing.
-            momentum = momentum * (count[0, 0] > 0)
-    elif values == 0:
+    rows = values, statistics.mean, statistics.std
+    count, mean, std = (take(row, statistics.used) for row in rows)
+    step = running.step
+    var = std.square().mul_(count / (count - 1).clamp(min=1))
+    pairs = (running.mean, mean), (running.var, var)
+    if not are_equal(sizes):
+        filled = counts(sizes, 1, count) > 0
+        for old, batch in pairs:
+            move(old, torch.where(filled, batch, 0).sum(dim=0) / filled.sum(), step)
         return
-    else:  # each normaliser has as many blocks here, so their average is that over the blocks
-        rise = values / (values - 1)
-    for running, batch in ((running_mean, mean), (running_var, std.square().mul_(rise))):
-        if filled is not None:
-            new = torch.where(filled, batch, 0).sum(dim=0) / filled.sum()
-        else:
-            new = batch[0] if len(batch) == 1 else batch.mean(dim=0)
-        step = momentum.to(new.dtype) if isinstance(momentum, Tensor) else momentum
-        if running.dtype == new.dtype:
-            running.lerp_(new, step)
-        else:
-            running.copy_(running.to(new.dtype).lerp_(new, step))
+    if sizes[0] == 0:
+        if plan.mode != "sync":
+            return
+        # An empty rank learns what the others have seen; if all are empty, nothing.
+        step = step * (count[0, 0] > 0)
+    for old, batch in pairs:
+        move(old, average(batch), step)

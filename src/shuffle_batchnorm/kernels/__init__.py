@@ -1,7 +1,8 @@
-"""The four heavy kernels; everything else in this package works on small ``[blocks, C]`` rows.
+"""The four heavy kernels, and two small ones for what one process does with rows between them.
 
-Each module here has the same four functions (see `reference` for the formulas). `select` is the
-one place that chooses between them.
+Everything else in this package works on small ``[blocks, C]`` rows. `reference`, `cpu` and `triton`
+have the same functions (for the formulas see `reference` and `small`). `select` is the one place
+that chooses between them.
 """
 
 import warnings
@@ -16,6 +17,7 @@ from torch.nn import Parameter
 
 from . import cpu, reference
 from .rows import Pools, Sizes
+from .small import Running
 
 
 class Kernels(Protocol):
@@ -65,6 +67,22 @@ class Kernels(Protocol):
     ) -> Tensor:
         """Return ``a * dy + b * (x - center) + c``; `a` may be of users, the rest of pools."""
 
+    def normaliser_rows(
+        self,
+        mean: Tensor,
+        std: Tensor,
+        weight: Tensor | None,
+        eps: float,
+        n: int,
+        running: Running | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return ``1 / sqrt(std**2 + eps)`` and that times the weight; move running statistics."""
+
+    def gradient_rows(
+        self, total: Tensor, dot: Tensor, rho: Tensor, factor: Tensor, n: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the gradients of weight and bias, and `b` and `c` of `block_grad_affine`."""
+
 
 def select(x: Tensor) -> Kernels:
     """Return the kernels for a tensor: its device's own, or the reference."""
@@ -103,9 +121,12 @@ def _triton(device: torch.device) -> Kernels:
 
 
 def _launch_all(kernels: Kernels, x: Tensor) -> None:
-    """Call all four, with everything that they may launch: what fails should fail here."""
+    """Call all six, with everything that they may launch: what fails should fail here."""
     sizes, pools = (1, 1), Pools(1, (0, 1), (0, 0))
     mean, std = kernels.block_moments(x, sizes, pools)
-    kernels.block_affine(x, sizes, mean, std, mean, pools)
-    kernels.block_grad_sums(x, x, sizes, mean, std, pools)
-    kernels.block_grad_affine(x, x, sizes, std, std, mean, mean, pools, pools)
+    running = Running(torch.zeros_like(x[0]), torch.ones_like(x[0]), 0.1)
+    rho, scale = kernels.normaliser_rows(mean, std, x[0], 1e-5, 2, running)
+    kernels.block_affine(x, sizes, mean, scale, mean, pools)
+    total, dot = kernels.block_grad_sums(x, x, sizes, mean, rho, pools)
+    _, _, b, c = kernels.gradient_rows(total, dot, rho, scale, 2)
+    kernels.block_grad_affine(x, x, sizes, scale, b, mean, c, pools, pools)

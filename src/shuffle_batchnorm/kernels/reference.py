@@ -20,6 +20,8 @@ from .rows import (
     take_pools,
     widen,
 )
+from .small import gradient_rows as gradient_rows
+from .small import normaliser_rows as normaliser_rows
 
 
 def block_moments(x: Tensor, sizes: Sizes, pools: Pools | None = None) -> tuple[Tensor, Tensor]:

@@ -1,17 +1,20 @@
-"""The four kernels for GPUs, in Triton: activations are read once, and written once.
+"""The kernels for GPUs, in Triton: activations are read once, and written once.
 
 The first call for a kind of input compiles, and makes small index tensors on the device; capture
 CUDA graphs after a warm-up. Later calls launch one kernel, or two where blocks are pooled, or few
 blocks and channels split among more programs. Results have the same bits every time.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
-from . import triton_kernels
+from . import small, triton_kernels, triton_rows
 from .layouts import as_layout, layout
 from .rows import Pools, Sizes, accumulation_dtype, constant, pool_moments
-from .triton_tiles import MERGED, elementwise, merge_tile, reduction
+from .small import Running
+from .triton_tiles import MERGED, elementwise, merge_tile, reduction, row_tile
 
 
 def block_moments(x: Tensor, sizes: Sizes, pools: Pools | None = None) -> tuple[Tensor, Tensor]:
@@ -34,7 +37,7 @@ def block_moments(x: Tensor, sizes: Sizes, pools: Pools | None = None) -> tuple[
             number, dealt = (blocks, range(blocks)) if pools is None else pools[:2]
             parts, out = out, out.new_empty(2, number, channels)
             height, width = merge_tile(splits * members)
-            triton_kernels.merge_moments[(number * -(-channels // width),)](
+            triton_rows.merge_moments[(number * -(-channels // width),)](
                 parts, constant(tuple(dealt), torch.int64, x), out, blocks * channels, channels,
                 splits, members, ROWS=height, COLUMNS=width,
             )  # fmt: skip
@@ -68,11 +71,16 @@ def block_grad_sums(
             as_layout(dy, lines), x, starts, _owners(pools, x), *_row(center), *_row(scale),
             out, rows[0] * rows[1], splits=tiles.splits, **tiles.arguments,
         )  # fmt: skip
-    if pools is not None:  # their blocks are further splits
-        dealt = out.index_select(2, constant(pools.dealt, torch.int64, x))
-        out = dealt.view(2, tiles.splits, pools.number, -1, rows[1]).movedim(3, 1).flatten(1, 2)
-    total, dot = out[:, 0] if out.shape[1] == 1 else out.sum(dim=1)
-    return total, dot
+        if tiles.splits > 1 or pools is not None:
+            number, dealt = (rows[0], range(rows[0])) if pools is None else pools[:2]
+            parts, out = out, out.new_empty(2, 1, number, rows[1])
+            members = len(dealt) // number
+            height, width = row_tile(tiles.splits * members)
+            triton_rows.merge_sums[(2 * number * -(-rows[1] // width),)](
+                parts, constant(tuple(dealt), torch.int64, x), out, rows[0] * rows[1], rows[1],
+                tiles.splits, members, number, ROWS=height, COLUMNS=width,
+            )  # fmt: skip
+    return out[0, 0], out[1, 0]
 
 
 def block_grad_affine(
@@ -89,6 +97,47 @@ def block_grad_affine(
     """See `reference.block_grad_affine`."""
     x, lines = layout(x)
     return _affine(x, sizes, lines, center, b, c, pools, as_layout(dy, lines), a, users)
+
+
+def normaliser_rows(
+    mean: Tensor,
+    std: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    n: int,
+    running: Running | None,
+) -> tuple[Tensor, Tensor]:
+    """See `small.normaliser_rows`."""
+    rows = [row for row in (weight, *(running or ())[:2]) if row is not None]
+    step = 0.0 if running is None else running.step
+    dense = all(row.is_contiguous() for row in rows)
+    # A kernel takes numbers in float32.
+    if std.dtype == torch.float64 or isinstance(step, Tensor) or not dense:
+        return small.normaliser_rows(mean, std, weight, eps, n, running)
+    out = std.new_empty(2, *std.shape)
+    height, width = row_tile(len(std))
+    moved = (None, None) if running is None else running[:2]
+    with torch.cuda.device_of(std):
+        triton_rows.normaliser_rows[(-(-std.shape[1] // width),)](
+            *_row(mean), *_row(std), weight, *moved, out, *std.shape, math.sqrt(eps),
+            float(step), n / (n - 1), ROWS=height, COLUMNS=width,
+        )  # fmt: skip
+    return out[0], out[1]
+
+
+def gradient_rows(
+    total: Tensor, dot: Tensor, rho: Tensor, factor: Tensor, n: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `small.gradient_rows`."""
+    rows, channels = total.shape
+    sums, slopes = total.new_empty(2, channels), total.new_empty(2, rows, channels)
+    height, width = row_tile(rows)
+    with torch.cuda.device_of(total):
+        triton_rows.gradient_rows[(-(-channels // width),)](
+            *_row(total), *_row(dot), *_row(rho), *_row(factor), sums, slopes, rows, channels, n,
+            ROWS=height, COLUMNS=width,
+        )  # fmt: skip
+    return sums[0], sums[1], slopes[0], slopes[1]
 
 
 def _affine(

@@ -80,42 +80,6 @@ def moments(
         tl.store(place + size, tl.sqrt(squares / tl.maximum(count, 1)), mask=exist)
 
 
-@triton.jit(do_not_specialize=["columns", "channels", "splits", "members"])
-def merge_moments(
-    parts, dealt, out, columns, channels, splits, members,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """Merge the moments of the splits of a pool's blocks, all at once and always in one order.
-
-    In float64, by Chan's formula. `parts` are as `moments` writes them, ``[3, splits, blocks, C]``;
-    `dealt` are the blocks of the first pool, `members` of them, then of the second, and so on;
-    `out` is ``[2, pools, C]``.
-    """
-    dtype = out.dtype.element_ty
-    tiles = tl.cdiv(channels, COLUMNS)
-    pool = (tl.program_id(0) // tiles).to(tl.int64)
-    column = tl.program_id(0) % tiles * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    row = tl.arange(0, ROWS)[:, None]
-    there = row < splits * members
-    block = tl.load(dealt + pool * members + row % members, mask=there, other=0)
-    offsets = (row // members).to(tl.int64) * columns + block * channels + column
-    exists = there & (column < channels)
-    size = splits.to(tl.int64) * columns
-    mean = tl.load(parts + offsets, mask=exists, other=0).to(tl.float64)
-    squares = tl.load(parts + size + offsets, mask=exists, other=0).to(tl.float64)
-    count = tl.load(parts + 2 * size + offsets, mask=exists, other=0).to(tl.float64)
-
-    share = count / tl.maximum(tl.sum(count, axis=0, keep_dims=True), 1)
-    merged = tl.sum(share * mean, axis=0, keep_dims=True)
-    distance = mean - merged
-    squares = squares / tl.maximum(count, 1) + distance * distance
-    std = tl.sqrt(tl.sum(share * squares, axis=0, keep_dims=True))
-    place = pool * channels + column
-    pools = tl.num_programs(0) // tiles
-    tl.store(out + place, merged.to(dtype), mask=column < channels)
-    tl.store(out + pools.to(tl.int64) * channels + place, std.to(dtype), mask=column < channels)
-
-
 @triton.jit(do_not_specialize=["columns", "splits"])
 def grad_sums(
     dy, x, starts, owners, center, center_stride, scale, scale_stride, out, columns, outer, units,

@@ -84,6 +84,14 @@ def merge_tile(rows: int) -> tuple[int, int]:
     return height, min(64, 2 * MERGED // height)
 
 
+def row_tile(rows: int) -> tuple[int, int]:
+    """Return the tile ``[ROWS, COLUMNS]`` of the kernels that go over rows, a tile at a time.
+
+    Narrow, so that few channels still take several programs; a load is 128 bytes of float32.
+    """
+    return min(_power(rows), 32), 32
+
+
 def _memory(shape: Shape, lines: bool) -> tuple[int, int, int, int]:
     """Return channels, length, outer and inner of ``[N, C, *]``."""
     channels, length = shape[1], 1

@@ -1,0 +1,90 @@
+"""The two small kernels in plain torch: rows ``[R, C]`` of normalisers to rows, between the heavy.
+
+Where R normalisers have n values per channel each, and no other rank is asked. A GPU, which takes
+as long to launch each of these operations, may have one launch for all (see `triton`).
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .rows import constant
+
+
+class Running(NamedTuple):
+    """Running statistics, and how far a batch moves them.
+
+    Attributes:
+        mean: ``[C]``.
+        var: ``[C]``.
+        step: the share of the batch in what they become.
+    """
+
+    mean: Tensor
+    var: Tensor
+    step: float | Tensor
+
+
+def normaliser_rows(
+    mean: Tensor,
+    std: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    n: int,
+    running: Running | None,
+) -> tuple[Tensor, Tensor]:
+    """Return ``rho = 1 / sqrt(std**2 + eps)`` and ``rho * weight``, each ``[R, C]``.
+
+    Moves running statistics towards the average of the normalisers' means and unbiased variances,
+    ``std**2 * n / (n - 1)``.
+    """
+    if running is not None and n > 0:
+        move(running.mean, average(mean), running.step)
+        move(running.var, average(std.square().mul_(n / (n - 1))), running.step)
+    return inverse_deviations(std, weight, eps)
+
+
+def inverse_deviations(std: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """Return ``rho = 1 / sqrt(std**2 + eps)`` and ``rho * weight``, in the dtype of `std`."""
+    # hypot: the square of a deviation that fits the dtype may not.
+    rho = torch.hypot(std, constant((math.sqrt(eps),), std.dtype, std)).reciprocal_()
+    return rho, rho if weight is None else rho * weight.to(rho.dtype)
+
+
+def average(rows: Tensor) -> Tensor:
+    """Return the mean of rows, ``[R, C]`` to ``[C]``."""
+    return rows[0] if len(rows) == 1 else rows.mean(dim=0)
+
+
+def move(running: Tensor, new: Tensor, step: float | Tensor) -> None:
+    """Move running statistics ``[C]`` a step towards new ones, in the dtype of these."""
+    step = step.to(new.dtype) if isinstance(step, Tensor) else step
+    if running.dtype == new.dtype:
+        running.lerp_(new, step)
+    else:
+        running.copy_(running.to(new.dtype).lerp_(new, step))
+
+
+def gradient_rows(
+    total: Tensor, dot: Tensor, rho: Tensor, factor: Tensor, n: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of weight and bias, ``[C]``, and `slopes`.
+
+    Of the sums of ``dy`` and of ``dy xhat`` over the users of each normaliser, ``[R, C]``.
+    """
+    return dot.sum(dim=0), total.sum(dim=0), *slopes(total, dot, rho, factor, n)
+
+
+def slopes(
+    total: Tensor, dot: Tensor, rho: Tensor, factor: Tensor, n: Tensor | int
+) -> tuple[Tensor, Tensor]:
+    """Return ``b = -factor dot rho / n`` and ``c = -factor total / n``, each ``[R, C]``.
+
+    So that ``b (x - mean) + c`` is what the statistics pass back to each value of a normaliser.
+    `n` may be a row's own, ``[R, 1]``.
+    """
+    # 0, where it is known: no values to multiply by infinity.
+    step = factor / (-n.clamp(min=1) if isinstance(n, Tensor) else -n)
+    return (step * dot).mul_(rho), step * total

@@ -1,0 +1,152 @@
+"""Triton code between the heavy kernels: what sums leave is merged, and rows become other rows.
+
+Rows are ``[R, C]``, and come with the distance from one to the next. A program takes COLUMNS
+channels and goes over all rows that it needs, ROWS at a time.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit(do_not_specialize=["columns", "channels", "splits", "members"])
+def merge_moments(
+    parts, dealt, out, columns, channels, splits, members,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Merge the moments of the splits of a pool's blocks, all at once and always in one order.
+
+    In float64, by Chan's formula. `parts` are as `moments` writes them, ``[3, splits, blocks, C]``;
+    `dealt` are the blocks of the first pool, `members` of them, then of the second, and so on;
+    `out` is ``[2, pools, C]``.
+    """
+    dtype = out.dtype.element_ty
+    tiles = tl.cdiv(channels, COLUMNS)
+    pool = (tl.program_id(0) // tiles).to(tl.int64)
+    column = tl.program_id(0) % tiles * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    row = tl.arange(0, ROWS)[:, None]
+    there = row < splits * members
+    block = tl.load(dealt + pool * members + row % members, mask=there, other=0)
+    offsets = (row // members).to(tl.int64) * columns + block * channels + column
+    exists = there & (column < channels)
+    size = splits.to(tl.int64) * columns
+    mean = tl.load(parts + offsets, mask=exists, other=0).to(tl.float64)
+    squares = tl.load(parts + size + offsets, mask=exists, other=0).to(tl.float64)
+    count = tl.load(parts + 2 * size + offsets, mask=exists, other=0).to(tl.float64)
+
+    share = count / tl.maximum(tl.sum(count, axis=0, keep_dims=True), 1)
+    merged = tl.sum(share * mean, axis=0, keep_dims=True)
+    distance = mean - merged
+    squares = squares / tl.maximum(count, 1) + distance * distance
+    std = tl.sqrt(tl.sum(share * squares, axis=0, keep_dims=True))
+    place = pool * channels + column
+    pools = tl.num_programs(0) // tiles
+    tl.store(out + place, merged.to(dtype), mask=column < channels)
+    tl.store(out + pools.to(tl.int64) * channels + place, std.to(dtype), mask=column < channels)
+
+
+@triton.jit(do_not_specialize=["columns", "channels", "splits", "members", "pools"])
+def merge_sums(
+    parts, dealt, out, columns, channels, splits, members, pools,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Add the sums of the splits of a pool's blocks, always in one order.
+
+    `parts` are as `grad_sums` writes them, ``[2, splits, blocks, C]``; `dealt` are the blocks of
+    the first pool, `members` of them, then of the second, and so on; `out` is ``[2, pools, C]``.
+    """
+    dtype = out.dtype.element_ty
+    tiles = tl.cdiv(channels, COLUMNS)
+    program = tl.program_id(0)
+    pool = (program // tiles % pools).to(tl.int64)
+    which = (program // tiles // pools).to(tl.int64)
+    column = program % tiles * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    exist = column < channels
+    parts += which * splits * columns
+    total = tl.zeros([ROWS, COLUMNS], dtype)
+    for first in range(0, splits * members, ROWS):
+        row = first + tl.arange(0, ROWS)[:, None]
+        there = row < splits * members
+        block = tl.load(dealt + pool * members + row % members, mask=there, other=0)
+        offsets = (row // members).to(tl.int64) * columns + block * channels + column
+        total += tl.load(parts + offsets, mask=there & exist, other=0)
+    place = out + (which * pools + pool) * channels + column
+    tl.store(place, tl.sum(total, axis=0, keep_dims=True), mask=exist)
+
+
+@triton.jit(do_not_specialize=["channels", "rows"])
+def normaliser_rows(
+    mean, mean_stride, std, std_stride, weight, running_mean, running_var, out, rows, channels,
+    root, step, rise, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Write ``rho = 1 / sqrt(std**2 + root**2)`` and ``rho * weight``; move running statistics.
+
+    `out` is ``[2, rows, channels]``. The running ones move a share `step` towards the averages of
+    means and of ``std**2 * rise``, if there are any; without a `weight`, it is 1.
+    """
+    dtype = out.dtype.element_ty
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    exist = column < channels
+    means = tl.zeros([ROWS, COLUMNS], dtype)
+    variances = tl.zeros([ROWS, COLUMNS], dtype)
+    for first in range(0, rows, ROWS):
+        row = first + tl.arange(0, ROWS)[:, None]
+        exists = (row < rows) & exist
+        deviation = tl.load(std + row * std_stride + column, mask=exists, other=0)
+        # The square of a deviation that fits the dtype may not. No maximum: it would hide a NaN.
+        larger = tl.where(deviation > root, deviation, root)
+        ratio = tl.where(deviation > root, root, deviation) / tl.where(larger == 0, 1, larger)
+        rho = 1 / (larger * tl.sqrt(1 + ratio * ratio))
+        place = row * channels + column
+        tl.store(out + place, rho, mask=exists)
+        if weight is not None:
+            rho *= tl.load(weight + column, mask=exist, other=0).to(dtype)
+        tl.store(out + rows * channels + place, rho, mask=exists)
+        if running_mean is not None:
+            means += tl.load(mean + row * mean_stride + column, mask=exists, other=0)
+            variances += deviation * deviation
+    if running_mean is not None:
+        average = tl.sum(means, axis=0, keep_dims=True) / rows
+        _move(running_mean + column, average, step, exist)
+        average = tl.sum(variances, axis=0, keep_dims=True) / rows * rise
+        _move(running_var + column, average, step, exist)
+
+
+@triton.jit
+def _move(running, new, step, exist):
+    """Move running statistics a share `step` towards new ones."""
+    old = tl.load(running, mask=exist, other=0).to(new.dtype)
+    distance = new - old
+    # As torch does it: all the way is exactly there.
+    moved = tl.where(step < 0.5, old + step * distance, new - distance * (1 - step))
+    tl.store(running, moved.to(running.dtype.element_ty), mask=exist)
+
+
+@triton.jit(do_not_specialize=["rows", "channels", "n"])
+def gradient_rows(
+    total, total_stride, dot, dot_stride, rho, rho_stride, factor, factor_stride, sums, slopes,
+    rows, channels, n, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Write the sums of `dot` and `total` over all rows, and each row's slopes.
+
+    Those are ``-factor dot rho / n`` and ``-factor total / n``; `sums` is ``[2, channels]``,
+    `slopes` ``[2, rows, channels]``.
+    """
+    dtype = sums.dtype.element_ty
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    exist = column < channels
+    weights = tl.zeros([ROWS, COLUMNS], dtype)
+    biases = tl.zeros([ROWS, COLUMNS], dtype)
+    for first in range(0, rows, ROWS):
+        row = first + tl.arange(0, ROWS)[:, None]
+        exists = (row < rows) & exist
+        totals = tl.load(total + row * total_stride + column, mask=exists, other=0)
+        dots = tl.load(dot + row * dot_stride + column, mask=exists, other=0)
+        inverse = tl.load(rho + row * rho_stride + column, mask=exists, other=0)
+        step = tl.load(factor + row * factor_stride + column, mask=exists, other=0) / -n.to(dtype)
+        place = row * channels + column
+        tl.store(slopes + place, step * dots * inverse, mask=exists)
+        tl.store(slopes + rows * channels + place, step * totals, mask=exists)
+        weights += dots
+        biases += totals
+    tl.store(sums + column, tl.sum(weights, axis=0, keep_dims=True), mask=exist)
+    tl.store(sums + channels + column, tl.sum(biases, axis=0, keep_dims=True), mask=exist)
