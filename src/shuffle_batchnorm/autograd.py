@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from . import kernels
-from .kernels.rows import take
 from .kernels.small import slopes
 from .mixing import Plan
 from .process_groups import CALL, World
@@ -31,17 +30,19 @@ class Normalise(torch.autograd.Function):
         mean: Tensor,
         rho: Tensor,
         scale: Tensor,
-        used: tuple[int, ...] | None,
-        source: tuple[int, ...] | None,
+        source_values: Tensor | None,
+        source_mean: Tensor | None,
+        source_rho: Tensor | None,
         sizes: tuple[int, ...],
         plan: Plan,
         world: World,
     ) -> Tensor:
-        """Return y. `values`, `mean`, `used`, `source` are of `Statistics`, ``scale = rho * w``."""
-        sources: tuple[Tensor, ...] = ()  # in one process the normalisers
+        """Return y. `values` and `mean` are `Statistics`, those of sources where these differ."""
+        sources: tuple[Tensor | None, ...] = ()  # in one process the normalisers
         if isinstance(values, Tensor):  # of peers: rows for each block
-            way, sources = Way(), tuple(take(rows, source) for rows in (mean, rho, values))
-            mean, rho, scale = (take(rows, used) for rows in (mean, rho, scale))
+            way, sources = Way(), (values, mean, rho)
+            if source_values is not None:
+                sources = (source_values, source_mean, source_rho)
         else:
             way = find_way(plan)
         ctx.save_for_backward(x, weight, mean, rho, scale, *sources)
@@ -60,7 +61,7 @@ class Normalise(torch.autograd.Function):
             values, *call = ctx.call
             used = _Rows(mean, rho, scale, values)
             # What arrives from users on other ranks is weighted already.
-            source = _Rows(sources[0], sources[1], sources[1], sources[2]) if sources else used
+            source = _Rows(sources[1], sources[2], sources[2], sources[0]) if sources else used
             first = _gradients(needs_dx, dy, x, weight, used, source, *call)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # create_graph: the first derivatives are right; a second one must not be wrong.
@@ -70,7 +71,7 @@ class Normalise(torch.autograd.Function):
             dx,
             None if weight is None else dweight.to(weight.dtype),
             None if ctx.bias_dtype is None else dbias.to(ctx.bias_dtype),
-            *[None] * 9,
+            *[None] * 10,
         )
 
 

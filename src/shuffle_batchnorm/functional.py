@@ -10,7 +10,7 @@ from torch import Tensor
 from . import kernels, notices, process_groups
 from .agreement import Agreed, agree, check_input, wire_of
 from .autograd import Normalise
-from .kernels.rows import are_equal, counts, is_known, take
+from .kernels.rows import are_equal, counts, is_known
 from .kernels.small import Running, average, inverse_deviations, move
 from .mixing import Options, Plan, check_options, kept, make_plan
 from .process_groups import CALL, ProcessGroupLike, World
@@ -145,10 +145,14 @@ def normalise(
         if running_mean is not None and running_var is not None and not is_recomputation():
             running = Running(running_mean, running_var, momentum)
         rho, scale = _normaliser_rows(statistics, input, weight, eps, running, sizes, plan)
-    values, mean, _, used, source = statistics
+        sources: tuple[Tensor, ...] | tuple[None, ...] = (None, None, None)
+        if statistics.source is not None:
+            n, mean, std = statistics.source
+            sources = (n, mean, inverse_deviations(std, None, eps)[0])
     output = Normalise.apply(  # type: ignore[no-untyped-call]
-        input, weight, bias, values, mean, rho, scale, used, source, sizes, plan, world
-    )
+        input, weight, bias, statistics.values, statistics.mean, rho, scale, *sources,
+        sizes, plan, world,
+    )  # fmt: skip
     return Normalised(output, statistics, sizes)
 
 
@@ -234,13 +238,11 @@ def _move_running(
 
     In `regroup` the mean over all ranks of these averages is the average over all new groups.
     """
-    rows = values, statistics.mean, statistics.std
-    count, mean, std = (take(row, statistics.used) for row in rows)
     step = running.step
-    var = std.square().mul_(count / (count - 1).clamp(min=1))
-    pairs = (running.mean, mean), (running.var, var)
+    var = statistics.std.square().mul_(values / (values - 1).clamp(min=1))
+    pairs = (running.mean, statistics.mean), (running.var, var)
     if not are_equal(sizes):
-        filled = counts(sizes, 1, count) > 0
+        filled = counts(sizes, 1, values) > 0
         for old, batch in pairs:
             move(old, torch.where(filled, batch, 0).sum(dim=0) / filled.sum(), step)
         return
@@ -248,6 +250,6 @@ def _move_running(
         if plan.mode != "sync":
             return
         # An empty rank learns what the others have seen; if all are empty, nothing.
-        step = step * (count[0, 0] > 0)
+        step = step * (values[0, 0] > 0)
     for old, batch in pairs:
         move(old, average(batch), step)

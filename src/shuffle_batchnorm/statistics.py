@@ -30,6 +30,20 @@ from .process_groups import CALL, World
 _REJECTED = -math.inf
 
 
+class Moments(NamedTuple):
+    """Count and moments of the values of R groups, as ranks send them.
+
+    Attributes:
+        values: per channel, ``[R, 1]``.
+        mean: ``[R, C]``.
+        std: ``[R, C]``.
+    """
+
+    values: Tensor
+    mean: Tensor
+    std: Tensor
+
+
 class Statistics(NamedTuple):
     """The R normalisers that a rank has to do with in one call of the layer.
 
@@ -37,15 +51,17 @@ class Statistics(NamedTuple):
         values: per channel, ``[R, 1]``; a number, if all have as many and no peer has to be asked.
         mean: ``[R, C]``.
         std: ``[R, C]``.
-        used: the normaliser of each block; None if it is the one of the same number.
-        source: the one in which each block is pooled, likewise; differs from `used` in `swap`.
+        used: the normaliser of each block; None if it is the one of the same number, as it is
+            across ranks.
+        source: across ranks in `swap` the group of each block; else a block is pooled in the
+            normaliser that it uses, or, in one process, `find_way` says in which.
     """
 
     values: Tensor | int
     mean: Tensor
     std: Tensor
     used: Order | None = None
-    source: Order | None = None
+    source: Moments | None = None
 
 
 class Way(NamedTuple):
@@ -88,18 +104,12 @@ def statistics_of(x: Tensor, sizes: tuple[int, ...], plan: Plan, world: World) -
         mean, std = kernel.block_moments(x, sizes, way.pools)
         # A new group has as many as any.
         values = x.shape[2:].numel() * (x.shape[0] // plan.groups)
-        used, source = (pools and pools.owners for pools in (way.users, way.pools))
-        return Statistics(values, mean, std, used, source)
+        return Statistics(values, mean, std, way.users and way.users.owners)
     mean, std = kernel.block_moments(x, sizes)
     rows = torch.cat([counts(sizes, x.shape[2:].numel(), mean), mean, std], dim=1)
     used_rows, source_rows = mix(rows.view(plan.groups, plan.per_group, -1), plan, world)
-    if source_rows is used_rows:
-        return Statistics(*_unpack(used_rows))
-    both = torch.cat([used_rows, source_rows])
-    blocks = range(2 * len(sizes))
-    return Statistics(
-        *_unpack(both), used=tuple(blocks[: len(sizes)]), source=tuple(blocks[len(sizes) :])
-    )
+    source = None if source_rows is used_rows else _unpack(source_rows)
+    return Statistics(*_unpack(used_rows), source=source)
 
 
 def rejection(plan: Plan, channels: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -109,12 +119,12 @@ def rejection(plan: Plan, channels: int, dtype: torch.dtype, device: torch.devic
     return rows
 
 
-def _unpack(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return count ``[R, 1]``, mean and std ``[R, C]`` of rows ``[..., 2 * C + 1]``."""
+def _unpack(rows: Tensor) -> Moments:
+    """Return the moments in rows ``[..., 2 * C + 1]``."""
     rows = rows.reshape(-1, rows.shape[-1])
     channels = rows.shape[1] // 2
     count, mean, std = rows.split_with_sizes((1, channels, channels), dim=1)
-    return count, mean, std
+    return Moments(count, mean, std)
 
 
 def mix(blocks: Tensor, plan: Plan, world: World) -> tuple[Tensor, Tensor]:
@@ -223,7 +233,7 @@ def check_counts(
         if values == 1:
             raise _count_error(1, 0, plan, shape)
         return
-    count = take(values, statistics.used)[:, 0]
+    count = values[:, 0]
     valid = count >= 2
     if not are_equal(sizes) or sizes[0] == 0:
         valid |= counts(sizes, 1, count)[:, 0] == 0  # nobody is normalised
