@@ -61,7 +61,11 @@ def _compile(
         triton.gradient_rows(total, dot, rho, factor, 7)
         weight, mean, var = x.new_ones(3, shape[1])
         triton.normaliser_rows(total, dot, weight, 1e-5, 7, Running(mean, var, 0.1))
-        triton.normaliser_rows(total, dot, None, 1e-5, 7, None)
+        triton.normaliser_rows(total, dot, None, 1e-5, total[:, :1], None)
+        triton.slopes(total, dot, rho, factor, total[:, :1])
+        triton.user_rows(total, dot, weight)
+        triton.user_rows(total, dot, None)
+        triton.pool(total.new_ones(blocks, 3, 2 * shape[1] + 1))
     finally:
         JITFunction.run = run
     return launched

@@ -27,7 +27,7 @@ CASES = [
     ((8, 130), "float32", False, 8, False, 8),
 ]
 HEAVY = {"moments", "affine", "grad_sums"}
-SMALL = {"merge_moments", "merge_sums", "normaliser_rows", "gradient_rows"}
+SMALL = {"merge_moments", "merge_sums", "normaliser_rows", "pool", "user_rows", "slopes"}
 
 
 def test_every_kernel_compiles(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from kernel_cases import (
     LAST2D,
@@ -28,7 +27,6 @@ from kernel_cases import (
 from shuffle_batchnorm import ShuffleBatchNorm, kernels
 from shuffle_batchnorm.kernels import Kernels, reference, triton_tiles
 from shuffle_batchnorm.kernels.rows import Pools
-from shuffle_batchnorm.kernels.small import Running
 from truth import gradient
 
 pytest.importorskip("triton", reason="Triton is for Linux")
@@ -299,127 +297,6 @@ def test_a_layer_on_triton_kernels(
         torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("rows", [1, 3, 32, 70])
-@pytest.mark.parametrize("channels", [1, 5, 33])
-@pytest.mark.parametrize("step", [0.0, 0.1, 0.7, 1])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_rows_of_normalisers(rows: int, channels: int, step: float, dtype: torch.dtype) -> None:
-    """Catches a row or channel at the end of a tile, statistics moved the wrong way or too far."""
-    mean, std = torch.randn(2, rows, 2 * channels, device=DEVICE)[:, :, :channels]
-    std = std.abs()
-    weight, *old = torch.rand(3, channels, device=DEVICE).to(dtype)
-    for w, tracks in ((weight, True), (None, False)):
-        results = []
-        for chosen in (TRITON, REFERENCE):
-            new_mean, new_var = (row.clone() for row in old)
-            running = Running(new_mean, new_var, step) if tracks else None
-            rho, scale = chosen.normaliser_rows(mean, std, w, 1e-3, 7, running)
-            results.append([rho, scale, new_mean, new_var])
-        torch.testing.assert_close(*results)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "step", "gap"),
-    [(torch.float64, 0.1, 1), (torch.float32, torch.tensor(0.1), 1), (torch.float32, 0.1, 2)],
-)
-def test_rows_that_triton_leaves_to_torch(
-    dtype: torch.dtype, step: float | Tensor, gap: int
-) -> None:
-    """Catches numbers in float32 beside rows in float64, and memory with gaps."""
-    mean, std = torch.rand(2, 3, 5, dtype=dtype, device=DEVICE)
-    rows = torch.rand(3, 5 * gap, dtype=dtype, device=DEVICE)
-    results = []
-    for chosen in (TRITON, REFERENCE):
-        weight, *old = rows.clone()[:, ::gap]
-        share = step.to(DEVICE) if isinstance(step, Tensor) else step
-        running = Running(old[0], old[1], share)
-        rho, scale = chosen.normaliser_rows(mean, std, weight, 1e-3, 7, running)
-        results.append([rho, scale, *old])
-    torch.testing.assert_close(*results, rtol=0, atol=0)
-
-
-@pytest.mark.filterwarnings("ignore:divide by zero")  # from the interpreter
-@pytest.mark.parametrize("eps", [0.0, 1e-5])
-def test_deviations_at_the_ends_of_float32(eps: float) -> None:
-    """Catches a square that overflows or vanishes, 0 / 0, and a NaN that a maximum hides."""
-    std = torch.tensor([[0.0, 1e-30, 1e-3, 1.0, 1e30, torch.inf, torch.nan]], device=DEVICE)
-    got, _ = TRITON.normaliser_rows(std, std, None, eps, 2, None)
-    want, _ = REFERENCE.normaliser_rows(std.double(), std, None, eps, 2, None)
-    torch.testing.assert_close(got, want, equal_nan=True)
-
-
-@pytest.mark.parametrize("rows", [1, 3, 32, 70])
-@pytest.mark.parametrize("channels", [1, 5, 33])
-def test_rows_of_gradients(rows: int, channels: int) -> None:
-    """Catches a row or channel at the end of a tile, sums that change their places."""
-    for dtype in (torch.float32, torch.float64):
-        total, dot, rho, factor = torch.randn(4, rows, 2 * channels, device=DEVICE, dtype=dtype)[
-            :, :, channels:
-        ]
-        got = TRITON.gradient_rows(total, dot, rho, factor, 7)
-        torch.testing.assert_close(got, REFERENCE.gradient_rows(total, dot, rho, factor, 7))
-
-
-class _Launches(TorchDispatchMode):
-    """Counts what a GPU would be asked to do: operations on memory, and calls of our kernels."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.names: list[str] = []
-
-    def __torch_dispatch__(
-        self, function: Any, _types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        name = function.overloadpacket.__name__
-        if not function.is_view and not name.startswith(("empty", "new_empty", "detach")):
-            self.names.append(name)
-        return function(*args, **(kwargs or {}))
-
-    def count(self, kernel: Any, name: str) -> Any:
-        """Return a kernel that is counted as one, whatever the interpreter does to run it."""
-
-        class Counted:
-            def __getitem__(_, grid: tuple[int, ...]) -> Callable[..., None]:
-                def launch(*args: Any, **options: Any) -> None:
-                    self.names.append(name)
-                    with _disable_current_modes():
-                        kernel[grid](*args, **options)
-
-                return launch
-
-        return Counted()
-
-
-@pytest.mark.parametrize(
-    ("mode", "most"), [("local", (4, 3)), ("swap", (4, 4)), ("regroup", (5, 4))]
-)
-def test_launches_of_a_step(
-    mode: str, most: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Catches an operation on rows that has crept in: each costs small layers on a GPU its launch.
-
-    Forward: moments, in `regroup` pooling them, rows of normalisers, y, num_batches_tracked.
-    Backward: sums, in `swap` and `regroup` those of users, rows of gradients, dx.
-    """
-    launches = _Launches()
-    for module in (triton_kernels, triton_rows):
-        for name in ("moments", "affine", "grad_sums", *triton_rows.__dict__):
-            kernel = vars(module).get(name)
-            if hasattr(kernel, "run") and not name.startswith("_"):
-                monkeypatch.setattr(module, name, launches.count(kernel, name))
-    monkeypatch.setattr(kernels, "select", lambda _: TRITON)
-    layer = ShuffleBatchNorm(5, mode=mode, groups=2, device=DEVICE)
-    x, dy = _input(8, 5, 4, 3, dtype=torch.float32), _input(8, 5, 4, 3, dtype=torch.float32)
-    x.requires_grad_()
-    layer(x).backward(dy)  # makes its index tensors
-    launches.names.clear()
-    with launches:
-        y = layer(x)
-        forward = len(launches.names)
-        torch.autograd.grad(y, [x, *layer.parameters()], dy)
-    assert (forward, len(launches.names) - forward) == most, " ".join(launches.names)
-
-
 class _OnAGPU:
     """What `select` looks at in a tensor."""
 
@@ -471,8 +348,8 @@ def test_where_triton_does_not_work_a_warning_says_what_is_slower(
     ("module", "name"),
     [
         *((triton_kernels, name) for name in ("moments", "affine", "grad_sums")),
-        *((triton_rows, name) for name in ("merge_moments", "merge_sums")),
-        *((triton_rows, name) for name in ("normaliser_rows", "gradient_rows")),
+        *((triton_rows, name) for name in ("merge_moments", "merge_sums", "normaliser_rows")),
+        *((triton_rows, name) for name in ("pool", "user_rows", "slopes")),
     ],
 )
 def test_a_kernel_that_fails_later_fails_at_the_choice(

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from . import kernels
-from .kernels.small import slopes
 from .mixing import Plan
 from .process_groups import CALL, World
 from .statistics import Way, find_way, sums_of_sources
@@ -112,9 +111,9 @@ def _gradients(
     kernel = kernels.select(x)
     total, dot = kernel.block_grad_sums(dy, x, sizes, used.mean, used.rho, way.users)
     if isinstance(source.values, Tensor):
-        dweight, dbias = dot.sum(dim=0), total.sum(dim=0)
-        total, dot = sums_of_sources(total, dot, weight, plan, world)
-        b, c = slopes(total, dot, source.rho, source.factor, source.values)
+        dweight, dbias, weighted = kernel.user_rows(total, dot, weight)
+        total, dot = sums_of_sources(weighted, plan, world)
+        b, c = kernel.slopes(total, dot, source.rho, source.factor, source.values)
     else:
         dweight, dbias, b, c = kernel.gradient_rows(
             total, dot, source.rho, source.factor, source.values

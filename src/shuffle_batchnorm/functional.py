@@ -11,7 +11,7 @@ from . import kernels, notices, process_groups
 from .agreement import Agreed, agree, check_input, wire_of
 from .autograd import Normalise
 from .kernels.rows import are_equal, counts, is_known
-from .kernels.small import Running, average, inverse_deviations, move
+from .kernels.small import Running, move
 from .mixing import Options, Plan, check_options, kept, make_plan
 from .process_groups import CALL, ProcessGroupLike, World
 from .recomputation import is_recomputation
@@ -148,7 +148,8 @@ def normalise(
         sources: tuple[Tensor, ...] | tuple[None, ...] = (None, None, None)
         if statistics.source is not None:
             n, mean, std = statistics.source
-            sources = (n, mean, inverse_deviations(std, None, eps)[0])
+            rho_of_source, _ = kernels.select(std).normaliser_rows(mean, std, None, eps, n, None)
+            sources = (n, mean, rho_of_source)
     output = Normalise.apply(  # type: ignore[no-untyped-call]
         input, weight, bias, statistics.values, statistics.mean, rho, scale, *sources,
         sizes, plan, world,
@@ -220,15 +221,14 @@ def _normaliser_rows(
     plan: Plan,
 ) -> tuple[Tensor, Tensor]:
     """Return ``rho = 1 / sqrt(std**2 + eps)`` and ``rho * weight``; move running statistics."""
-    values, mean, std, _, _ = statistics
-    if not isinstance(values, Tensor):
-        # Each normaliser has as many blocks here, so their average is that over the blocks.
-        kernel = kernels.select(input)
-        return kernel.normaliser_rows(mean, std, weight, eps, values, running)
-    if running is not None:
+    values, mean, std = statistics[:3]
+    if isinstance(values, Tensor) and running is not None:
         seen = sizes if input.shape[2:].numel() > 0 else (0,) * len(sizes)
-        _move_running(running, values, statistics, seen, plan)
-    return inverse_deviations(std, weight, eps)
+        if not are_equal(seen) or seen[0] == 0:
+            _move_running(running, values, statistics, seen, plan)
+            running = None
+    # Else each normaliser has as many blocks here, so their average is that over the blocks.
+    return kernels.select(input).normaliser_rows(mean, std, weight, eps, values, running)
 
 
 def _move_running(
@@ -236,7 +236,8 @@ def _move_running(
 ) -> None:
     """Move the running statistics towards those used, averaged over the blocks with samples.
 
-    In `regroup` the mean over all ranks of these averages is the average over all new groups.
+    Of blocks that differ, or are all empty. In `regroup` the mean over all ranks of these averages
+    is the average over all new groups.
     """
     step = running.step
     var = statistics.std.square().mul_(values / (values - 1).clamp(min=1))
@@ -246,10 +247,8 @@ def _move_running(
         for old, batch in pairs:
             move(old, torch.where(filled, batch, 0).sum(dim=0) / filled.sum(), step)
         return
-    if sizes[0] == 0:
-        if plan.mode != "sync":
-            return
+    if plan.mode == "sync":
         # An empty rank learns what the others have seen; if all are empty, nothing.
         step = step * (values[0, 0] > 0)
-    for old, batch in pairs:
-        move(old, average(batch), step)
+        for old, batch in pairs:
+            move(old, batch[0], step)

@@ -20,7 +20,6 @@ from .kernels.rows import (
     constant,
     counts,
     per_sample,
-    pool,
     take,
 )
 from .mixing import Plan, argsort, block_sizes, kept
@@ -138,10 +137,10 @@ def mix(blocks: Tensor, plan: Plan, world: World) -> tuple[Tensor, Tensor]:
     if plan.mode == "swap" and any(plan.shifts):
         return exchange.rotate(blocks, plan, world), blocks
     if plan.mode == "regroup" and plan.per_group > 1:
-        used = _regroup(blocks, plan, world, pool)
+        used = _regroup(blocks, plan, world, kernels.select(blocks).pool)
         return used, used
     if plan.mode == "sync":
-        used = pool(exchange.gather(blocks.view(-1), world)[None])
+        used = kernels.select(blocks).pool(exchange.gather(blocks.view(-1), world)[None])
         return used, used
     return blocks, blocks
 
@@ -169,27 +168,21 @@ def mix_gradients(sums: Tensor, plan: Plan, world: World) -> Tensor:
     return sums
 
 
-def sums_of_sources(
-    total: Tensor, dot: Tensor, weight: Tensor | None, plan: Plan, world: World
-) -> tuple[Tensor, Tensor]:
+def sums_of_sources(sums: Tensor, plan: Plan, world: World) -> tuple[Tensor, Tensor]:
     """Return for each of this rank's blocks the sums over all users of its source.
 
     Args:
-        total: ``sum dy`` over each of them, ``[blocks, C]``.
-        dot: ``sum dy xhat``, likewise.
-        weight: that of this rank, ``[C]``; None: 1.
+        sums: ``sum w dy`` and ``sum w dy xhat`` over each of them, ``[blocks, 2, C]``.
         plan: how the ranks mix.
         world: the ranks.
 
     Returns:
-        ``sum w dy`` and ``sum w dy xhat``, ``[blocks, C]`` each.
+        The same two, ``[blocks, C]`` each.
 
     Communication: that of `mix_gradients`.
     """
-    sums = torch.stack([total, dot], dim=1)
-    weighted = sums if weight is None else sums * weight.to(sums.dtype)
-    blocks = weighted.view(plan.groups, plan.per_group, -1)
-    mixed = mix_gradients(blocks, plan, world).reshape(sums.shape)
+    mixed = mix_gradients(sums.view(plan.groups, plan.per_group, -1), plan, world)
+    mixed = mixed.reshape(sums.shape)
     return mixed[:, 0], mixed[:, 1]
 
 

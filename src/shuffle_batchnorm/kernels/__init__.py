@@ -1,8 +1,8 @@
-"""The four heavy kernels, and two small ones for what one process does with rows between them.
+"""The four heavy kernels, and the small ones for rows between them.
 
-Everything else in this package works on small ``[blocks, C]`` rows. `reference`, `cpu` and `triton`
-have the same functions (for the formulas see `reference` and `small`). `select` is the one place
-that chooses between them.
+Everything else in this package works on small ``[blocks, C]`` rows, too. `reference`, `cpu` and
+`triton` have the same functions (for the formulas see `reference` and `small`). `select` is the
+one place that chooses between them.
 """
 
 import warnings
@@ -73,15 +73,28 @@ class Kernels(Protocol):
         std: Tensor,
         weight: Tensor | None,
         eps: float,
-        n: int,
+        n: Tensor | int,
         running: Running | None,
     ) -> tuple[Tensor, Tensor]:
         """Return ``1 / sqrt(std**2 + eps)`` and that times the weight; move running statistics."""
 
+    def pool(self, rows: Tensor) -> Tensor:
+        """Pool rows of ranks by Chan's formula, ``[R, S, 2 * C + 1]`` to ``[R, 1, 2 * C + 1]``."""
+
+    def user_rows(
+        self, total: Tensor, dot: Tensor, weight: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the gradients of weight and bias, and the sums that ranks exchange."""
+
+    def slopes(
+        self, total: Tensor, dot: Tensor, rho: Tensor, factor: Tensor, n: Tensor | int
+    ) -> tuple[Tensor, Tensor]:
+        """Return `b` and `c` of `block_grad_affine`."""
+
     def gradient_rows(
         self, total: Tensor, dot: Tensor, rho: Tensor, factor: Tensor, n: int
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return the gradients of weight and bias, and `b` and `c` of `block_grad_affine`."""
+        """Return the gradients of weight and bias, and `slopes`; in one process."""
 
 
 def select(x: Tensor) -> Kernels:
@@ -121,7 +134,7 @@ def _triton(device: torch.device) -> Kernels:
 
 
 def _launch_all(kernels: Kernels, x: Tensor) -> None:
-    """Call all six, with everything that they may launch: what fails should fail here."""
+    """Call all of them, with everything that they may launch: what fails should fail here."""
     sizes, pools = (1, 1), Pools(1, (0, 1), (0, 0))
     mean, std = kernels.block_moments(x, sizes, pools)
     running = Running(torch.zeros_like(x[0]), torch.ones_like(x[0]), 0.1)
@@ -129,4 +142,8 @@ def _launch_all(kernels: Kernels, x: Tensor) -> None:
     kernels.block_affine(x, sizes, mean, scale, mean, pools)
     total, dot = kernels.block_grad_sums(x, x, sizes, mean, rho, pools)
     _, _, b, c = kernels.gradient_rows(total, dot, rho, scale, 2)
+    _, _, sums = kernels.user_rows(total, dot, x[0])
+    pooled = kernels.pool(sums.new_ones(1, 2, 3))
+    kernels.normaliser_rows(mean, std, None, 1e-5, pooled[0, :, :1], running)
+    kernels.slopes(sums[:, 0], sums[:, 1], rho, scale, pooled[0, :, :1])
     kernels.block_grad_affine(x, x, sizes, scale, b, mean, c, pools, pools)

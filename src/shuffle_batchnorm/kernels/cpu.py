@@ -29,8 +29,11 @@ from .rows import (
     take_pools,
     widen,
 )
+from .rows import pool as pool
 from .small import gradient_rows as gradient_rows
 from .small import normaliser_rows as normaliser_rows
+from .small import slopes as slopes
+from .small import user_rows as user_rows
 
 _MANY = 2**10  # lines with the same row, whose gradient takes two passes
 _SMALL = 2**22  # values that two passes over cached parts map faster than one pass over all

@@ -20,8 +20,11 @@ from .rows import (
     take_pools,
     widen,
 )
+from .rows import pool as pool
 from .small import gradient_rows as gradient_rows
 from .small import normaliser_rows as normaliser_rows
+from .small import slopes as slopes
+from .small import user_rows as user_rows
 
 
 def block_moments(x: Tensor, sizes: Sizes, pools: Pools | None = None) -> tuple[Tensor, Tensor]:

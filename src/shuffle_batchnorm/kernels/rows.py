@@ -143,9 +143,9 @@ def per_sample(rows: Tensor, sizes: Sizes) -> Tensor:
 
 def counts(sizes: Sizes, length: int, like: Tensor) -> Tensor:
     """Return the values per channel of each block, ``[blocks, 1]`` in the dtype of `like`."""
-    if are_equal(sizes):
-        return like.new_full((len(sizes), 1), sizes[0] * length)
     if torch.compiler.is_compiling():
+        if are_equal(sizes):
+            return like.new_full((len(sizes), 1), sizes[0] * length)
         return (_tensor_in_graph(sizes, like) * length).to(like.dtype)[:, None]
     return constant(tuple(n * length for n in sizes), like.dtype, like)[:, None]
 

@@ -1,7 +1,8 @@
-"""The two small kernels in plain torch: rows ``[R, C]`` of normalisers to rows, between the heavy.
+"""The small kernels in plain torch: rows to rows, between the heavy ones.
 
-Where R normalisers have n values per channel each, and no other rank is asked. A GPU, which takes
-as long to launch each of these operations, may have one launch for all (see `triton`).
+R rows, of normalisers with n values per channel each: n is a number, or ``[R, 1]`` across ranks. A
+GPU, which takes as long to launch each of these operations, has one launch for all of a function
+(see `triton`).
 """
 
 import math
@@ -32,7 +33,7 @@ def normaliser_rows(
     std: Tensor,
     weight: Tensor | None,
     eps: float,
-    n: int,
+    n: Tensor | int,
     running: Running | None,
 ) -> tuple[Tensor, Tensor]:
     """Return ``rho = 1 / sqrt(std**2 + eps)`` and ``rho * weight``, each ``[R, C]``.
@@ -40,14 +41,10 @@ def normaliser_rows(
     Moves running statistics towards the average of the normalisers' means and unbiased variances,
     ``std**2 * n / (n - 1)``.
     """
-    if running is not None and n > 0:
+    if running is not None and (isinstance(n, Tensor) or n > 0):
+        rise = n / (n - 1).clamp(min=1) if isinstance(n, Tensor) else n / (n - 1)
         move(running.mean, average(mean), running.step)
-        move(running.var, average(std.square().mul_(n / (n - 1))), running.step)
-    return inverse_deviations(std, weight, eps)
-
-
-def inverse_deviations(std: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """Return ``rho = 1 / sqrt(std**2 + eps)`` and ``rho * weight``, in the dtype of `std`."""
+        move(running.var, average(std.square().mul_(rise)), running.step)
     # hypot: the square of a deviation that fits the dtype may not.
     rho = torch.hypot(std, constant((math.sqrt(eps),), std.dtype, std)).reciprocal_()
     return rho, rho if weight is None else rho * weight.to(rho.dtype)
@@ -67,14 +64,14 @@ def move(running: Tensor, new: Tensor, step: float | Tensor) -> None:
         running.copy_(running.to(new.dtype).lerp_(new, step))
 
 
-def gradient_rows(
-    total: Tensor, dot: Tensor, rho: Tensor, factor: Tensor, n: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of weight and bias, ``[C]``, and `slopes`.
+def user_rows(total: Tensor, dot: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of weight and bias, ``[C]``, and what ranks exchange, ``[R, 2, C]``.
 
-    Of the sums of ``dy`` and of ``dy xhat`` over the users of each normaliser, ``[R, C]``.
+    Of the sums of ``dy`` and of ``dy xhat``, ``[R, C]``: their sums, and both times the weight.
     """
-    return dot.sum(dim=0), total.sum(dim=0), *slopes(total, dot, rho, factor, n)
+    sums = torch.stack([total, dot], dim=1)
+    weighted = sums if weight is None else sums * weight.to(sums.dtype)
+    return dot.sum(dim=0), total.sum(dim=0), weighted
 
 
 def slopes(
@@ -83,8 +80,17 @@ def slopes(
     """Return ``b = -factor dot rho / n`` and ``c = -factor total / n``, each ``[R, C]``.
 
     So that ``b (x - mean) + c`` is what the statistics pass back to each value of a normaliser.
-    `n` may be a row's own, ``[R, 1]``.
     """
     # 0, where it is known: no values to multiply by infinity.
     step = factor / (-n.clamp(min=1) if isinstance(n, Tensor) else -n)
     return (step * dot).mul_(rho), step * total
+
+
+def gradient_rows(
+    total: Tensor, dot: Tensor, rho: Tensor, factor: Tensor, n: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of weight and bias, ``[C]``, and `slopes`.
+
+    Of the sums of ``dy`` and of ``dy xhat`` over the users of each normaliser, ``[R, C]``.
+    """
+    return dot.sum(dim=0), total.sum(dim=0), *slopes(total, dot, rho, factor, n)

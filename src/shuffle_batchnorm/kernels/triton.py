@@ -104,7 +104,7 @@ def normaliser_rows(
     std: Tensor,
     weight: Tensor | None,
     eps: float,
-    n: int,
+    n: Tensor | int,
     running: Running | None,
 ) -> tuple[Tensor, Tensor]:
     """See `small.normaliser_rows`."""
@@ -119,25 +119,68 @@ def normaliser_rows(
     moved = (None, None) if running is None else running[:2]
     with torch.cuda.device_of(std):
         triton_rows.normaliser_rows[(-(-std.shape[1] // width),)](
-            *_row(mean), *_row(std), weight, *moved, out, *std.shape, math.sqrt(eps),
-            float(step), n / (n - 1), ROWS=height, COLUMNS=width,
+            *_row(mean), *_row(std), *_values(n), weight, *moved, out, *std.shape,
+            math.sqrt(eps), float(step), ROWS=height, COLUMNS=width,
         )  # fmt: skip
     return out[0], out[1]
+
+
+def pool(rows: Tensor) -> Tensor:
+    """See `rows.pool`."""
+    rows = rows.contiguous()
+    pools, members, numbers = rows.shape
+    out = rows.new_empty(pools, 1, numbers)
+    height, width = row_tile(members)
+    with torch.cuda.device_of(rows):
+        triton_rows.pool[(pools * -(-(numbers // 2) // width),)](
+            rows, out, members, numbers // 2, ROWS=height, COLUMNS=width
+        )
+    return out
+
+
+def user_rows(total: Tensor, dot: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """See `small.user_rows`."""
+    rows, channels = total.shape
+    sums, weighted = total.new_empty(2, channels), total.new_empty(rows, 2, channels)
+    weight = weight if weight is None else weight.contiguous()
+    height, width = row_tile(rows)
+    with torch.cuda.device_of(total):
+        triton_rows.user_rows[(-(-channels // width),)](
+            *_row(total), *_row(dot), weight, sums, weighted, rows, channels,
+            ROWS=height, COLUMNS=width,
+        )  # fmt: skip
+    return sums[0], sums[1], weighted
+
+
+def slopes(
+    total: Tensor, dot: Tensor, rho: Tensor, factor: Tensor, n: Tensor | int
+) -> tuple[Tensor, Tensor]:
+    """See `small.slopes`."""
+    b, c = _slopes(total, dot, rho, factor, n, None)
+    return b, c
 
 
 def gradient_rows(
     total: Tensor, dot: Tensor, rho: Tensor, factor: Tensor, n: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `small.gradient_rows`."""
+    sums = total.new_empty(2, total.shape[1])
+    b, c = _slopes(total, dot, rho, factor, n, sums)
+    return sums[0], sums[1], b, c
+
+
+def _slopes(
+    total: Tensor, dot: Tensor, rho: Tensor, factor: Tensor, n: Tensor | int, sums: Tensor | None
+) -> Tensor:
     rows, channels = total.shape
-    sums, slopes = total.new_empty(2, channels), total.new_empty(2, rows, channels)
+    out = total.new_empty(2, rows, channels)
     height, width = row_tile(rows)
     with torch.cuda.device_of(total):
-        triton_rows.gradient_rows[(-(-channels // width),)](
-            *_row(total), *_row(dot), *_row(rho), *_row(factor), sums, slopes, rows, channels, n,
-            ROWS=height, COLUMNS=width,
+        triton_rows.slopes[(-(-channels // width),)](
+            *_row(total), *_row(dot), *_row(rho), *_row(factor), *_values(n), sums, out, rows,
+            channels, ROWS=height, COLUMNS=width,
         )  # fmt: skip
-    return sums[0], sums[1], slopes[0], slopes[1]
+    return out
 
 
 def _affine(
@@ -173,3 +216,8 @@ def _row(row: Tensor) -> tuple[Tensor, int]:
     """Return rows ``[blocks, C]``, or of pools, and the distance from one to the next."""
     row = row if row.stride(1) == 1 else row.contiguous()
     return row, row.stride(0)
+
+
+def _values(n: Tensor | int) -> tuple[Tensor | None, int, int]:
+    """Return values per channel as rows, and the distance between them; or the number of all."""
+    return (n, n.stride(0), 0) if isinstance(n, Tensor) else (None, 0, n)

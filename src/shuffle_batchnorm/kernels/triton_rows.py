@@ -73,15 +73,59 @@ def merge_sums(
     tl.store(place, tl.sum(total, axis=0, keep_dims=True), mask=exist)
 
 
-@triton.jit(do_not_specialize=["channels", "rows"])
+@triton.jit(do_not_specialize=["members", "channels"])
+def pool(rows, out, members, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Pool rows by Chan's formula, in float64: ``[R, members, 2 * channels + 1]``.
+
+    `out` is ``[R, 1, 2 * channels + 1]``. A row is count, means, standard deviations.
+    """
+    dtype = out.dtype.element_ty
+    tiles = tl.cdiv(channels, COLUMNS)
+    which = (tl.program_id(0) // tiles).to(tl.int64)
+    column = tl.program_id(0) % tiles * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    exist = column < channels
+    numbers = 2 * channels + 1
+    rows += which * members * numbers
+    counts = tl.zeros([ROWS, 1], tl.float64)
+    for first in range(0, members, ROWS):
+        row = first + tl.arange(0, ROWS)[:, None]
+        counts += tl.load(rows + row * numbers, mask=row < members, other=0).to(tl.float64)
+    total = tl.sum(counts, axis=0, keep_dims=True)
+    whole = tl.where(total > 1, total, 1)  # also where a row was rejected
+    means = tl.zeros([ROWS, COLUMNS], tl.float64)
+    for first in range(0, members, ROWS):
+        row = first + tl.arange(0, ROWS)[:, None]
+        place = rows + row * numbers
+        share = tl.load(place, mask=row < members, other=0).to(tl.float64) / whole
+        mean = tl.load(place + 1 + column, mask=(row < members) & exist, other=0)
+        means += share * mean.to(tl.float64)
+    pooled = tl.sum(means, axis=0, keep_dims=True)
+    variances = tl.zeros([ROWS, COLUMNS], tl.float64)
+    for first in range(0, members, ROWS):
+        row = first + tl.arange(0, ROWS)[:, None]
+        exists = (row < members) & exist
+        place = rows + row * numbers
+        share = tl.load(place, mask=row < members, other=0).to(tl.float64) / whole
+        mean = tl.load(place + 1 + column, mask=exists, other=0).to(tl.float64)
+        std = tl.load(place + 1 + channels + column, mask=exists, other=0).to(tl.float64)
+        variances += share * (std * std + (mean - pooled) * (mean - pooled))
+    std = tl.sqrt(tl.sum(variances, axis=0, keep_dims=True))
+    out += which * numbers
+    tl.store(out + column * 0, total.to(dtype), mask=column == 0)
+    tl.store(out + 1 + column, pooled.to(dtype), mask=exist)
+    tl.store(out + 1 + channels + column, std.to(dtype), mask=exist)
+
+
+@triton.jit(do_not_specialize=["count", "channels", "rows"])
 def normaliser_rows(
-    mean, mean_stride, std, std_stride, weight, running_mean, running_var, out, rows, channels,
-    root, step, rise, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    mean, mean_stride, std, std_stride, n, n_stride, count, weight, running_mean, running_var, out,
+    rows, channels, root, step, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Write ``rho = 1 / sqrt(std**2 + root**2)`` and ``rho * weight``; move running statistics.
 
-    `out` is ``[2, rows, channels]``. The running ones move a share `step` towards the averages of
-    means and of ``std**2 * rise``, if there are any; without a `weight`, it is 1.
+    `out` is ``[2, rows, channels]``. The running ones, if there are any, move a share `step`
+    towards the averages of means and of unbiased variances, of a row's `n` values or `count`.
+    Without a `weight`, it is 1.
     """
     dtype = out.dtype.element_ty
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
@@ -103,11 +147,13 @@ def normaliser_rows(
         tl.store(out + rows * channels + place, rho, mask=exists)
         if running_mean is not None:
             means += tl.load(mean + row * mean_stride + column, mask=exists, other=0)
-            variances += deviation * deviation
+            values = _values(n, n_stride, count, row, rows, dtype)
+            less = values - 1
+            variances += deviation * deviation * (values / tl.where(less < 1, 1, less))
     if running_mean is not None:
         average = tl.sum(means, axis=0, keep_dims=True) / rows
         _move(running_mean + column, average, step, exist)
-        average = tl.sum(variances, axis=0, keep_dims=True) / rows * rise
+        average = tl.sum(variances, axis=0, keep_dims=True) / rows
         _move(running_var + column, average, step, exist)
 
 
@@ -121,15 +167,22 @@ def _move(running, new, step, exist):
     tl.store(running, moved.to(running.dtype.element_ty), mask=exist)
 
 
-@triton.jit(do_not_specialize=["rows", "channels", "n"])
-def gradient_rows(
-    total, total_stride, dot, dot_stride, rho, rho_stride, factor, factor_stride, sums, slopes,
-    rows, channels, n, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """Write the sums of `dot` and `total` over all rows, and each row's slopes.
+@triton.jit
+def _values(n, n_stride, count, row, rows, dtype: tl.constexpr):
+    """Return the values per channel of rows, ``[ROWS, 1]``, or of all."""
+    if n is not None:
+        count = tl.load(n + row * n_stride, mask=row < rows, other=1)
+    return count.to(dtype)
 
-    Those are ``-factor dot rho / n`` and ``-factor total / n``; `sums` is ``[2, channels]``,
-    `slopes` ``[2, rows, channels]``.
+
+@triton.jit(do_not_specialize=["rows", "channels"])
+def user_rows(
+    total, total_stride, dot, dot_stride, weight, sums, weighted, rows, channels,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Write the sums of `dot` and `total` over all rows, and both times the weight.
+
+    `sums` is ``[2, channels]``, `weighted` ``[rows, 2, channels]``, total before dot.
     """
     dtype = sums.dtype.element_ty
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
@@ -141,12 +194,53 @@ def gradient_rows(
         exists = (row < rows) & exist
         totals = tl.load(total + row * total_stride + column, mask=exists, other=0)
         dots = tl.load(dot + row * dot_stride + column, mask=exists, other=0)
-        inverse = tl.load(rho + row * rho_stride + column, mask=exists, other=0)
-        step = tl.load(factor + row * factor_stride + column, mask=exists, other=0) / -n.to(dtype)
-        place = row * channels + column
-        tl.store(slopes + place, step * dots * inverse, mask=exists)
-        tl.store(slopes + rows * channels + place, step * totals, mask=exists)
         weights += dots
         biases += totals
+        if weight is not None:
+            factor = tl.load(weight + column, mask=exist, other=0).to(dtype)
+            totals *= factor
+            dots *= factor
+        place = weighted + 2 * row * channels + column
+        tl.store(place, totals, mask=exists)
+        tl.store(place + channels, dots, mask=exists)
+    _store_sums(sums, weights, biases, channels, column, exist)
+
+
+@triton.jit(do_not_specialize=["count", "rows", "channels"])
+def slopes(
+    total, total_stride, dot, dot_stride, rho, rho_stride, factor, factor_stride,
+    n, n_stride, count, sums, out, rows, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Write each row's slopes, and the sums of `dot` and `total` over all rows.
+
+    Slopes are ``-factor dot rho / n`` and ``-factor total / n``, of a row's `n` values or `count`.
+    `out` is ``[2, rows, channels]``, `sums`, if there are any, ``[2, channels]``.
+    """
+    dtype = out.dtype.element_ty
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    exist = column < channels
+    weights = tl.zeros([ROWS, COLUMNS], dtype)
+    biases = tl.zeros([ROWS, COLUMNS], dtype)
+    for first in range(0, rows, ROWS):
+        row = first + tl.arange(0, ROWS)[:, None]
+        exists = (row < rows) & exist
+        totals = tl.load(total + row * total_stride + column, mask=exists, other=0)
+        dots = tl.load(dot + row * dot_stride + column, mask=exists, other=0)
+        inverse = tl.load(rho + row * rho_stride + column, mask=exists, other=0)
+        values = _values(n, n_stride, count, row, rows, dtype)
+        values = tl.where(values < 1, 1, values)
+        step = tl.load(factor + row * factor_stride + column, mask=exists, other=0) / -values
+        place = row * channels + column
+        tl.store(out + place, step * dots * inverse, mask=exists)
+        tl.store(out + rows * channels + place, step * totals, mask=exists)
+        weights += dots
+        biases += totals
+    if sums is not None:
+        _store_sums(sums, weights, biases, channels, column, exist)
+
+
+@triton.jit
+def _store_sums(sums, weights, biases, channels, column, exist):
+    """Write the gradients of weight and bias, of which each lane has a part."""
     tl.store(sums + column, tl.sum(weights, axis=0, keep_dims=True), mask=exist)
     tl.store(sums + channels + column, tl.sum(biases, axis=0, keep_dims=True), mask=exist)
