@@ -62,6 +62,8 @@ def _compile(
         weight, mean, var = x.new_ones(3, shape[1])
         triton.normaliser_rows(total, dot, weight, 1e-5, 7, Running(mean, var, 0.1))
         triton.normaliser_rows(total, dot, None, 1e-5, total[:, :1], None)
+        for step in (0.1, x.new_ones(())):
+            triton.normaliser_rows(total, dot, weight, 1e-5, total[:, :1], Running(mean, var, step))
         triton.slopes(total, dot, rho, factor, total[:, :1])
         triton.user_rows(total, dot, weight)
         triton.user_rows(total, dot, None)

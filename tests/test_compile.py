@@ -26,13 +26,18 @@ def _steps(model: nn.Module, x: Tensor, backend: str | None) -> list[Tensor]:
     return [t.detach().clone() for t in (*results, *grads, *model.buffers())]
 
 
-def _compiled_against_eager(mode: str, groups: int, backend: str, blocks: int = 8) -> None:
+def _compiled_against_eager(
+    mode: str, groups: int, backend: str, blocks: int = 8, plain: bool = False
+) -> None:
     warnings.simplefilter("ignore", DeprecationWarning)  # dynamo's, of its own autograd.Function
     torch._dynamo.reset()
     results = []
     for how in (None, backend):
         torch.manual_seed(1)
-        norm = ShuffleBatchNorm(4, mode=mode, groups=groups, blocks=blocks, momentum=None)
+        norm = ShuffleBatchNorm(
+            4, mode=mode, groups=groups, blocks=blocks, momentum=None,
+            affine=not plain, track_running_stats=not plain,
+        )  # fmt: skip
         # In float64, since the gradient of the convolution's bias is nothing but rounding errors.
         model = nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.ReLU()).double()
         rank = dist.get_rank() if dist.is_initialized() else 0
@@ -45,10 +50,11 @@ def _compiled_against_eager(mode: str, groups: int, backend: str, blocks: int = 
 
 @pytest.mark.parametrize("groups", [1, 4])
 @pytest.mark.parametrize("mode", ["local", "sync", "swap", "regroup"])
-def test_one_process_compiles_to_one_graph(mode: str, groups: int) -> None:
+@pytest.mark.parametrize("plain", [False, True], ids=["usual", "without parameters and buffers"])
+def test_one_process_compiles_to_one_graph(mode: str, groups: int, plain: bool) -> None:
     """Catches a graph break: fullgraph=True refuses one."""
     with warnings.catch_warnings():
-        _compiled_against_eager(mode, groups, "aot_eager")
+        _compiled_against_eager(mode, groups, "aot_eager", plain=plain)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +64,8 @@ def test_one_process_compiles_to_one_graph(mode: str, groups: int) -> None:
 )
 def test_ranks_compile_to_one_graph(mode: str, blocks: int) -> None:
     """Catches collectives that the compiler can't trace, or that give no gradient (#152131)."""
-    run_on_ranks(2, _compiled_against_eager, mode, 2, "aot_eager", blocks, timeout=120)
+    for plain in (False, True):
+        run_on_ranks(2, _compiled_against_eager, mode, 2, "aot_eager", blocks, plain, timeout=120)
 
 
 @pytest.mark.parametrize("mode", ["local", "sync", "swap", "regroup"])

@@ -28,7 +28,7 @@ class Normalise(torch.autograd.Function):
         values: Tensor | int,
         mean: Tensor,
         rho: Tensor,
-        scale: Tensor,
+        scale: Tensor | None,
         source_values: Tensor | None,
         source_mean: Tensor | None,
         source_rho: Tensor | None,
@@ -37,6 +37,7 @@ class Normalise(torch.autograd.Function):
         world: World,
     ) -> Tensor:
         """Return y. `values` and `mean` are `Statistics`, those of sources where these differ."""
+        scale = rho if scale is None else scale
         sources: tuple[Tensor | None, ...] = ()  # in one process the normalisers
         if isinstance(values, Tensor):  # of peers: rows for each block
             way, sources = Way(), (values, mean, rho)

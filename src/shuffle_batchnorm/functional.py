@@ -11,7 +11,7 @@ from . import kernels, notices, process_groups
 from .agreement import Agreed, agree, check_input, wire_of
 from .autograd import Normalise
 from .kernels.rows import are_equal, counts, is_known
-from .kernels.small import Running, move
+from .kernels.small import Running, move, unbiased_variance
 from .mixing import Options, Plan, check_options, kept, make_plan
 from .process_groups import CALL, ProcessGroupLike, World
 from .recomputation import is_recomputation
@@ -151,8 +151,9 @@ def normalise(
             rho_of_source, _ = kernels.select(std).normaliser_rows(mean, std, None, eps, n, None)
             sources = (n, mean, rho_of_source)
     output = Normalise.apply(  # type: ignore[no-untyped-call]
-        input, weight, bias, statistics.values, statistics.mean, rho, scale, *sources,
-        sizes, plan, world,
+        input, weight, bias, statistics.values, statistics.mean, rho,
+        None if weight is None else scale,  # a compiler refuses the same tensor twice
+        *sources, sizes, plan, world,
     )  # fmt: skip
     return Normalised(output, statistics, sizes)
 
@@ -240,7 +241,7 @@ def _move_running(
     is the average over all new groups.
     """
     step = running.step
-    var = statistics.std.square().mul_(values / (values - 1).clamp(min=1))
+    var = unbiased_variance(statistics.std, values)
     pairs = (running.mean, statistics.mean), (running.var, var)
     if not are_equal(sizes):
         filled = counts(sizes, 1, values) > 0

@@ -1,8 +1,8 @@
 """The four heavy kernels, and the small ones for rows between them.
 
-Everything else in this package works on small ``[blocks, C]`` rows, too. `reference`, `cpu` and
-`triton` have the same functions (for the formulas see `reference` and `small`). `select` is the
-one place that chooses between them.
+`reference`, `cpu` and `triton` have the same functions (for the formulas see `reference` and
+`small`). `select` is the one place that chooses between them. Nothing else in this package touches
+activations.
 """
 
 import warnings

@@ -1,8 +1,8 @@
 """The small kernels in plain torch: rows to rows, between the heavy ones.
 
 R rows, of normalisers with n values per channel each: n is a number, or ``[R, 1]`` across ranks. A
-GPU, which takes as long to launch each of these operations, has one launch for all of a function
-(see `triton`).
+GPU, which takes as long to launch each of these operations, has one launch for all of a function,
+but for what `triton` leaves to this module.
 """
 
 import math
@@ -42,15 +42,20 @@ def normaliser_rows(
     ``std**2 * n / (n - 1)``.
     """
     if running is not None and (isinstance(n, Tensor) or n > 0):
-        rise = n / (n - 1).clamp(min=1) if isinstance(n, Tensor) else n / (n - 1)
-        move(running.mean, average(mean), running.step)
-        move(running.var, average(std.square().mul_(rise)), running.step)
+        move(running.mean, _average(mean), running.step)
+        move(running.var, _average(unbiased_variance(std, n)), running.step)
     # hypot: the square of a deviation that fits the dtype may not.
     rho = torch.hypot(std, constant((math.sqrt(eps),), std.dtype, std)).reciprocal_()
     return rho, rho if weight is None else rho * weight.to(rho.dtype)
 
 
-def average(rows: Tensor) -> Tensor:
+def unbiased_variance(std: Tensor, n: Tensor | int) -> Tensor:
+    """Return ``std**2 * n / (n - 1)``."""
+    rise = n / (n - 1).clamp(min=1) if isinstance(n, Tensor) else n / (n - 1)
+    return std.square().mul_(rise)
+
+
+def _average(rows: Tensor) -> Tensor:
     """Return the mean of rows, ``[R, C]`` to ``[C]``."""
     return rows[0] if len(rows) == 1 else rows.mean(dim=0)
 

@@ -9,6 +9,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from . import small, triton_kernels, triton_rows
 from .layouts import as_layout, layout
@@ -107,21 +108,25 @@ def normaliser_rows(
     n: Tensor | int,
     running: Running | None,
 ) -> tuple[Tensor, Tensor]:
-    """See `small.normaliser_rows`."""
-    rows = [row for row in (weight, *(running or ())[:2]) if row is not None]
-    step = 0.0 if running is None else running.step
-    dense = all(row.is_contiguous() for row in rows)
+    """See `small.normaliser_rows`. Rows in float64 and running statistics with gaps go there."""
+    moved = () if running is None else running[:2]
     # A kernel takes numbers in float32.
-    if std.dtype == torch.float64 or isinstance(step, Tensor) or not dense:
+    if std.dtype == torch.float64 or not all(row.is_contiguous() for row in moved):
         return small.normaliser_rows(mean, std, weight, eps, n, running)
     out = std.new_empty(2, *std.shape)
     height, width = row_tile(len(std))
-    moved = (None, None) if running is None else running[:2]
+    weight = weight if weight is None else weight.contiguous()
+    step = 0.0 if running is None else running.step
+    step = step.to(std.dtype) if isinstance(step, Tensor) else float(step)
     with torch.cuda.device_of(std):
         triton_rows.normaliser_rows[(-(-std.shape[1] // width),)](
-            *_row(mean), *_row(std), *_values(n), weight, *moved, out, *std.shape,
-            math.sqrt(eps), float(step), ROWS=height, COLUMNS=width,
+            *_row(mean), *_row(std), *_values(n), weight, *(moved or (None, None)), out,
+            *std.shape, math.sqrt(eps), step, IN_MEMORY=isinstance(step, Tensor),
+            ROWS=height, COLUMNS=width,
         )  # fmt: skip
+    for row in moved:
+        if not row.is_inference():  # a graph that has saved them must know
+            increment_version(row)
     return out[0], out[1]
 
 

@@ -119,13 +119,13 @@ def pool(rows, out, members, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 @triton.jit(do_not_specialize=["count", "channels", "rows"])
 def normaliser_rows(
     mean, mean_stride, std, std_stride, n, n_stride, count, weight, running_mean, running_var, out,
-    rows, channels, root, step, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    rows, channels, root, step, IN_MEMORY: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Write ``rho = 1 / sqrt(std**2 + root**2)`` and ``rho * weight``; move running statistics.
 
     `out` is ``[2, rows, channels]``. The running ones, if there are any, move a share `step`
-    towards the averages of means and of unbiased variances, of a row's `n` values or `count`.
-    Without a `weight`, it is 1.
+    towards the averages of means and of unbiased variances, of a row's `n` values or `count`;
+    `step` is a number, or IN_MEMORY where one is. Without a `weight`, it is 1.
     """
     dtype = out.dtype.element_ty
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
@@ -138,8 +138,9 @@ def normaliser_rows(
         deviation = tl.load(std + row * std_stride + column, mask=exists, other=0)
         # The square of a deviation that fits the dtype may not. No maximum: it would hide a NaN.
         larger = tl.where(deviation > root, deviation, root)
-        ratio = tl.where(deviation > root, root, deviation) / tl.where(larger == 0, 1, larger)
-        rho = 1 / (larger * tl.sqrt(1 + ratio * ratio))
+        smaller = tl.where(deviation > root, root, deviation)
+        ratio = tl.div_rn(smaller, tl.where(larger == 0, 1, larger))
+        rho = tl.div_rn(1.0, larger * tl.sqrt_rn(1 + ratio * ratio))
         place = row * channels + column
         tl.store(out + place, rho, mask=exists)
         if weight is not None:
@@ -151,6 +152,8 @@ def normaliser_rows(
             less = values - 1
             variances += deviation * deviation * (values / tl.where(less < 1, 1, less))
     if running_mean is not None:
+        if IN_MEMORY:
+            step = tl.load(step)
         average = tl.sum(means, axis=0, keep_dims=True) / rows
         _move(running_mean + column, average, step, exist)
         average = tl.sum(variances, axis=0, keep_dims=True) / rows
