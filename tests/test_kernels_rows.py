@@ -119,6 +119,13 @@ def test_pooled_rows(members: int, channels: int, dtype: torch.dtype) -> None:
     torch.testing.assert_close(got, want, rtol=1e-6 if dtype == torch.float32 else 1e-12, atol=0)
 
 
+def test_more_rows_than_one_program_can_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a tile that is larger than Triton takes, as 2,000 ranks would ask for."""
+    monkeypatch.setattr(triton_module, "MERGED", 8)
+    rows = torch.rand(2, 9, 7, device=DEVICE)
+    torch.testing.assert_close(TRITON.pool(rows), REFERENCE.pool(rows), rtol=0, atol=0)
+
+
 @pytest.mark.filterwarnings("ignore:invalid value")  # from the interpreter
 def test_a_rejected_row_rejects_its_pool() -> None:
     """Catches a pool that hides the rejection of one of its members."""

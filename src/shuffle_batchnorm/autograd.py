@@ -111,16 +111,17 @@ def _gradients(
     """
     kernel = kernels.select(x)
     total, dot = kernel.block_grad_sums(dy, x, sizes, used.mean, used.rho, way.users)
-    if isinstance(source.values, Tensor):
+    n = source.values
+    if isinstance(n, Tensor):
         dweight, dbias, weighted = kernel.user_rows(total, dot, weight)
         total, dot = sums_of_sources(weighted, plan, world)
-        b, c = kernel.slopes(total, dot, source.rho, source.factor, source.values)
+        if not needs_dx:
+            return None, dweight, dbias
+        b, c = kernel.slopes(total, dot, source.rho, source.factor, n)
     else:
-        dweight, dbias, b, c = kernel.gradient_rows(
-            total, dot, source.rho, source.factor, source.values
-        )
-    if not needs_dx:
-        return None, dweight, dbias
+        dweight, dbias, b, c = kernel.gradient_rows(total, dot, source.rho, source.factor, n)
+        if not needs_dx:
+            return None, dweight, dbias
     dx = kernel.block_grad_affine(
         dy, x, sizes, used.factor, b, source.mean, c, way.users, way.pools
     )

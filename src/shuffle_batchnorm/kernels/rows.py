@@ -27,6 +27,11 @@ class Pools(NamedTuple):
     dealt: Order
     owners: Order
 
+    @property
+    def members(self) -> int:
+        """The blocks of each pool."""
+        return len(self.dealt) // self.number
+
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype of all sums and statistics of `x`: float64 for float64, else float32."""
@@ -70,8 +75,9 @@ def pool_sum(sums: Tensor, pools: Pools | None) -> Tensor:
     if pools is None:
         return sums
     dealt = take(sums, pools.dealt)
-    members = len(pools.dealt) // pools.number
-    return dealt if members == 1 else dealt.view(pools.number, members, -1).sum(dim=1)
+    if pools.members == 1:
+        return dealt
+    return dealt.view(pools.number, pools.members, -1).sum(dim=1)
 
 
 def take(rows: Tensor, order: Order | None) -> Tensor:
@@ -110,7 +116,7 @@ def pool_moments(
     if pools is None:
         return mean, std
     rows = take(torch.cat([counts(sizes, 1, mean), mean, std], dim=1), pools.dealt)
-    shape = pools.number, len(pools.dealt) // pools.number, rows.shape[1]
+    shape = pools.number, pools.members, rows.shape[1]
     pooled = pool(rows.view(shape)).flatten(0, 1)
     _, mean, std = pooled.split_with_sizes((1, mean.shape[1], mean.shape[1]), dim=1)
     return mean, std

@@ -14,13 +14,14 @@ from torch.autograd.graph import increment_version
 from . import small, triton_kernels, triton_rows
 from .layouts import as_layout, layout
 from .rows import Pools, Sizes, accumulation_dtype, constant, pool_moments
+from .rows import pool as pool_rows
 from .small import Running
 from .triton_tiles import MERGED, elementwise, merge_tile, reduction, row_tile
 
 
 def block_moments(x: Tensor, sizes: Sizes, pools: Pools | None = None) -> tuple[Tensor, Tensor]:
     """See `reference.block_moments`."""
-    members = 1 if pools is None else len(pools.dealt) // pools.number
+    members = 1 if pools is None else pools.members
     if members > MERGED:
         return pool_moments(*block_moments(x, sizes), sizes, pools)
     x, lines = layout(x)
@@ -35,12 +36,12 @@ def block_moments(x: Tensor, sizes: Sizes, pools: Pools | None = None) -> tuple[
             x, starts, out, blocks * channels, splits=splits, SPLIT=merges, **tiles.arguments
         )
         if merges:
-            number, dealt = (blocks, range(blocks)) if pools is None else pools[:2]
+            number, dealt = _dealt(pools, blocks, x)
             parts, out = out, out.new_empty(2, number, channels)
             height, width = merge_tile(splits * members)
             triton_rows.merge_moments[(number * -(-channels // width),)](
-                parts, constant(tuple(dealt), torch.int64, x), out, blocks * channels, channels,
-                splits, members, ROWS=height, COLUMNS=width,
+                parts, dealt, out, blocks * channels, channels, splits, members,
+                ROWS=height, COLUMNS=width,
             )  # fmt: skip
     return out[0], out[1]
 
@@ -73,13 +74,13 @@ def block_grad_sums(
             out, rows[0] * rows[1], splits=tiles.splits, **tiles.arguments,
         )  # fmt: skip
         if tiles.splits > 1 or pools is not None:
-            number, dealt = (rows[0], range(rows[0])) if pools is None else pools[:2]
+            number, dealt = _dealt(pools, rows[0], x)
             parts, out = out, out.new_empty(2, 1, number, rows[1])
-            members = len(dealt) // number
+            members = rows[0] // number
             height, width = row_tile(tiles.splits * members)
             triton_rows.merge_sums[(2 * number * -(-rows[1] // width),)](
-                parts, constant(tuple(dealt), torch.int64, x), out, rows[0] * rows[1], rows[1],
-                tiles.splits, members, number, ROWS=height, COLUMNS=width,
+                parts, dealt, out, rows[0] * rows[1], rows[1], tiles.splits, members, number,
+                ROWS=height, COLUMNS=width,
             )  # fmt: skip
     return out[0, 0], out[1, 0]
 
@@ -131,11 +132,12 @@ def normaliser_rows(
 
 
 def pool(rows: Tensor) -> Tensor:
-    """See `rows.pool`."""
-    rows = rows.contiguous()
+    """See `rows.pool`. More rows than one program can merge go there."""
     pools, members, numbers = rows.shape
-    out = rows.new_empty(pools, 1, numbers)
-    height, width = row_tile(members)
+    if members > MERGED:
+        return pool_rows(rows)
+    rows, out = rows.contiguous(), rows.new_empty(pools, 1, numbers)
+    height, width = merge_tile(members)
     with torch.cuda.device_of(rows):
         triton_rows.pool[(pools * -(-(numbers // 2) // width),)](
             rows, out, members, numbers // 2, ROWS=height, COLUMNS=width
@@ -210,6 +212,12 @@ def _affine(
             x.shape[0], **tiles.arguments,
         )  # fmt: skip
     return y
+
+
+def _dealt(pools: Pools | None, blocks: int, like: Tensor) -> tuple[int, Tensor]:
+    """Return the number of pools, and their blocks in order; without pools each block is one."""
+    number, dealt = (blocks, tuple(range(blocks))) if pools is None else pools[:2]
+    return number, constant(dealt, torch.int64, like)
 
 
 def _owners(pools: Pools | None, like: Tensor) -> Tensor | None:

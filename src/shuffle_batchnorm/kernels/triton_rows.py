@@ -33,11 +33,7 @@ def merge_moments(
     squares = tl.load(parts + size + offsets, mask=exists, other=0).to(tl.float64)
     count = tl.load(parts + 2 * size + offsets, mask=exists, other=0).to(tl.float64)
 
-    share = count / tl.maximum(tl.sum(count, axis=0, keep_dims=True), 1)
-    merged = tl.sum(share * mean, axis=0, keep_dims=True)
-    distance = mean - merged
-    squares = squares / tl.maximum(count, 1) + distance * distance
-    std = tl.sqrt(tl.sum(share * squares, axis=0, keep_dims=True))
+    _, merged, std = _merge(count, mean, squares / tl.maximum(count, 1))
     place = pool * channels + column
     pools = tl.num_programs(0) // tiles
     tl.store(out + place, merged.to(dtype), mask=column < channels)
@@ -75,45 +71,39 @@ def merge_sums(
 
 @triton.jit(do_not_specialize=["members", "channels"])
 def pool(rows, out, members, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Pool rows by Chan's formula, in float64: ``[R, members, 2 * channels + 1]``.
+    """Pool rows ``[R, members, 2 * channels + 1]`` to ``[R, 1, 2 * channels + 1]``, all at once.
 
-    `out` is ``[R, 1, 2 * channels + 1]``. A row is count, means, standard deviations.
+    A row is count, means, standard deviations. In float64, as in `merge_moments`.
     """
     dtype = out.dtype.element_ty
     tiles = tl.cdiv(channels, COLUMNS)
     which = (tl.program_id(0) // tiles).to(tl.int64)
     column = tl.program_id(0) % tiles * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     exist = column < channels
+    row = tl.arange(0, ROWS)[:, None]
+    there = row < members
     numbers = 2 * channels + 1
-    rows += which * members * numbers
-    counts = tl.zeros([ROWS, 1], tl.float64)
-    for first in range(0, members, ROWS):
-        row = first + tl.arange(0, ROWS)[:, None]
-        counts += tl.load(rows + row * numbers, mask=row < members, other=0).to(tl.float64)
-    total = tl.sum(counts, axis=0, keep_dims=True)
-    whole = tl.where(total > 1, total, 1)  # also where a row was rejected
-    means = tl.zeros([ROWS, COLUMNS], tl.float64)
-    for first in range(0, members, ROWS):
-        row = first + tl.arange(0, ROWS)[:, None]
-        place = rows + row * numbers
-        share = tl.load(place, mask=row < members, other=0).to(tl.float64) / whole
-        mean = tl.load(place + 1 + column, mask=(row < members) & exist, other=0)
-        means += share * mean.to(tl.float64)
-    pooled = tl.sum(means, axis=0, keep_dims=True)
-    variances = tl.zeros([ROWS, COLUMNS], tl.float64)
-    for first in range(0, members, ROWS):
-        row = first + tl.arange(0, ROWS)[:, None]
-        exists = (row < members) & exist
-        place = rows + row * numbers
-        share = tl.load(place, mask=row < members, other=0).to(tl.float64) / whole
-        mean = tl.load(place + 1 + column, mask=exists, other=0).to(tl.float64)
-        std = tl.load(place + 1 + channels + column, mask=exists, other=0).to(tl.float64)
-        variances += share * (std * std + (mean - pooled) * (mean - pooled))
-    std = tl.sqrt(tl.sum(variances, axis=0, keep_dims=True))
+    place = rows + (which * members + row) * numbers
+    count = tl.load(place, mask=there, other=0).to(tl.float64)
+    mean = tl.load(place + 1 + column, mask=there & exist, other=0).to(tl.float64)
+    std = tl.load(place + 1 + channels + column, mask=there & exist, other=0).to(tl.float64)
+
+    total, merged, std = _merge(count, mean, std * std)
     out += which * numbers
     tl.store(out + column * 0, total.to(dtype), mask=column == 0)
-    tl.store(out + 1 + column, pooled.to(dtype), mask=exist)
+    tl.store(out + 1 + column, merged.to(dtype), mask=exist)
     tl.store(out + 1 + channels + column, std.to(dtype), mask=exist)
+
+
+@triton.jit
+def _merge(count, mean, variance):
+    """Merge rows of moments by Chan's formula: return count, mean and standard deviation."""
+    total = tl.sum(count, axis=0, keep_dims=True)
+    share = count / tl.maximum(total, 1)  # 1 also where a row was rejected
+    merged = tl.sum(share * mean, axis=0, keep_dims=True)
+    distance = mean - merged
+    std = tl.sqrt(tl.sum(share * (variance + distance * distance), axis=0, keep_dims=True))
+    return total, merged, std
 
 
 @triton.jit(do_not_specialize=["count", "channels", "rows"])
@@ -135,7 +125,7 @@ def normaliser_rows(
     for first in range(0, rows, ROWS):
         row = first + tl.arange(0, ROWS)[:, None]
         exists = (row < rows) & exist
-        deviation = tl.load(std + row * std_stride + column, mask=exists, other=0)
+        deviation = _load(std, std_stride, row, column, exists)
         # The square of a deviation that fits the dtype may not. No maximum: it would hide a NaN.
         larger = tl.where(deviation > root, deviation, root)
         smaller = tl.where(deviation > root, root, deviation)
@@ -147,7 +137,7 @@ def normaliser_rows(
             rho *= tl.load(weight + column, mask=exist, other=0).to(dtype)
         tl.store(out + rows * channels + place, rho, mask=exists)
         if running_mean is not None:
-            means += tl.load(mean + row * mean_stride + column, mask=exists, other=0)
+            means += _load(mean, mean_stride, row, column, exists)
             values = _values(n, n_stride, count, row, rows, dtype)
             less = values - 1
             variances += deviation * deviation * (values / tl.where(less < 1, 1, less))
@@ -168,6 +158,12 @@ def _move(running, new, step, exist):
     # As torch does it: all the way is exactly there.
     moved = tl.where(step < 0.5, old + step * distance, new - distance * (1 - step))
     tl.store(running, moved.to(running.dtype.element_ty), mask=exist)
+
+
+@triton.jit
+def _load(rows, stride, row, column, exists):
+    """Load a tile of rows."""
+    return tl.load(rows + row * stride + column, mask=exists, other=0)
 
 
 @triton.jit
@@ -195,8 +191,8 @@ def user_rows(
     for first in range(0, rows, ROWS):
         row = first + tl.arange(0, ROWS)[:, None]
         exists = (row < rows) & exist
-        totals = tl.load(total + row * total_stride + column, mask=exists, other=0)
-        dots = tl.load(dot + row * dot_stride + column, mask=exists, other=0)
+        totals = _load(total, total_stride, row, column, exists)
+        dots = _load(dot, dot_stride, row, column, exists)
         weights += dots
         biases += totals
         if weight is not None:
@@ -227,12 +223,12 @@ def slopes(
     for first in range(0, rows, ROWS):
         row = first + tl.arange(0, ROWS)[:, None]
         exists = (row < rows) & exist
-        totals = tl.load(total + row * total_stride + column, mask=exists, other=0)
-        dots = tl.load(dot + row * dot_stride + column, mask=exists, other=0)
-        inverse = tl.load(rho + row * rho_stride + column, mask=exists, other=0)
+        totals = _load(total, total_stride, row, column, exists)
+        dots = _load(dot, dot_stride, row, column, exists)
+        inverse = _load(rho, rho_stride, row, column, exists)
         values = _values(n, n_stride, count, row, rows, dtype)
         values = tl.where(values < 1, 1, values)
-        step = tl.load(factor + row * factor_stride + column, mask=exists, other=0) / -values
+        step = _load(factor, factor_stride, row, column, exists) / -values
         place = row * channels + column
         tl.store(out + place, step * dots * inverse, mask=exists)
         tl.store(out + rows * channels + place, step * totals, mask=exists)
