@@ -17,6 +17,7 @@ from shuffle_batchnorm import (
     ShuffledEncoder,
     batch_shuffle,
     batch_unshuffle,
+    notices,
     set_shuffle_state,
 )
 from shuffle_batchnorm.permutations import Key, make_route
@@ -440,6 +441,22 @@ def _encoder_with_layers_of_another_group() -> Any:
     return encoder(_x())
 
 
+def _encoder_whose_ranks_look_at_once() -> Any:
+    """Both ranks find the other waiting before either says so; rank 0 has the last word."""
+    report = notices.report_failure
+    # Ranks look every two seconds: each finds the other first, and then rank 1 reports before rank 0.
+    delays = [[4.6], [2.2]][dist.get_rank()]
+
+    def report_late(world: Any, message: str) -> None:
+        if message.startswith("ranks wait") and delays:
+            time.sleep(delays.pop())
+        report(world, message)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(notices, "report_failure", report_late)
+        return _encoder_with_layers_of_another_group()
+
+
 DEADLOCKS = {
     _index_as_plan_of_another_group: (0, "plan must be what batch_shuffle returned, got Tensor"),
     _nothing_as_plan_of_another_group: (
@@ -448,6 +465,7 @@ DEADLOCKS = {
     ),
     _plans_of_different_groups: (0, "ranks wait for each other in different process groups: rank"),
     _encoder_with_layers_of_another_group: (1, "out of luck"),
+    _encoder_whose_ranks_look_at_once: (1, "out of luck"),
 }
 
 

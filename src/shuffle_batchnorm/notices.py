@@ -139,10 +139,18 @@ def raise_if_a_peer_failed(world: World, call: str) -> None:
     exchange, rank, message = notice.split(maxsplit=2)
     # A rank that raised together with its peer, and goes on, expects the same of the peer.
     if int(exchange) > _state(world).failed_at:
-        # For good: the peer may withdraw its notice, and then wait for this rank, which has gone.
         reason = f"{call}: rank {rank} stopped: {message}"
-        _store().set(_key(world, "left"), f"{_state(world).exchanges} {world.rank} {reason}")
+        _leave(world, reason)
         raise RuntimeError(reason)
+
+
+def _leave(world: World, reason: str) -> None:
+    """Note for good that this rank leaves an exchange before its end.
+
+    A peer may withdraw its own notice, or have written it over another, and then wait for this
+    rank, which has gone.
+    """
+    _store().set(_key(world, "left"), f"{_state(world).exchanges} {world.rank} {reason}")
 
 
 def raise_if_a_peer_compares(world: World) -> None:
@@ -192,6 +200,7 @@ def raise_if_a_peer_waits_elsewhere(world: World, call: str) -> None:
         )
         for group in (other, world):  # peers may come here later
             report_failure(group, message)
+        _leave(world, message)
         raise RuntimeError(f"{call}: {message}")
 
 
