@@ -444,7 +444,7 @@ def _encoder_with_layers_of_another_group() -> Any:
 def _encoder_whose_ranks_look_at_once() -> Any:
     """Both ranks find the other waiting before either says so; rank 0 has the last word."""
     report = notices.report_failure
-    # Ranks look every two seconds: each finds the other first, and then rank 1 reports before rank 0.
+    # Ranks look every two seconds: each finds the other first, then rank 1 reports, then rank 0.
     delays = [[4.6], [2.2]][dist.get_rank()]
 
     def report_late(world: Any, message: str) -> None:
