@@ -2,6 +2,7 @@
 
 import math
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Callable
@@ -131,6 +132,27 @@ def test_float64_has_infinite_variances_without_fused_arithmetic(capability: str
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "True"
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
+@pytest.mark.parametrize("layout", ["contiguous_format", "channels_last"])
+def test_a_loop_over_a_layer_gets_no_new_pages(layout: str) -> None:
+    """Catches memory that glibc returns at every step and asks for again, page by page."""
+    program = (
+        "import resource, torch; from shuffle_batchnorm import ShuffleBatchNorm;"
+        "torch.set_num_threads(1); layer = ShuffleBatchNorm(256, mode='local', groups=8);"
+        f"x = torch.randn(32, 256, 14, 14).contiguous(memory_format=torch.{layout});"
+        "step = lambda: layer(x.requires_grad_()).sum().backward() or setattr(x, 'grad', None);"
+        "pages = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt;"
+        "[step() for _ in range(5)]; before = pages(); [step() for _ in range(20)];"
+        "print((pages() - before) * resource.getpagesize() / 20 / x.untyped_storage().nbytes())"
+    )
+    # A threshold set by hand stays as it is.
+    environment = {name: value for name, value in os.environ.items() if "MALLOC" not in name}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
+    assert float(done.stdout) < 0.5, "new memory per step, as a share of the input's"
 
 
 class _Largest(TorchDispatchMode):
