@@ -46,7 +46,7 @@ format: setup ## mend what can be mended without thought
 
 # Compiling takes long, so the layer has two shapes there, and MoCo is left out.
 bench: setup ## measure layers, steps, exchanges, shuffles; print targets, draw docs/*_speed.png: 10 minutes
-	$(BIN)/python benchmarks/bench_layer.py --seconds 5 --save
+	$(BIN)/python benchmarks/bench_layer.py --seconds 4 --save
 	$(BIN)/python benchmarks/bench_layer.py --channels-last --seconds 2 --memory-batch 0 \
 		--save layer_channels_last
 	$(BIN)/python benchmarks/bench_layer.py --compiled --shapes 64x112x112 256x14x14 \
@@ -55,11 +55,11 @@ bench: setup ## measure layers, steps, exchanges, shuffles; print targets, draw 
 		--seconds 3 --memory-batch 0 --save layer_channels_last_compiled
 	$(BIN)/python benchmarks/bench_layer.py --ranks 2 --groups 1 --shapes 64x56x56 512x7x7 \
 		--seconds 5 --save layer_ranks
-	$(BIN)/python benchmarks/bench_step.py --seconds 12 --save
+	$(BIN)/python benchmarks/bench_step.py --floor --seconds 9 --save
 	$(BIN)/python benchmarks/bench_step.py --compiled --steps supervised --bn swap regroup \
-		--groups 1 --seconds 30 --save
-	$(BIN)/python benchmarks/bench_exchange.py --rounds 61 --save
-	$(BIN)/python benchmarks/bench_batch_shuffle.py --rounds 61 --save
+		--groups 1 --batch 64 --seconds 30 --save
+	$(BIN)/python benchmarks/bench_exchange.py --rounds 31 --save
+	$(BIN)/python benchmarks/bench_batch_shuffle.py --rounds 41 --save
 	$(BIN)/python benchmarks/targets.py
 	$(BIN)/python docs/draw_benchmarks.py
 

@@ -134,7 +134,7 @@ def step(scale: Scale) -> tuple[list[Row], list[Target]]:
     place = Place(0, 1, torch.device(scale.device), StopRequest(), None)
     options = bench_step.Options(
         ["supervised"], ["regroup"], scale.network, scale.step_batch, scale.image_size,
-        scale.groups[-1], scale.compiled, True, True, 10 * scale.seconds, scale.rounds,
+        scale.groups[-1], scale.compiled, True, True, False, 10 * scale.seconds, scale.rounds,
     )  # fmt: skip
     rows = bench_step.measure(place, options)
     bench_step.print_rows(rows)

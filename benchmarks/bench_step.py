@@ -1,14 +1,14 @@
 """Whole training steps of ResNet-18 on gloo ranks, eager or compiled, by kind of batch norm.
 
-    python benchmarks/bench_step.py [--ranks 2] [--compiled] [--steps moco] [--save [NAME]]
+    python benchmarks/bench_step.py [--ranks 2] [--compiled] [--steps moco] [--floor] [--save]
 
 `moco` is a step of MoCo: queries forward and backward, keys forward, loss against the queue, moving
 the key encoder, SGD; `--bn` is the key encoder's. `supervised` is a step of a classifier all of
-whose layers are converted, against nn.BatchNorm2d. On several ranks there is also nn.BatchNorm2d
-that gets one number from a peer in each direction of each layer, to wait for it as all must that
+whose layers are converted, against nn.BatchNorm2d; with `--floor`, on several ranks, also against
+one that gets a number from a peer in each direction of each layer, to wait for it as all must that
 share statistics. Both under DistributedDataParallel, one thread per rank. Prints, as a ratio
 to `local` and to nn.BatchNorm2d, median and, in brackets, 20 and 80 percent points; and what
-compiling took. `--save` writes benchmarks/results/NAME.json (step, or step_compiled).
+compiling took. `--save NAME` writes benchmarks/results/NAME.json (step, or step_compiled).
 """
 
 import argparse
@@ -50,6 +50,7 @@ class Options(NamedTuple):
     compiled: bool
     bf16: bool
     channels_last: bool
+    floor: bool
     seconds: float
     rounds: int
 
@@ -72,7 +73,7 @@ def _measure_step(place: Place, options: Options, step: str) -> list[Row]:
     shape = options.batch, 3, options.size, options.size
     views = [torch.randn(shape, device=device).contiguous(memory_format=layout) for _ in "12"]
     labels = torch.randint(CLASSES, (options.batch,), device=device)
-    names = options.bn if step == "moco" else _layers(options.bn, place)
+    names = options.bn if step == "moco" else _layers(options, place)
     runs: dict[str, Callable[[], None]] = {}
     first_call: dict[str, float] = {}
     peaks: dict[str, int] = {}
@@ -123,9 +124,9 @@ def _measure_step(place: Place, options: Options, step: str) -> list[Row]:
     ]
 
 
-def _layers(names: list[str], place: Place) -> list[str]:
-    peers = [PLAIN, IN_STEP] if place.world_size > 1 else [PLAIN]
-    return peers + [bn for bn in names if bn != "batch-shuffle"]
+def _layers(options: Options, place: Place) -> list[str]:
+    peers = [PLAIN, IN_STEP] if options.floor and place.world_size > 1 else [PLAIN]
+    return peers + [bn for bn in options.bn if bn != "batch-shuffle"]
 
 
 def _moco(options: Options, bn: str) -> nn.Module:
@@ -207,6 +208,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--compiled", action="store_true")
     parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
     parser.add_argument("--channels-last", action="store_true")
+    parser.add_argument("--floor", action="store_true", help="what waiting for a peer costs")
     parser.add_argument("--seconds", type=float, default=30.0, help="per kind of step (default 30)")
     parser.add_argument("--rounds", type=int, default=21, help="at most (default 21)")
     parser.add_argument("--save", nargs="?", const="", metavar="NAME")
@@ -218,7 +220,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = Options(
         arguments.steps, arguments.bn, arguments.network, arguments.batch, arguments.size,
         arguments.groups, arguments.compiled, arguments.bf16, arguments.channels_last,
-        arguments.seconds, arguments.rounds,
+        arguments.floor, arguments.seconds, arguments.rounds,
     )  # fmt: skip
     device = "cuda" if torch.cuda.device_count() >= arguments.ranks else "cpu"
     run = RunConfig(ranks=arguments.ranks, device=device)  # type: ignore[arg-type]

@@ -236,7 +236,7 @@ def _steps_on_ranks() -> list[str]:
     place = Place(dist.get_rank(), 2, torch.device("cpu"), StopRequest(), None)
     options = bench_step.Options(
         ["moco", "supervised"], ["local", "regroup", "batch-shuffle"], "small", 8, 16, 2,
-        False, False, False, 0.0, 3,
+        False, False, False, True, 0.0, 3,
     )  # fmt: skip
     rows = bench_step.measure(place, options)
     assert {row["rounds"] for row in rows} == {3}
