@@ -50,14 +50,14 @@ bench: setup ## measure layers, steps, exchanges, shuffles; print targets, draw 
 	$(BIN)/python benchmarks/bench_layer.py --channels-last --seconds 2 --memory-batch 0 \
 		--save layer_channels_last
 	$(BIN)/python benchmarks/bench_layer.py --compiled --shapes 64x112x112 256x14x14 \
-		--seconds 5 --save layer_compiled
+		--seconds 3 --save layer_compiled
 	$(BIN)/python benchmarks/bench_layer.py --channels-last --compiled --shapes 64x56x56 256x14x14 \
-		--seconds 3 --memory-batch 0 --save layer_channels_last_compiled
+		--seconds 2 --memory-batch 0 --save layer_channels_last_compiled
 	$(BIN)/python benchmarks/bench_layer.py --ranks 2 --groups 1 --shapes 64x56x56 512x7x7 \
-		--seconds 5 --save layer_ranks
-	$(BIN)/python benchmarks/bench_step.py --floor --seconds 9 --save
+		--seconds 4 --save layer_ranks
+	$(BIN)/python benchmarks/bench_step.py --floor --seconds 8 --save
 	$(BIN)/python benchmarks/bench_step.py --compiled --steps supervised --bn swap regroup \
-		--groups 1 --batch 64 --seconds 30 --save
+		--groups 1 --batch 64 --seconds 24 --save
 	$(BIN)/python benchmarks/bench_exchange.py --rounds 31 --save
 	$(BIN)/python benchmarks/bench_batch_shuffle.py --rounds 41 --save
 	$(BIN)/python benchmarks/targets.py
@@ -72,7 +72,7 @@ bench-shuffle: setup ## measure batch_shuffle against an all_gather of all sampl
 bench-trainer: setup ## measure what the trainer adds to a step
 	$(BIN)/python benchmarks/bench_trainer.py $(ARGS)
 
-compare: setup ## the comparison of docs/comparison.md: 25 runs, about half an hour on two cores
+compare: setup ## the comparison of docs/comparison.md: 25 runs, about ten minutes on two cores
 	$(BIN)/shuffle-batchnorm compare --bn local,sync,swap,regroup,batch-shuffle --seeds 0,1,2,3,4 \
 		--ranks 2 --groups 16 --device cpu --output runs/digits $(ARGS)
 

@@ -3,10 +3,11 @@
     python benchmarks/bench_layer.py [--compiled] [--ranks 2] [--channels-last] [--save [NAME]]
 
 Every contestant has its output and gradients checked first. Then all of them run once per round,
-for `--seconds` per shape. Prints the ratios to nn.BatchNorm2d: geometric mean over the shapes,
-largest (and on which shape), and of all layers of a ResNet-50 together; then the peak memory of a
-training step of ResNet-18. `--save` writes benchmarks/results/NAME.json (layer), with the median
-and the 20 and 80 percent points of every shape and stage.
+for `--seconds` per shape; naive torch, which takes as long as all others, in three rounds. Prints
+the ratios to nn.BatchNorm2d: geometric mean over the shapes, largest (and on which shape), and of
+all layers of a ResNet-50 together; then the peak memory of a training step of ResNet-18. `--save`
+writes benchmarks/results/NAME.json (layer), with the median and the 20 and 80 percent points of
+every shape and stage.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from harness import geometric_mean, laps_of, ratios, save, spread
 from meters import peak_memory
-from peers import MODES, PLAIN, SPLIT, check, contestants, staged
+from peers import MODES, NAIVE, PLAIN, SPLIT, check, contestants, staged
 from torch import Tensor, nn
 
 from shuffle_batchnorm import ShuffleBatchNorm
@@ -101,7 +102,7 @@ def _measure_shape(place: Place, options: Options, shape: tuple[int, int, int]) 
         check(name, contestant, x, dy)
         checked[name] = time.perf_counter() - begun
     runs = {name: staged(contestant.layer, x, dy) for name, contestant in field.items()}
-    laps = laps_of(runs, device, options.seconds, 5, options.rounds)
+    laps = laps_of(runs, device, options.seconds, 5, options.rounds, slow=(NAIVE,))
 
     seconds: dict[str, dict[str, list[float]]] = {}
     for name, (stages, host) in laps.items():

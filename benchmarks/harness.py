@@ -8,7 +8,7 @@ import random
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -22,6 +22,7 @@ from shuffle_batchnorm.moco.launch import Place
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+BRIEF = 3  # rounds of a slow contestant
 
 
 def bind(place: Place) -> None:
@@ -111,14 +112,24 @@ def one_stage(run: Callable[[], object], lap: Callable[[], None]) -> None:
 
 
 def laps_of(
-    contestants: Mapping[str, Staged], device: str, seconds: float, least: int, most: int
+    contestants: Mapping[str, Staged],
+    device: str,
+    seconds: float,
+    least: int,
+    most: int,
+    slow: Container[str] = (),
 ) -> dict[str, Laps]:
-    """Time the stages of each contestant once per round, for so many seconds or rounds."""
+    """Time the stages of each contestant once per round, for so many seconds or rounds.
+
+    Those that are slow run in the first `BRIEF` rounds only: they would take most of the time.
+    """
     for run in contestants.values():
         run(lambda: None)
     laps: dict[str, Laps] = {name: Laps([], []) for name in contestants}
     for number in rounds_within(seconds, least, most):
         for name, run in _order(number, contestants):
+            if name in slow and number >= BRIEF:
+                continue
             if dist.is_initialized():
                 dist.barrier()  # so that no contestant waits for a rank that the last one held up
             stopwatch = Stopwatch(device)
@@ -158,8 +169,8 @@ def spread(values: list[float]) -> Spread:
 
 
 def ratios(mine: list[float], others: list[float]) -> Spread:
-    """One contestant's time over another's, round by round."""
-    return spread([a / b for a, b in zip(mine, others, strict=True)])
+    """One contestant's time over another's, round by round, as far as both ran."""
+    return spread([a / b for a, b in zip(mine, others, strict=False)])
 
 
 def geometric_mean(values: Iterable[float]) -> float:

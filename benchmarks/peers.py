@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from shuffle_batchnorm import ShuffleBatchNorm, kernels
 from shuffle_batchnorm.kernels import reference
 
-PLAIN, SPLIT = "nn.BatchNorm2d", "split-BN view"
+PLAIN, SPLIT, NAIVE = "nn.BatchNorm2d", "split-BN view", "naive torch"
 IN_STEP = f"{PLAIN}, in step"
 MODES = ("local", "swap", "regroup")
 
@@ -176,7 +176,7 @@ def contestants(
         if count > 1 and not channels_last:
             truth = Interleaved(ours("local", count).truth, count)
             found[SPLIT] = Contestant(SplitBatchNorm(channels, count), truth)
-    return found | {"naive torch": Contestant(NaiveBatchNorm(channels), plain)}
+    return found | {NAIVE: Contestant(NaiveBatchNorm(channels), plain)}
 
 
 def check(name: str, contestant: Contestant, x: Tensor, dy: Tensor) -> None:

@@ -196,6 +196,8 @@ def test_laps_are_those_of_each_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {"".join(sorted(names)) for names in rounds} == {"abc"}
     assert len(set(rounds)) == 6, "all orders"
     assert [len(laps[name].stages) for name in "abc"] == [20, 20, 20]
+    laps = harness.laps_of(runs, "cpu", 0.0, least=5, most=5, slow="b")
+    assert [len(laps[name].stages) for name in "abc"] == [5, 3, 5]
 
 
 def _barriers() -> int:
