@@ -122,8 +122,8 @@ def step_figure() -> Figure | None:
         for row in record["rows"]:
             how = "compiled" if row["compiled"] else "eager"
             ranks = "one rank" if row["ranks"] == 1 else f"{row['ranks']} ranks"
-            batch = f"{ranks}, {row['images'][0]} images, groups={row['groups']}"
-            title = f"{row['step']} step of {row['network']}, {how}, {batch}"
+            batch = f"{ranks}, {row['images'][0]} images each, groups={row['groups']}"
+            title = f"{row['step']} step of {row['network']}, {how}\n{batch}"
             panels.setdefault(title, []).append(row)
     if not panels:
         return None
