@@ -123,7 +123,10 @@ def _measure_shape(place: Place, options: Options, shape: tuple[int, int, int]) 
             "first_call": checked[name],
             **{stage: spread(values) for stage, values in stages.items()},
             "ratios": {
-                peer: {stage: ratios(stages[stage], seconds[peer][stage]) for stage in stages}
+                peer: {
+                    stage: ratios(values, seconds[peer][stage][: len(values)])  # as far as it ran
+                    for stage, values in stages.items()
+                }
                 for peer in peers
             },
         }

@@ -169,8 +169,8 @@ def spread(values: list[float]) -> Spread:
 
 
 def ratios(mine: list[float], others: list[float]) -> Spread:
-    """One contestant's time over another's, round by round, as far as both ran."""
-    return spread([a / b for a, b in zip(mine, others, strict=False)])
+    """One contestant's time over another's, round by round."""
+    return spread([a / b for a, b in zip(mine, others, strict=True)])
 
 
 def geometric_mean(values: Iterable[float]) -> float:
