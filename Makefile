@@ -12,7 +12,7 @@ STAMP := $(VENV)/.setup
 # The machine with a GPU may have torch in a Python of its own and no .venv.
 GPU_PYTHON ?= $(if $(wildcard $(STAMP)),$(BIN)/python,$(PYTHON))
 # Named, since to collect the others takes the extra `train`.
-GPU_TESTS := $(shell grep -l 'mark\.gpu' tests/*.py)
+GPU_TESTS := $(shell grep -rl --include=*.py 'mark\.gpu' tests)
 
 .PHONY: help setup demo test lint format bench bench-exchange bench-shuffle bench-trainer compare gpu-check docs clean
 

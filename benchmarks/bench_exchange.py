@@ -24,11 +24,11 @@ from harness import ratios, save, seconds_of, spread
 from meters import received_messages
 from torch import Tensor
 
-from shuffle_batchnorm import process_groups
-from shuffle_batchnorm.mixing import Options, make_plan, rotation
+from shuffle_batchnorm.comm.world import resolve
 from shuffle_batchnorm.moco.config import RunConfig
-from shuffle_batchnorm.moco.launch import Place, launch
-from shuffle_batchnorm.statistics import mix, mix_gradients
+from shuffle_batchnorm.moco.ranks.launch import Place, launch
+from shuffle_batchnorm.norm.mixing import Options, make_plan, rotation
+from shuffle_batchnorm.norm.statistics import mix, mix_gradients
 
 SEED, SYNC_BN = "seed", "SyncBatchNorm"
 MODES = ("swap", "regroup", "sync")
@@ -65,7 +65,7 @@ def _bare_send(row: Tensor) -> None:
 
 def _contestants(channels: int) -> tuple[Contestants, Contestants]:
     """What each does in one layer forward, and backward."""
-    world = process_groups.resolve(None)
+    world = resolve(None)
     row, sums = torch.rand(2 * channels + 1), torch.rand(2 * channels)
     row[0] = 32 * 49  # a count
     forward: Contestants = {SEED: partial(_seed, row), SYNC_BN: partial(_gathered, row)}

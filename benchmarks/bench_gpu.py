@@ -31,8 +31,8 @@ from torch import Tensor, nn
 
 from shuffle_batchnorm import ShuffleBatchNorm
 from shuffle_batchnorm.moco.config import RunConfig
-from shuffle_batchnorm.moco.launch import Place, launch
-from shuffle_batchnorm.moco.spawn import StopRequest
+from shuffle_batchnorm.moco.ranks.launch import Place, launch
+from shuffle_batchnorm.moco.ranks.spawn import StopRequest
 
 Row = dict[str, Any]
 

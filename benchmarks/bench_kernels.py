@@ -7,7 +7,7 @@ activations that a kernel can't do without: `block_moments` one read, `block_aff
 write, `block_grad_sums` two reads, `block_grad_affine` two reads and a write; a share of 1 moves as
 many bytes per second as the copy. Each kernel's result is compared with the reference's first.
 Prints the smallest share over the shapes, median of its rounds. `--save` writes
-benchmarks/results/kernels.json.
+benchmarks/results/select.json.
 """
 
 import argparse
@@ -19,8 +19,8 @@ import torch
 from harness import laps_of, one_stage, save, spread
 from torch import Tensor
 
-from shuffle_batchnorm import kernels
-from shuffle_batchnorm.kernels import Kernels, reference
+from shuffle_batchnorm.kernels import reference, select
+from shuffle_batchnorm.kernels.select import Kernels
 
 COPY = "copy"
 # Reads and writes of activations; a copy has two.
@@ -66,7 +66,7 @@ def _measure_tensor(
             _check(name, call, x)
         runs = {COPY: partial(one_stage, lambda: out.copy_(x))}
         runs |= {
-            name: partial(one_stage, partial(call, kernels.select(x)))
+            name: partial(one_stage, partial(call, select.select(x)))
             for name, call in calls.items()
         }
         laps = laps_of(runs, device, options.seconds, 3, options.rounds)
@@ -109,7 +109,7 @@ def _calls(x: Tensor, dy: Tensor, sizes: tuple[int, ...]) -> dict[str, Callable[
 
 def _check(name: str, call: Callable[[Kernels], Any], x: Tensor) -> None:
     """Raise unless a kernel gives what the reference gives."""
-    got, want = call(kernels.select(x)), call(reference)
+    got, want = call(select.select(x)), call(reference)
     for mine, true in zip(*(r if isinstance(r, tuple) else (r,) for r in (got, want)), strict=True):
         tolerance = 3e-2 if mine.dtype in (torch.bfloat16, torch.float16) else 2e-4
         error = float((mine.float() - true.float()).abs().max() / true.float().abs().max())
@@ -145,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--blocks", type=int, nargs="+", default=[1, 8, 64] if cuda else [1, 8])
     parser.add_argument("--seconds", type=float, default=3.0, help="per tensor and blocks")
     parser.add_argument("--rounds", type=int, default=21, help="at most")
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/kernels.json")
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/select.json")
     arguments = parser.parse_args(argv)
     options = Options(
         [tuple(map(int, text.split("x"))) for text in arguments.shapes],

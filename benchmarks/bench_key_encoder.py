@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from shuffle_batchnorm import ShuffleBatchNorm, ShuffledEncoder, batch_shuffle, batch_unshuffle
 from shuffle_batchnorm.moco.config import RunConfig
-from shuffle_batchnorm.moco.launch import Place, launch
 from shuffle_batchnorm.moco.networks import make_backbone
+from shuffle_batchnorm.moco.ranks.launch import Place, launch
 
 IMAGES = (16, 3, 64, 64)
 

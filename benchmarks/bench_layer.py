@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from shuffle_batchnorm import ShuffleBatchNorm
 from shuffle_batchnorm.moco.config import RunConfig
-from shuffle_batchnorm.moco.launch import Place, launch
 from shuffle_batchnorm.moco.networks import make_backbone
+from shuffle_batchnorm.moco.ranks.launch import Place, launch
 
 STAGES = ("forward", "backward", "both", "host")  # host: on a GPU, until all is issued
 Row = dict[str, Any]

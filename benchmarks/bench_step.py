@@ -29,10 +29,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from shuffle_batchnorm import ShuffleBatchNorm
 from shuffle_batchnorm.moco.config import NetworkConfig, NormConfig, RunConfig
-from shuffle_batchnorm.moco.launch import Place, launch
 from shuffle_batchnorm.moco.model import MoCo
 from shuffle_batchnorm.moco.networks import make_backbone, make_encoder
 from shuffle_batchnorm.moco.normalisation import normalise_key, normalise_query
+from shuffle_batchnorm.moco.ranks.launch import Place, launch
 
 CLASSES = 100
 Row = dict[str, Any]

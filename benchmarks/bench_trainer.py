@@ -21,9 +21,9 @@ from typing import Any
 import torch
 
 from shuffle_batchnorm.moco.config import Config, MoCoConfig, NormConfig, OptimConfig, RunConfig
-from shuffle_batchnorm.moco.data import load_data
-from shuffle_batchnorm.moco.launch import Place, launch
+from shuffle_batchnorm.moco.data.loading import load_data
 from shuffle_batchnorm.moco.random_state import own_random_state
+from shuffle_batchnorm.moco.ranks.launch import Place, launch
 from shuffle_batchnorm.moco.trainer import Trainer
 
 PARTS = ("augmentation", "forward", "backward", "optimizer")

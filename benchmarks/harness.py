@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from shuffle_batchnorm.moco.launch import Place
+from shuffle_batchnorm.moco.ranks.launch import Place
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -9,8 +9,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shuffle_batchnorm import ShuffleBatchNorm, kernels
-from shuffle_batchnorm.kernels import reference
+from shuffle_batchnorm import ShuffleBatchNorm
+from shuffle_batchnorm.kernels import reference, select
 
 PLAIN, SPLIT, NAIVE = "nn.BatchNorm2d", "split-BN view", "naive torch"
 IN_STEP = f"{PLAIN}, in step"
@@ -184,7 +184,7 @@ def check(name: str, contestant: Contestant, x: Tensor, dy: Tensor) -> None:
 
     No speed is reported of what is wrong.
     """
-    with mock.patch.object(kernels, "select", return_value=reference):
+    with mock.patch.object(select, "select", return_value=reference):
         want = _results(contestant.truth, x, dy)
     got = _results(contestant.layer, x, dy)
     tolerance = 2e-4 if x.dtype == torch.float32 else 3e-2

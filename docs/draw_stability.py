@@ -18,12 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from shuffle_batchnorm import (
-    ShuffleBatchNorm,
-    mixing_matrix,
-    record_statistics,
-    spectral_radius,
-)
+from shuffle_batchnorm import ShuffleBatchNorm, mixing_matrix, record_statistics, spectral_radius
 
 GROUPS, BATCH, CHANNELS, PIXELS = 8, 64, 16, 8
 SEEDS = range(9)

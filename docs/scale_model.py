@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.optimize import least_squares
 
-from shuffle_batchnorm.exchange import ONE_MESSAGE_BYTES
+from shuffle_batchnorm.comm.collectives import ONE_MESSAGE_BYTES
 
 # ResNet-50: a stem, then stages of (blocks, width); a block has layers of width, width, 4 width,
 # and the first of a stage another of 4 width in its shortcut.

@@ -14,13 +14,7 @@ from torch import Tensor, nn
 from shuffle_batchnorm import LeakReport, measure_leak
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
-from known_leaks import (
-    Signature,
-    accuracy_of_pairs,
-    convolutional,
-    deep_pairs,
-    pool_of_ids,
-)
+from probe.known_leaks import Signature, accuracy_of_pairs, convolutional, deep_pairs, pool_of_ids
 
 
 def _signature(exposed: float, known: float, run: int = 0, **sizes: Any) -> LeakReport:

@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from ranks import run_on_ranks
 from shuffle_batchnorm import ShuffleBatchNorm
 from shuffle_batchnorm.kernels import cpu
-from shuffle_batchnorm.moco.launch import Place
-from shuffle_batchnorm.moco.spawn import StopRequest
+from shuffle_batchnorm.moco.ranks.launch import Place
+from shuffle_batchnorm.moco.ranks.spawn import StopRequest
 
 LAYER = ["--batch=8", "--groups", "1", "4", "--shapes", "4x5x6", "6x3x3", "--memory-batch=0"]
 STEP = ["--ranks=1", "--network=small", "--size=16", "--batch=8"]

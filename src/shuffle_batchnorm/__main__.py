@@ -1,6 +1,6 @@
 """``python -m shuffle_batchnorm``: the command ``shuffle-batchnorm``."""
 
-from .moco.cli import run
+from shuffle_batchnorm.moco.cli import run
 
 if __name__ == "__main__":
     run()

@@ -21,15 +21,7 @@ from torch import Tensor
 from .cpu_sums import SHARE, are_small, line_grad_sums, line_moments, moments, plane_grad_sums
 from .cpu_views import PART, in_parts, per_plane, view_rows, view_values
 from .layouts import as_layout, layout
-from .rows import (
-    Pools,
-    Sizes,
-    has_numbers,
-    pool_moments,
-    pool_sum,
-    take_pools,
-    widen,
-)
+from .rows import Pools, Sizes, has_numbers, pool_moments, pool_sum, take_pools, widen
 from .rows import pool as pool
 from .small import gradient_rows as gradient_rows
 from .small import normaliser_rows as normaliser_rows

@@ -10,15 +10,16 @@ from torch import Tensor, nn
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
-from shuffle_batchnorm import exchange, process_groups
+from shuffle_batchnorm.comm import collectives
+from shuffle_batchnorm.comm.world import World, resolve
 
-from .augmentation import make_augmentation, step_random_state
 from .config import CALL, Config
-from .images import Images
-from .launch import Place
+from .data.augmentation import make_augmentation, step_random_state
+from .data.images import Images
 from .model import MoCo
 from .networks import make_encoder
 from .normalisation import normalise_key, normalise_query
+from .ranks.launch import Place
 
 
 def build_model(config: Config, images: Images, device: torch.device) -> MoCo:
@@ -78,12 +79,12 @@ def parallelise(model: MoCo, place: Place) -> nn.Module:
         options["device_ids"] = [place.device]
     parallel = DistributedDataParallel(model, gradient_as_bucket_view=True, **options)
     if place.device.type == "cpu" and place.world_size > 2:
-        parallel.register_comm_hook(process_groups.resolve(None), _average_in_rank_order)
+        parallel.register_comm_hook(resolve(None), _average_in_rank_order)
     return parallel
 
 
 def _average_in_rank_order(
-    world: process_groups.World,
+    world: World,
     bucket: dist.GradBucket,  # type: ignore[name-defined]
 ) -> Future[Tensor]:
     """Average a bucket of gradients ``[K]`` over the ranks, always in the same order.
@@ -96,11 +97,11 @@ def _average_in_rank_order(
     gradients, size = bucket.buffer(), world.size
     padded = F.pad(gradients, (0, -len(gradients) % size)).view(size, -1)
     ones = (1,) * size
-    first, *others = exchange.exchange_samples(padded, ones, ones, world, CALL)
+    first, *others = collectives.exchange_samples(padded, ones, ones, world, CALL)
     total = first.clone()
     for other in others:
         total += other
-    everyones = exchange.gather(total / size, world, CALL).view(-1)
+    everyones = collectives.gather(total / size, world, CALL).view(-1)
     done: Future[Tensor] = Future()
     done.set_result(everyones[: len(gradients)])
     return done

@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from .config import ConfigError
-from .launch import is_first, under_torchrun
-from .spawn import leave
+from .ranks.launch import is_first, under_torchrun
+from .ranks.spawn import leave
 
 PROGRAM = "shuffle-batchnorm"
 FAILURE, USER_ERROR = 1, 2
@@ -75,10 +75,10 @@ def _parse(arguments: list[str]) -> Callable[[], None] | int:
 def _do(act: Callable[[], None]) -> int:
     # Not before the flags are read: --help needs none of it.
     from .checkpoint import CheckpointError
-    from .images import DataError
+    from .comparison.summary import ResultsError
+    from .data.images import DataError
     from .networks import NetworkError
-    from .spawn import RankError, Stopped
-    from .summary import ResultsError
+    from .ranks.spawn import RankError, Stopped
 
     try:
         act()

@@ -81,7 +81,7 @@ class Compare:
 
     def act(self) -> None:
         """Do it."""
-        from .compare import compare
+        from .comparison.compare import compare
 
         bns: list[Any] = _list(self.bn)
         unknown = [bn for bn in bns if bn not in get_args(Norm)]
@@ -161,7 +161,7 @@ Command = (
 
 def _tell(command: _Examine, figures: dict[str, Any], line: str) -> None:
     from .journal import write_json
-    from .launch import is_first
+    from .ranks.launch import is_first
 
     if not is_first():
         return

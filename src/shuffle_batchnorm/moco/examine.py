@@ -9,22 +9,14 @@ from typing import Any
 from . import checkpoint
 from .build import Views, build_model
 from .checkpoint import State
-from .config import (
-    LEAK_BATCHES,
-    LEAK_KEYS,
-    Config,
-    ConfigError,
-    Device,
-    from_dict,
-    validate,
-)
-from .data import load_data
-from .images import Images
-from .launch import Place, launch, world_size
+from .config import LEAK_BATCHES, LEAK_KEYS, Config, ConfigError, Device, from_dict, validate
+from .data.images import Images
+from .data.loading import load_data
 from .measure import Evaluation, check_pool, find_leak, find_stability, is_finite, leak_figures
 from .model import MoCo
 from .random_state import own_random_state
-from .session import restore_model
+from .ranks.launch import Place, launch, world_size
+from .resume import restore_model
 
 Figures = dict[str, Any]
 

@@ -12,17 +12,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from shuffle_batchnorm.contexts import synchronize_running_stats
-from shuffle_batchnorm.probe import LeakReport, measure_leak, stability
+from shuffle_batchnorm.norm.contexts import synchronize_running_stats
+from shuffle_batchnorm.probe.leak import LeakReport, measure_leak, stability
 
 from .build import Views
 from .config import LEAK_BATCHES, LEAK_KEYS, Config, ConfigError
-from .control import broadcast_object, gather_objects
-from .data import make_loader, whole_batches
+from .data.images import Images
+from .data.loading import make_loader, whole_batches
 from .evaluation import extract_features, knn_accuracy, linear_probe
-from .images import Images
-from .launch import Place
 from .model import MoCo
+from .ranks.control import broadcast_object, gather_objects
+from .ranks.launch import Place
 
 EVALUATION_BATCH = 256
 CALL = "train"

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from shuffle_batchnorm import exchange, process_groups
-from shuffle_batchnorm.contexts import shuffle_offset
-from shuffle_batchnorm.modules import ShuffleBatchNorm
-from shuffle_batchnorm.process_groups import ProcessGroupLike
+from shuffle_batchnorm.comm import collectives
+from shuffle_batchnorm.comm.world import ProcessGroupLike, World, check_process_group, resolve
+from shuffle_batchnorm.norm.contexts import shuffle_offset
+from shuffle_batchnorm.norm.modules import ShuffleBatchNorm
 
 CALL = "MoCo"
 _BUFFERS = ("own", "copy", "momentum")
@@ -109,7 +109,7 @@ class MoCo(nn.Module):
     ) -> None:
         super().__init__()
         _check_options(queue, dim, temperature, momentum, buffers)
-        process_groups.check_process_group(CALL, process_group)
+        check_process_group(CALL, process_group)
         self.temperature, self.momentum = temperature, momentum
         self.symmetric, self.buffers_follow = symmetric, buffers
         self.process_group = process_group
@@ -128,7 +128,7 @@ class MoCo(nn.Module):
 
     def forward(self, view_1: Tensor, view_2: Tensor) -> Step:
         """Encode both views, compare them, and enqueue the keys. See the class."""
-        world = process_groups.resolve(self.process_group, CALL)
+        world = resolve(self.process_group, CALL)
         passes = 2 if self.symmetric else 1
         self._check_batch(len(view_1) * passes, world.size)
         self.update_key()
@@ -188,12 +188,12 @@ class MoCo(nn.Module):
             else:
                 key_buffer.copy_(query_buffer)
 
-    def _gather(self, keys: Tensor, world: process_groups.World) -> Tensor:
+    def _gather(self, keys: Tensor, world: World) -> Tensor:
         """Return the keys of all ranks, ``[W * N, dim]``, in rank order."""
         keys = keys.to(self.queue.dtype)
         if world.size == 1:
             return keys
-        return exchange.gather(keys.reshape(-1), world, CALL).view(-1, keys.shape[1])
+        return collectives.gather(keys.reshape(-1), world, CALL).view(-1, keys.shape[1])
 
     @torch.no_grad()
     def _enqueue(self, keys: Tensor) -> None:
@@ -203,7 +203,7 @@ class MoCo(nn.Module):
         self.queue.index_copy_(0, places, keys)
         self.queue_pointer.copy_((self.queue_pointer + count) % length)
 
-    def _another_offset(self, world: process_groups.World) -> AbstractContextManager[None]:
+    def _another_offset(self, world: World) -> AbstractContextManager[None]:
         """Give the second keys other company than the first, where the mode has an offset."""
         layers = [m for m in self.encoder_k.modules() if isinstance(m, ShuffleBatchNorm)]
         moving = [layer for layer in layers if layer.mode in ("swap", "regroup")]

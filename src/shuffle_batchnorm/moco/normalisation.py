@@ -2,8 +2,8 @@
 
 from torch import nn
 
-from shuffle_batchnorm.encoder import ShuffledEncoder
-from shuffle_batchnorm.modules import ShuffleBatchNorm
+from shuffle_batchnorm.norm.modules import ShuffleBatchNorm
+from shuffle_batchnorm.shuffle.encoder import ShuffledEncoder
 
 from .config import NormConfig
 from .networks import NetworkError

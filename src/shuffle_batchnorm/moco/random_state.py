@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from shuffle_batchnorm.shuffle_agreement import get_shuffle_state, set_shuffle_state
+from shuffle_batchnorm.shuffle.state import get_shuffle_state, set_shuffle_state
 
 State = dict[str, Any]
 

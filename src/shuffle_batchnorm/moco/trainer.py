@@ -9,28 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shuffle_batchnorm.shuffle_agreement import get_shuffle_state, set_shuffle_state
+from shuffle_batchnorm.shuffle.state import get_shuffle_state, set_shuffle_state
 
-from . import checkpoint, journal, launch
+from . import checkpoint, journal
 from .build import Views, build_model, parallelise
 from .checkpoint import BEST, LAST, State, to_cpu
 from .config import CALL, Config, to_dict, validate
-from .control import StopAgreement, gather_objects, on_rank_0, sum_over_ranks
-from .data import EpochBatches, load_data, make_loader
-from .images import Images
+from .data.images import Images
+from .data.loading import EpochBatches, load_data, make_loader
 from .journal import RECORD
-from .launch import Place, Stopped
-from .measure import (
-    Evaluation,
-    check_pool,
-    find_leak,
-    find_stability,
-    is_finite,
-    leak_figures,
-)
+from .measure import Evaluation, check_pool, find_leak, find_stability, is_finite, leak_figures
 from .random_state import get_random_state, own_random_state, seed_all, set_random_state
+from .ranks import launch
+from .ranks.control import StopAgreement, gather_objects, on_rank_0, sum_over_ranks
+from .ranks.launch import Place, Stopped
+from .resume import find_run, own_buffers, restore_model
 from .schedule import Mark, learning_rate
-from .session import find_run, own_buffers, restore_model
 
 Record = dict[str, Any]
 

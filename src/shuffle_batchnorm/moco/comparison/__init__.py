@@ -1,0 +1,1 @@
+"""Several runs side by side: records, figures, tables, the report."""

@@ -1,0 +1,203 @@
+"""The data sets by name, and the order in which their images come."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, default_collate
+
+from shuffle_batchnorm.moco.config import DataConfig
+from shuffle_batchnorm.shuffle.permutations import DATA_SET, Key, permutation
+
+from .cifar import archive_name, read_cifar
+from .folders import FolderImages
+from .images import CALL, ArrayImages, DataError, Images, resized
+
+__all__ = ["DataError", "EpochBatches", "Images", "load_data", "make_loader", "whole_batches"]
+
+_MEAN_AND_STD = {
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "imagefolder": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+
+
+def load_data(config: DataConfig) -> Images:
+    """Load a data set.
+
+    Args:
+        config: ``digits`` is scikit-learn's, of which every fifth image of a class is held out;
+            the others are read from `data_path`.
+
+    Returns:
+        The images; those of ``digits`` and CIFAR are in memory.
+
+    Raises:
+        DataError: a missing or wrong `data_path`, an archive that is damaged or another one.
+
+    Example:
+        >>> images = load_data(DataConfig(dataset="digits"))
+        >>> len(images.train), len(images.test), images.train[0][0].shape
+        (1438, 359, torch.Size([1, 16, 16]))
+    """
+    if config.dataset == "digits":
+        return _load_digits(config.side)
+    path = config.data_path
+    if path is None:
+        raise DataError(
+            f"{CALL}: --dataset {config.dataset} needs --data-path, {_WHAT[config.dataset]}"
+        )
+    if not path.exists():
+        raise DataError(f"{CALL}: --data-path {path} does not exist; it is {_WHAT[config.dataset]}")
+    mean, std = _MEAN_AND_STD[config.dataset]
+    train: Dataset[Any]
+    test: Dataset[Any]
+    if config.dataset == "imagefolder":
+        train = FolderImages(path / "train", config.side)
+        held_out = path / "val" if (path / "val").is_dir() else path / "test"
+        test = FolderImages(held_out, config.side, train.classes)
+        classes = len(train.classes)
+    else:
+        *parts, classes = read_cifar(config.dataset, path)
+        train, test = (ArrayImages(resized(p.images, config.side), p.labels) for p in parts)
+    return Images(train, test, classes, 3, config.side, mean, std)
+
+
+_WHAT = {
+    "cifar10": f"the folder that holds {archive_name('cifar10')}",
+    "cifar100": f"the folder that holds {archive_name('cifar100')}",
+    "imagefolder": "the folder that holds train/<class> and val/<class>",
+}
+
+
+def _load_digits(side: int) -> Images:
+    # Not at the top: the other data sets do without it.
+    from sklearn.datasets import load_digits
+
+    bunch: Any = load_digits()
+    pixels = torch.tensor(bunch.images).unsqueeze(1) / 16.0  # [1797, 1, 8, 8], were 0 to 16
+    labels = torch.tensor(bunch.target)
+    images = resized((pixels * 255).round().to(torch.uint8), side)
+    # Sorted by label and then every fifth: the same share of every class, and no random numbers.
+    order = labels.argsort(stable=True)
+    held_out = torch.zeros(len(order), dtype=torch.bool)
+    held_out[order[2::5]] = True
+    train = ArrayImages(images[~held_out], labels[~held_out])
+    test = ArrayImages(images[held_out], labels[held_out])
+    values = train.images.double() / 255
+    mean, std = float(values.mean()), float(values.std())
+    return Images(train, test, len(bunch.target_names), 1, side, (mean,), (std,))
+
+
+class EpochBatches(Sampler[list[int]]):
+    r"""The batches of one rank, as a function of seed, epoch and step; it has no state.
+
+    Step s takes the images at places ``s * batch_size`` onwards of the epoch's order, and rank r
+    the r-th of W equal parts of these. So W ranks see together what one rank sees, in the same
+    places. What is left over at the end of an epoch is left out.
+
+    Communication: none; every rank computes the same order.
+
+    Args:
+        length: images in the data set.
+        batch_size: of all ranks together.
+        rank: r.
+        world_size: W.
+        seed: of the order; the same on all ranks.
+        epoch: which order.
+        start_step: how many steps of the epoch are done already.
+        shuffle: put the images in a new order every epoch.
+
+    Yields:
+        The indices of the rank's ``batch_size / W`` images of a step.
+
+    Raises:
+        ValueError: a batch size that W doesn't divide, or larger than `length`.
+
+    Example:
+        >>> list(EpochBatches(7, 4, rank=1, world_size=2, shuffle=False))
+        [[2, 3]]
+    """
+
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        epoch: int = 0,
+        start_step: int = 0,
+        shuffle: bool = True,
+    ) -> None:
+        if batch_size < 1 or batch_size % world_size:
+            raise ValueError(
+                f"{CALL}: --batch-size {batch_size} is not divisible by {world_size} ranks"
+            )
+        if batch_size > length:
+            raise DataError(f"{CALL}: --batch-size {batch_size} is more than the {length} images")
+        self.length, self.batch_size = length, batch_size
+        self.rank, self.world_size = rank, world_size
+        self.seed, self.shuffle = seed, shuffle
+        self.steps = length // batch_size  # of a whole epoch
+        self.set_epoch(epoch, start_step)
+
+    def set_epoch(self, epoch: int, start_step: int = 0) -> None:
+        """Go to an epoch, before the loader is iterated: its workers can then be kept."""
+        self.epoch, self.start_step = epoch, start_step
+
+    def __len__(self) -> int:
+        """Return how many steps are left of the epoch."""
+        return max(0, self.steps - self.start_step)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Yield the rank's indices, step by step."""
+        if self.shuffle:
+            order = permutation(Key(self.seed, self.epoch), DATA_SET, 0, self.length).tolist()
+        else:
+            order = list(range(self.length))
+        share = self.batch_size // self.world_size
+        for step in range(self.start_step, self.steps):
+            first = step * self.batch_size + self.rank * share
+            yield order[first : first + share]
+
+
+def whole_batches(length: int, batch_size: int = 256) -> BatchSampler:
+    """Return all indices in their order, in batches, for evaluation: the last may be smaller."""
+    return BatchSampler(range(length), batch_size, drop_last=False)
+
+
+def make_loader(
+    dataset: Dataset[Any], batches: Iterable[list[int]], workers: int = 0
+) -> DataLoader[Any]:
+    """Load batches, images ``[N, c, H, H]`` in uint8 and labels ``[N]``.
+
+    Loading reads and decodes; it draws no random numbers, neither here nor in the workers. So the
+    batches don't depend on how many workers there are, and the random state stays what it was.
+
+    Args:
+        dataset: an `Images.train` or `Images.test`.
+        batches: `EpochBatches`, or other lists of indices.
+        workers: processes that read ahead; they live as long as the loader. 0 reads in this one.
+
+    Returns:
+        A loader, for any number of epochs; see `EpochBatches.set_epoch`.
+    """
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        collate_fn=_as_batch,
+        num_workers=workers,
+        # A fork of a process with threads of gloo, NCCL or CUDA may hang.
+        multiprocessing_context="spawn" if workers else None,
+        persistent_workers=workers > 0,
+        pin_memory=torch.cuda.is_available(),
+        # A generator of its own: the loader draws a seed for its workers with it.
+        generator=torch.Generator().manual_seed(0),
+    )
+
+
+def _as_batch(samples: Any) -> Any:
+    """Put samples together, unless the data set has given a batch at once."""
+    return samples if isinstance(samples, tuple) else default_collate(samples)

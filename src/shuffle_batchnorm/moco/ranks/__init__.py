@@ -1,0 +1,1 @@
+"""Starting ranks, and what they tell each other."""

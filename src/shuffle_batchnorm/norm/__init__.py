@@ -1,0 +1,1 @@
+"""The layer: who normalises whom, the statistics, the gradient, conversion."""

@@ -1,0 +1,1 @@
+"""Samples move between ranks and back: MoCo's own way of shuffling."""

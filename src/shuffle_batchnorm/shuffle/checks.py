@@ -1,0 +1,131 @@
+"""What a batch, a plan and a generator have to be, before samples move."""
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from shuffle_batchnorm.comm import failures
+from shuffle_batchnorm.comm import world as worlds
+from shuffle_batchnorm.comm.recomputation import is_recomputation
+from shuffle_batchnorm.comm.world import World, resolve, usable_device
+
+from .permutations import REPEATED
+from .plan import ShufflePlan
+
+SHUFFLE, UNSHUFFLE = "batch_shuffle", "batch_unshuffle"
+
+
+def raise_alone(call: str, error: Exception) -> NoReturn:
+    """Raise what this rank finds before it knows its peers, who may wait for it in any group."""
+    if not torch.compiler.is_compiling():
+        failures.report_everywhere(str(error))
+        failures.stop_alone(resolve(None, call), str(error))
+    raise error
+
+
+def check_process_group(call: str, process_group: Any) -> None:
+    """Raise unless it is a handle of a process group, and tell all ranks."""
+    try:
+        worlds.check_process_group(call, process_group)
+    except (TypeError, ValueError) as error:
+        raise_alone(call, error)
+
+
+def not_a_plan(call: str, plan: Any) -> str:
+    """Return the message for what is no plan."""
+    return f"{call}: plan must be what {SHUFFLE} returned, got {type(plan).__name__}"
+
+
+def check_sources(plan: Any, generator: Any) -> None:
+    """Raise unless an order can come from a plan, or from a generator, or from neither."""
+    if is_recomputation() and plan is None:
+        raise RuntimeError(REPEATED)
+    if plan is not None and not isinstance(plan, ShufflePlan):
+        raise TypeError(not_a_plan(SHUFFLE, plan))
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"{SHUFFLE}: generator must be a torch.Generator, got {type(generator).__name__}"
+        )
+    if plan is not None and generator is not None:
+        raise ValueError(f"{SHUFFLE}: plan says where samples go; generator must be None then")
+
+
+def check_leaves(call: str, leaves: list[Any], world: World) -> int:
+    """Return N, or raise what makes this rank's batch unacceptable."""
+    tensors: list[Tensor] = []
+    for k, leaf in enumerate(leaves):
+        if leaf is None:
+            continue
+        kind = strange_kind(leaf)
+        if kind:
+            raise TypeError(f"{call}: expected dense tensors (or None), got {kind} in leaf {k}")
+        if leaf.ndim == 0:
+            raise ValueError(
+                f"{call}: leaf {k} is a scalar ({leaf.dtype}); every tensor needs a leading "
+                "dimension N, its samples"
+            )
+        tensors.append(leaf)
+        if leaf.shape[0] != tensors[0].shape[0]:
+            raise ValueError(
+                f"{call}: tensors disagree on the number of samples: {tensors[0].shape[0]} in "
+                f"shape {tuple(tensors[0].shape)}, {leaf.shape[0]} in shape {tuple(leaf.shape)}"
+            )
+        if leaf.device != tensors[0].device:
+            raise ValueError(
+                f"{call}: tensors are on different devices: {tensors[0].device} and {leaf.device}"
+            )
+    if not tensors:
+        raise ValueError(f"{call}: the batch has no tensor")
+    device = tensors[0].device
+    usable = usable_device(world, device)
+    if usable.type != device.type:
+        raise ValueError(
+            f"{call}: tensors are on {device}; the process group communicates on {usable}"
+        )
+    return tensors[0].shape[0]
+
+
+def strange_kind(leaf: Any) -> str:
+    """Return what a leaf is that has no samples to move; nothing if it is an ordinary tensor."""
+    if not isinstance(leaf, Tensor):
+        return type(leaf).__name__
+    if leaf.layout != torch.strided:
+        return str(leaf.layout)
+    if type(leaf) is Tensor and not (leaf.is_nested or leaf.is_quantized or leaf.is_meta):
+        return ""  # as a rule
+    kinds = {
+        "DTensor": hasattr(leaf, "device_mesh"),
+        "nested": leaf.is_nested,
+        "quantized": leaf.is_quantized,
+        "meta": leaf.is_meta,
+    }
+    return " ".join(name for name, so in kinds.items() if so)
+
+
+def check_fit(call: str, n: int, world: World, plan: ShufflePlan) -> None:
+    """Raise a ValueError if a plan can't be used for a batch of n samples."""
+    if plan.world != world:
+        raise ValueError(
+            f"{call}: the plan is of rank {plan.world.rank} of {plan.world.size} in group "
+            f"{plan.world.name!r}; the call is of rank {world.rank} of {world.size} in group "
+            f"{world.name!r}"
+        )
+    if n != plan.sizes[plan.world.rank]:
+        raise ValueError(
+            f"{call}: batch of {n} samples; the plan is for {plan.sizes[plan.world.rank]} samples "
+            f"on rank {plan.world.rank} (all ranks: {plan.sizes})"
+        )
+
+
+def check_not_returned(leaves: list[Any], plan: ShufflePlan) -> None:
+    """Raise if a leaf is what `batch_unshuffle` has brought back by this plan."""
+    # By their memory, which a view or a detached tensor has in common with what was returned.
+    returned = {ref.cdata for ref in plan._returned if not ref.expired()}
+    for k, leaf in enumerate(leaves):
+        if leaf is not None and StorageWeakRef(leaf.untyped_storage()).cdata in returned:
+            raise ValueError(
+                f"{UNSHUFFLE}: leaf {k}, shape {tuple(leaf.shape)}, was unshuffled with this plan "
+                "already; unshuffle what was computed from the shuffled batch, and once"
+            )

@@ -1,0 +1,225 @@
+"""ShuffledEncoder: shuffle, encode, unshuffle, as one module that can't forget the last step."""
+
+import copy
+import warnings
+from typing import Any, Self
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils import _pytree as pytree
+
+from shuffle_batchnorm.comm import failures
+from shuffle_batchnorm.comm.world import ProcessGroupLike, World, check_process_group, resolve
+
+from .batch_shuffle import Tree, batch_shuffle, batch_unshuffle, reject
+
+CALL = "ShuffledEncoder"
+
+
+class ShuffledEncoder(nn.Module):
+    r"""Encode the samples of this rank amid samples of all ranks: MoCo's key encoder.
+
+    .. math:: f_{\text{shuffled}}(x) = \pi^{-1}(f(\pi(x)))
+
+    with a new permutation of all ranks' samples at every call. All tensors among the arguments
+    are shuffled together, and all tensors among the outputs unshuffled: no output is forgotten.
+    In eval mode the encoder is called as it is, without communication.
+
+    The encoder's parameters, buffers and submodules are this module's own, under the same names:
+    ``state_dict`` and ``named_parameters`` are the encoder's. Other attributes are found, and set,
+    on it. ``encoder`` is the encoder itself, unless that has an attribute of this name.
+
+    Communication: that of one `batch_shuffle` of the arguments and one `batch_unshuffle` of the
+    outputs; backward as much for what needs a gradient.
+
+    Args:
+        encoder: any module whose arguments and outputs are tensors ``[N, *]``, or pytrees of
+            these; other arguments (None, bool, int, float, str) are handed on.
+        process_group: None for all ranks, a ProcessGroup or a 1-D DeviceMesh.
+
+    Shape:
+        As the encoder's, with the same N for all arguments and outputs.
+
+    Raises:
+        TypeError: when called: an argument or output of a type not named above.
+        ValueError: when called: a scalar tensor, or another N; see `batch_shuffle`.
+        AttributeError: `encoder` is set to another module.
+
+    Warns:
+        UserWarning: the shuffle does nothing, at the first call in training mode: no batch norm
+            in the encoder, only synchronised ones, or one rank and no virtual groups.
+
+    Source:
+        He et al. 2019, arXiv 1911.05722, section 3.3.
+
+    Example:
+        >>> from shuffle_batchnorm import ShuffleBatchNorm, ShuffledEncoder
+        >>> layers = nn.Conv2d(3, 8, 3), ShuffleBatchNorm(8, mode="local", groups=2)
+        >>> encoder = ShuffledEncoder(nn.Sequential(*layers))
+        >>> encoder(torch.randn(8, 3, 6, 6)).shape
+        torch.Size([8, 8, 4, 4])
+        >>> list(encoder.state_dict())[:2]
+        ['0.weight', '0.bias']
+    """
+
+    def __init__(self, encoder: nn.Module, *, process_group: ProcessGroupLike = None) -> None:
+        super().__init__()
+        if not isinstance(encoder, nn.Module):
+            raise TypeError(f"{CALL}: encoder must be a module, got {type(encoder).__name__}")
+        check_process_group(CALL, process_group)
+        # Not a submodule, which would put a prefix before every name: it shares its registries.
+        for name in _SHARED:
+            self.__dict__[name] = encoder.__dict__[name]
+        self.process_group = process_group
+        self.training = encoder.training
+        self._has_looked = False
+        self.__dict__["_encoder"] = encoder  # from here on, what the encoder has is set on it
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tree:
+        """Shuffle the tensors among the arguments, encode, unshuffle the outputs."""
+        if not self.training:
+            return self._encoder(*args, **kwargs)
+        if not self._has_looked and not torch.compiler.is_compiling():
+            self._has_looked = True
+            self._warn_if_it_does_nothing()
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        batch = pytree.tree_unflatten(_without_constants(leaves), spec)
+        # As a tree, so that ranks whose trees differ are told, and don't mix unlike tensors.
+        shuffled, plan = batch_shuffle(batch, process_group=self.process_group)
+        args, kwargs = pytree.tree_unflatten(_with_constants(shuffled, leaves), spec)
+        compiling = torch.compiler.is_compiling()
+        begun = 0 if compiling else failures.exchanges(plan.world)
+        try:
+            outputs = self._encoder(*args, **kwargs)
+        except Exception as error:
+            if compiling:
+                raise
+            if failures.exchanges(plan.world) == begun:
+                reject(plan, error)  # the peers are in batch_unshuffle, or will be
+            failures.break_off(plan.world, f"{CALL}: {error}")  # they may be in any layer
+            raise
+        leaves, spec = pytree.tree_flatten(outputs)
+        restored = batch_unshuffle(pytree.tree_unflatten(_without_constants(leaves), spec), plan)
+        return pytree.tree_unflatten(_with_constants(restored, leaves), spec)
+
+    def _warn_if_it_does_nothing(self) -> None:
+        layers = [m for m in self._encoder.modules() if isinstance(m, _BatchNorm)]
+        world = resolve(self.process_group, CALL)
+        if not layers:
+            reason = "the encoder has no batch norm layer, so the company of a sample is no matter"
+        elif all(_is_synchronised(layer, world) for layer in layers):
+            reason = (
+                "all batch norm layers of the encoder are synchronised, so every sample is "
+                "normalised with all samples wherever it is; use nn.BatchNorm layers"
+            )
+        elif world.size == 1 and max(map(_virtual_groups, layers)) == 1:
+            reason = (
+                "there is one rank, and no batch norm layer has virtual groups to shuffle among; "
+                'convert the encoder with convert_shuffle_batchnorm(..., mode="local", groups=8)'
+            )
+        else:
+            return
+        warnings.warn(f"{CALL}: the shuffle does nothing: {reason}", stacklevel=5)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training mode, here and in the encoder."""
+        self.training = mode
+        self._encoder.train(mode)
+        return self
+
+    def apply(self, fn: Any) -> Self:
+        """Apply a function to every module of the encoder and to the encoder itself."""
+        self._encoder.apply(fn)
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        self._encoder._apply(fn, recurse)
+        return self
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the encoder's state, as it gives it."""
+        return self._encoder.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Hand a state to the encoder."""
+        return self._encoder.load_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._encoder._load_from_state_dict(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # While a copy is made there is no encoder yet.
+            if "_encoder" not in self.__dict__:
+                raise
+            if name == "encoder" and not hasattr(self._encoder, name):
+                return self._encoder
+            return getattr(self._encoder, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set on the encoder what is the encoder's."""
+        if "_encoder" not in self.__dict__ or name in self.__dict__ or hasattr(type(self), name):
+            super().__setattr__(name, value)
+        elif hasattr(self._encoder, name):
+            setattr(self._encoder, name, value)
+        elif name == "encoder":
+            raise AttributeError(f"{CALL}: encoder can't be replaced; wrap the new one instead")
+        else:
+            super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        """Delete from the encoder what is the encoder's."""
+        if name in self.__dict__:
+            super().__delattr__(name)
+        else:
+            delattr(self._encoder, name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        # A process group can't be copied, and need not be.
+        memo[id(self.process_group)] = self.process_group
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
+    def __repr__(self) -> str:
+        """Return the encoder's description inside this one's."""
+        inner = repr(self._encoder).replace("\n", "\n  ")
+        return f"{type(self).__name__}(\n  {inner}\n)"
+
+
+_SHARED = (
+    "_parameters",
+    "_buffers",
+    "_non_persistent_buffers_set",
+    "_modules",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+
+
+def _is_synchronised(layer: _BatchNorm, world: World) -> bool:
+    """Whether a layer's statistics are those of all the samples that are shuffled."""
+    if not isinstance(layer, nn.SyncBatchNorm) and getattr(layer, "mode", None) != "sync":
+        return False
+    return resolve(layer.process_group, CALL).size >= world.size
+
+
+def _virtual_groups(layer: _BatchNorm) -> int:
+    """Return into how many groups a layer cuts a batch: ours, or MoCo's and lightly's name."""
+    return max(int(getattr(layer, name, 1)) for name in ("groups", "num_splits"))
+
+
+def _without_constants(leaves: list[Any]) -> list[Any]:
+    """Put None in the place of what has no samples; leave to `batch_shuffle` what might have."""
+    return [None if isinstance(leaf, (bool, int, float, str)) else leaf for leaf in leaves]
+
+
+def _with_constants(moved: Tree, leaves: list[Any]) -> list[Any]:
+    found = pytree.tree_leaves(moved)
+    return [old if new is None else new for new, old in zip(found, leaves, strict=True)]

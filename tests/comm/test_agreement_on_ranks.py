@@ -1,0 +1,159 @@
+"""What ranks agree on depends on calls that all of them make, not on what one does by itself."""
+
+import copy
+import time
+from datetime import timedelta
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+
+import truth
+from ranks import run_on_ranks
+from shuffle_batchnorm import ShuffleBatchNorm, shuffle_batch_norm
+from shuffle_batchnorm.comm import collectives
+from truth import gradient
+
+
+def _x(*shape: int, rank: int | None = None) -> Tensor:
+    rank = dist.get_rank() if rank is None else rank
+    generator = torch.Generator().manual_seed(rank)
+    return torch.randn(shape, generator=generator, dtype=torch.float64) * (rank + 1)
+
+
+def _moves_alone() -> int:
+    layer = ShuffleBatchNorm(4, dtype=torch.float64)
+    for _ in range(3):
+        layer(_x(4, 4)).sum().backward()
+        if dist.get_rank() == 0:  # as before a checkpoint
+            layer.cpu()
+            layer = copy.deepcopy(layer)
+    assert layer.num_batches_tracked is not None
+    return int(layer.num_batches_tracked)
+
+
+def test_one_rank_may_move_or_copy_its_layer() -> None:
+    """Catches a comparison of options that one rank starts alone."""
+    assert run_on_ranks(2, _moves_alone) == [3, 3]
+
+
+def _calls_otherwise(change: str) -> str:
+    rank = dist.get_rank()
+    shuffle_batch_norm(_x(4, 4), None, None, training=True)
+    x = (
+        _x(4, 4 + rank)
+        if change == "channels"
+        else _x(4, 4).to([torch.float64, torch.float32][rank])
+    )
+    start = time.monotonic()
+    try:
+        shuffle_batch_norm(x, None, None, training=True)
+    except RuntimeError as error:
+        assert time.monotonic() - start < 20
+        return str(error)
+    return "nothing"
+
+
+@pytest.mark.parametrize("change", ["channels", "dtype"])
+def test_a_form_that_one_rank_changes_later_ends_all(change: str) -> None:
+    """Catches one rank that compares options while the other exchanges rows: neither would end."""
+    for message in run_on_ranks(2, _calls_otherwise, change, fresh=True):
+        assert "ranks are not at the same call: rank 1 is at a first call" in message
+
+
+def _groups_with_reused_names() -> list[str]:
+    layer = ShuffleBatchNorm(4, dtype=torch.float64)
+    names = []
+    for members in ([0, 1], [0, 2], [1, 2]):
+        group = dist.new_group(members)
+        if dist.get_rank() in members:
+            layer.process_group = group
+            layer(_x(4, 4)).sum().backward()
+            names.append(group.group_name)
+            dist.destroy_process_group(group)
+    return names
+
+
+def test_a_new_group_agrees_anew() -> None:
+    """Catches agreements kept by a group's name, which its successor may have."""
+    run_on_ranks(3, _groups_with_reused_names)
+
+
+def _local_layer_on_one_rank(caught: bool) -> str:
+    if dist.get_rank() == 0:
+        local = ShuffleBatchNorm(4, mode="local", dtype=torch.float64)
+        if caught:
+            with pytest.raises(ValueError, match="more than 1 value"):
+                local(_x(1, 4))
+        else:
+            local(_x(4, 4))
+        time.sleep(3)
+    layer = ShuffleBatchNorm(4, mode="sync", dtype=torch.float64)
+    layer(_x(4, 4)).sum().backward()
+    return "fine"
+
+
+@pytest.mark.parametrize("caught", [False, True])
+def test_a_local_layer_on_one_rank_disturbs_nobody(caught: bool) -> None:
+    """Catches notes of a layer that does not communicate, taken for a failure or another mode."""
+    assert run_on_ranks(2, _local_layer_on_one_rank, caught) == ["fine", "fine"]
+
+
+def _impatient() -> str:
+    layer = ShuffleBatchNorm(4, dtype=torch.float64)
+    with mock.patch.object(collectives, "_PATIENCE", timedelta(milliseconds=1)):
+        for _ in range(30):
+            time.sleep(0.002 * dist.get_rank())
+            layer(_x(4, 4)).sum().backward()
+    return "fine"
+
+
+def test_a_wait_that_ends_as_the_patience_does_is_a_success() -> None:
+    """Catches an exchange that ends just after the wait for it, taken for a loss of the peers."""
+    assert run_on_ranks(2, _impatient) == ["fine", "fine"]
+
+
+def _in_groups(kind: str, mode: str) -> tuple[Tensor, Tensor, int, int]:
+    """Train a layer on a part of four ranks; say also which part, and the place in it."""
+    rank = dist.get_rank()
+    part, place = divmod(rank, 2)
+    handle: Any
+    if kind == "groups":
+        handle = [dist.new_group(members) for members in ([0, 1], [2, 3])][part]
+    elif kind == "reversed":
+        handle = [dist.new_group(members) for members in ([0, 2], [1, 3])][rank % 2]
+        part, place = rank % 2, rank // 2
+    else:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replica", "data"))
+        handle = mesh["data"]
+    layer = ShuffleBatchNorm(3, process_group=handle, mode=mode, groups=2, dtype=torch.float64)
+    x = _x(8, 3, 2).requires_grad_()
+    y = layer(x)
+    y.pow(3).sum().backward()
+    return y.detach(), gradient(x), part, place
+
+
+@pytest.mark.parametrize("kind", ["groups", "reversed", "mesh"])
+@pytest.mark.parametrize("mode", ["sync", "swap", "regroup"])
+def test_layers_on_parts_of_the_ranks(kind: str, mode: str) -> None:
+    """Catches global ranks taken for ranks in the group, and groups that mix."""
+    results = run_on_ranks(4, _in_groups, kind, mode)
+    for part in (0, 1):
+        ranks = [r for r in range(4) if results[r][2] == part]
+        xs = [_x(8, 3, 2, rank=r).requires_grad_() for r in ranks]
+        plain = truth.shuffled([g for x in xs for g in x.chunk(2)], mode)
+        torch.cat(plain.outputs).pow(3).sum().backward()
+        got = torch.cat([results[r][0] for r in ranks])
+        torch.testing.assert_close(got, torch.cat(plain.outputs).detach())
+        for r, x in zip(ranks, xs, strict=True):
+            torch.testing.assert_close(results[r][1], gradient(x), rtol=1e-9, atol=1e-10)
+
+
+def test_what_is_no_process_group_is_refused() -> None:
+    """Catches torch's stand-in for non-members, a number, opening the door to all numbers."""
+    with pytest.raises(TypeError, match=r"ShuffleBatchNorm: process_group must be None"):
+        ShuffleBatchNorm(4, process_group=7)

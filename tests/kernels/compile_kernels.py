@@ -1,0 +1,94 @@
+"""Compiles the Triton kernels for a GPU that need not be here, and prints what became of them.
+
+Run by test_kernels_compiled.py in a process of its own, as Triton either compiles or interprets.
+The host functions run as they are, on small tensors on the CPU; the driver that they find is a
+stand-in, and nothing is launched.
+"""
+
+import json
+import re
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from kernels.kernel_cases import all_four, all_of_pools, rows_for
+from shuffle_batchnorm.kernels import triton_launch
+from shuffle_batchnorm.kernels.rows import Pools
+from shuffle_batchnorm.kernels.small import Running
+
+_FIRST_HOPPER = 90
+
+
+class _Driver:
+    """As much of a driver as compiling needs."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", _FIRST_HOPPER, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, _device: int) -> int:
+        return 0
+
+
+def _compile(
+    shape: tuple[int, ...], dtype: torch.dtype, lines: bool, blocks: int, pooled: bool
+) -> list[Any]:
+    """Return the kernels that a call of all functions, with pools or not, would launch."""
+    launched: list[Any] = []
+    run = JITFunction.run
+
+    def note(self: Any, *args: Any, **options: Any) -> None:
+        launched.append(run(self, *args, **options | {"warmup": True}))
+
+    x: Tensor = torch.zeros(shape, dtype=dtype)
+    x = x.movedim(1, -1).contiguous().movedim(-1, 1) if lines else x
+    sizes = (shape[0] // blocks,) * blocks
+    JITFunction.run = note
+    try:
+        if pooled:
+            pools = Pools(1, tuple(range(blocks)), (0,) * blocks)
+            all_of_pools(triton_launch, x, x, sizes, rows_for(x, (shape[0],), 4), pools, pools)
+        else:
+            all_four(triton_launch, x, x, sizes, rows_for(x, sizes, 4))
+        total, dot, rho, factor = rows_for(x, sizes, 4)
+        triton_launch.gradient_rows(total, dot, rho, factor, 7)
+        weight, mean, var = x.new_ones(3, shape[1])
+        triton_launch.normaliser_rows(total, dot, weight, 1e-5, 7, Running(mean, var, 0.1))
+        triton_launch.normaliser_rows(total, dot, None, 1e-5, total[:, :1], None)
+        for step in (0.1, x.new_ones(())):
+            triton_launch.normaliser_rows(
+                total, dot, weight, 1e-5, total[:, :1], Running(mean, var, step)
+            )
+        triton_launch.slopes(total, dot, rho, factor, total[:, :1])
+        triton_launch.user_rows(total, dot, weight)
+        triton_launch.user_rows(total, dot, None)
+        triton_launch.pool(total.new_ones(blocks, 3, 2 * shape[1] + 1))
+    finally:
+        JITFunction.run = run
+    return launched
+
+
+def main() -> None:
+    driver.set_active(_Driver())
+    for line in sys.stdin:
+        shape, dtype, lines, blocks, pooled = json.loads(line)
+        for kernel in _compile(tuple(shape), getattr(torch, dtype), lines, blocks, pooled):
+            # Where activations are in half precision, nothing else is.
+            to_halves = re.findall(
+                r"tt.addptr .* tensor<[^>]*!tt.ptr<b?f16>.*, tensor<[^>]*x(i\d+)>",
+                kernel.asm["ttir"],
+            )
+            accesses = re.findall(r"(?:ld|st)\.global\.(?:v(\d)\.)?b(\d+)", kernel.asm["ptx"])
+            widest = max(int(count or 1) * int(bits) // 8 for count, bits in accesses)
+            print(json.dumps([kernel.metadata.name, widest, sorted(set(to_halves))]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,252 @@
+"""The CPU kernels: guesses of a mean, pools, squares beyond float32, and what memory they take."""
+
+import math
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from kernels.kernel_cases import randn
+from shuffle_batchnorm.kernels import cpu, cpu_sums, cpu_views
+from shuffle_batchnorm.kernels.rows import Pools
+
+pytestmark = pytest.mark.usefixtures("nan_in_fresh_memory")
+
+
+@pytest.mark.parametrize("sizes", [(8,), (5, 3), (1,) * 8], ids=str)
+def test_a_bad_guess_of_the_mean_costs_no_digits(sizes: tuple[int, ...]) -> None:
+    """Catches cancellation where outliers are spread over each plane."""
+    x = torch.randn(8, 3, 3200)
+    x[:, 1, ::200] += 1e4
+    x[:, 2] = 100.1
+    mean, std = cpu.block_moments(x, sizes)
+    for k, block in enumerate(x.double().split(sizes)):
+        exact = torch.std_mean(block, dim=(0, 2), correction=0)
+        torch.testing.assert_close(mean[k], exact[1].float(), rtol=3e-7, atol=3e-7)
+        torch.testing.assert_close(std[k], exact[0].float(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "few", "seen"),
+    [((400,), 3200, 3200), ((8,), 100, 1600), ((5, 3), 12, 200), ((1,) * 8, 12, 200)],
+    ids=str,
+)
+@pytest.mark.parametrize("all_seen", [True, False])
+def test_the_worst_guess_of_the_mean_costs_four_bits(
+    sizes: tuple[int, ...], few: int, seen: int, all_seen: bool
+) -> None:
+    """Catches a guess from too few values, where these are far from all others."""
+    x = torch.randn(sum(sizes), 3, 3200)
+    if all_seen:  # whatever a guess looks at
+        x[:: min(16, max(sizes)), 1, :seen] += 1e4
+    else:
+        x[:: max(sizes), 1, :few] += 1e4
+    x[:, 2] = 100.1
+    mean, std = cpu.block_moments(x, sizes)
+    limit = 8e-6 if all_seen else 1e-6
+    for k, block in enumerate(x.double().split(sizes)):
+        deviation, center = torch.std_mean(block, dim=(0, 2), correction=0)
+        assert ((mean[k] - center).abs() <= 1e-6 * deviation + 1e-7 * center.abs()).all()
+        assert ((std[k] - deviation).abs() <= limit * deviation).all()
+
+
+def test_the_guess_of_a_pool_sees_a_sixteenth() -> None:
+    """Catches a guess from a pool's first sample, where that is far from all others."""
+    x = torch.randn(3200, 3, 8)
+    x[::800] += 1e4
+    mean, std = cpu.block_moments(x, (800,) * 4, Pools(2, (0, 3, 1, 2), (0, 1, 1, 0)))
+    blocks = x.double().split(800)
+    for k, pool in enumerate((blocks[::3], blocks[1:3])):
+        deviation, center = torch.std_mean(torch.cat(pool), dim=(0, 2), correction=0)
+        assert ((mean[k] - center).abs() <= 1e-6 * deviation).all()
+        assert ((std[k] - deviation).abs() <= 1e-6 * deviation).all()
+
+
+@pytest.mark.parametrize("lines", [False, True])
+def test_the_guess_of_a_pool_sees_no_other_pool(lines: bool) -> None:
+    """Catches a center between pools that are far apart."""
+    x = torch.randn(64, 3, 8)
+    x[16:48] += 1e5  # pool 1
+    x = x.movedim(1, -1).contiguous().movedim(-1, 1) if lines else x
+    mean, std = cpu.block_moments(x, (16,) * 4, Pools(2, (0, 3, 1, 2), (0, 1, 1, 0)))
+    blocks = x.double().split(16)
+    for k, pool in enumerate((blocks[::3], blocks[1:3])):
+        deviation, center = torch.std_mean(torch.cat(pool), dim=(0, 2), correction=0)
+        torch.testing.assert_close(mean[k], center.float(), rtol=2e-7, atol=1e-6)
+        torch.testing.assert_close(std[k], deviation.float(), rtol=1e-6, atol=0)
+
+
+def test_the_guess_of_a_pool_of_many_blocks_costs_no_digits() -> None:
+    """Catches a guess from the first block alone, where there are hundreds."""
+    owners = (*(0, 1) * 160, *(1, 0) * 160)
+    dealt = tuple(sorted(range(640), key=owners.__getitem__))
+    x = torch.randn(640, 3, 8)
+    x[::320] += 1e4
+    mean, std = cpu.block_moments(x, (1,) * 640, Pools(2, dealt, owners))
+    for k in range(2):
+        members = x.double()[torch.tensor(owners) == k]
+        deviation, center = torch.std_mean(members, dim=(0, 2), correction=0)
+        assert ((mean[k] - center).abs() <= 1e-6 * deviation).all()
+        assert ((std[k] - deviation).abs() <= 1e-6 * deviation).all()
+
+
+@pytest.mark.parametrize("shape", [(6, 3), (6, 3, 4)], ids=str)
+def test_pools_whose_blocks_are_far_apart_stay_finite(shape: tuple[int, ...]) -> None:
+    """Catches squares of ±1e30 in float32, and infinities that spread to another pool."""
+    x = torch.ones(shape) * torch.tensor([1, 2, 2, -1, 3, 4.0]).view(-1, *[1] * (len(shape) - 1))
+    mean, std = cpu.block_moments(
+        1e30 * x, (1,) * 6, Pools(3, (0, 3, 2, 5, 4, 1), (0, 2, 1, 0, 2, 1))
+    )
+    torch.testing.assert_close(mean, torch.tensor([[0.0], [3.0], [2.5]]).expand(3, 3) * 1e30)
+    torch.testing.assert_close(std, torch.tensor([[1.0], [1.0], [0.5]]).expand(3, 3) * 1e30)
+
+
+def test_sums_of_large_values_stay_finite() -> None:
+    """Catches sums over a whole block, which is infinite where a plane's is not."""
+    mean, std = cpu.block_moments(torch.full((256, 2, 64, 64), 1e34), (256,))
+    assert torch.equal(mean, torch.full((1, 2), 1e34))
+    assert not std.any()
+    x = randn(256, 2, 8, 8)
+    std = cpu.block_moments((x * 1e17).float(), (256,))[1]  # the sum of all squares is 1e39
+    torch.testing.assert_close(std[0].double(), 1e17 * x.std(dim=(0, 2, 3), correction=0))
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_float64_has_infinite_variances_without_fused_arithmetic(capability: str) -> None:
+    """Catches inf - inf, which is NaN, where a processor does not multiply and add in one step."""
+    program = (
+        "import torch; from shuffle_batchnorm.kernels import cpu;"
+        "x = 1e160 * torch.randn(8, 4, 16, 16, dtype=torch.float64);"
+        "print(cpu.block_moments(x, (8,))[1].isinf().all().item())"
+    )
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "True"
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
+@pytest.mark.parametrize("layout", ["contiguous_format", "channels_last"])
+def test_a_loop_over_a_layer_gets_no_new_pages(layout: str) -> None:
+    """Catches memory that glibc returns at every step and asks for again, page by page."""
+    program = (
+        "import resource, torch; from shuffle_batchnorm import ShuffleBatchNorm;"
+        "torch.set_num_threads(1); layer = ShuffleBatchNorm(256, mode='local', groups=8);"
+        f"x = torch.randn(32, 256, 14, 14).contiguous(memory_format=torch.{layout});"
+        "step = lambda: layer(x.requires_grad_()).sum().backward() or setattr(x, 'grad', None);"
+        "pages = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt;"
+        "[step() for _ in range(5)]; before = pages(); [step() for _ in range(20)];"
+        "print((pages() - before) * resource.getpagesize() / 20 / x.untyped_storage().nbytes())"
+    )
+    # A threshold set by hand stays as it is.
+    environment = {name: value for name, value in os.environ.items() if "MALLOC" not in name}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
+    assert float(done.stdout) < 0.5, "new memory per step, as a share of the input's"
+
+
+class _Largest(TorchDispatchMode):
+    """Notes the largest memory that an operation returns, but for that of a tensor."""
+
+    def __init__(self, known: Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._known = known.untyped_storage().data_ptr()
+        self.bytes = 0
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Run an operation."""
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() != self._known:
+                self.bytes = max(self.bytes, tensor.untyped_storage().nbytes())
+        return result
+
+
+@pytest.mark.parametrize("sizes", [(4096,), (512,) * 8, (64,) * 64, (820, 819, 819, 819, 819)])
+@pytest.mark.parametrize("shape", [(), (1, 2)], ids=["lines", "lines of two"])
+@pytest.mark.parametrize("value", [1.0, 1e30, math.nan])
+def test_sums_take_no_memory_like_their_input(
+    sizes: tuple[int, ...], shape: tuple[int, ...], value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a sum per sample where a sample is a value, and all of a batch in float64."""
+    for module in (cpu, cpu_views):
+        monkeypatch.setattr(module, "PART", min(2**15, 2**16 // torch.get_num_threads()))
+    x = value * torch.randn(4096, 64, *shape)
+    x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+    rows = torch.randn(len(sizes), 64)
+    with _Largest(x) as largest:
+        cpu.block_moments(x, sizes)
+        cpu.block_grad_sums(x, x, sizes, rows, rows)
+    assert largest.bytes < 0.6 * x.untyped_storage().nbytes()
+
+
+@pytest.mark.parametrize("scale", [1e18, 1e25, 1e35])
+@pytest.mark.parametrize("sizes", [(8,), (5, 3), (1,) * 8], ids=str)
+@pytest.mark.parametrize("lines", [False, True])
+def test_a_deviation_is_finite_where_its_square_is_not(
+    scale: float, sizes: tuple[int, ...], lines: bool
+) -> None:
+    """Catches squares, and sums of them, that float32 doesn't hold; and a true infinity lost."""
+    x = (randn(8, 4, 8, 8) * scale).float()  # few enough for a sum of them in float32
+    x = x.contiguous(memory_format=torch.channels_last) if lines else x
+    mean, std = cpu.block_moments(x, sizes)
+    for k, block in enumerate(x.double().split(sizes)):
+        deviation, center = torch.std_mean(block, dim=(0, 2, 3), correction=0)
+        torch.testing.assert_close(std[k].double(), deviation, rtol=1e-6, atol=0)
+        torch.testing.assert_close(mean[k].double(), center, rtol=1e-6, atol=1e-7 * scale)
+    x[:, 0] = torch.inf
+    mean, std = cpu.block_moments(x, sizes)
+    assert mean[:, 0].isinf().all()
+    assert std[:, 0].isnan().all()
+    assert std[:, 1:].isfinite().all()
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("columns", [4, 16])
+def test_an_infinity_in_lines_is_the_mean_of_its_channel(
+    value: float, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches inf - inf where lines are summed in pieces, side by side."""
+    monkeypatch.setattr(cpu_sums, "_LINES", 16)
+    monkeypatch.setattr(cpu_sums, "_COLUMNS", columns)
+    x = torch.randn(8, 4, 5, 7).contiguous(memory_format=torch.channels_last)
+    x[0, 1, 0, 0] = value
+    mean, std = cpu.block_moments(x, (8,))
+    torch.testing.assert_close(mean[0], x.mean(dim=(0, 2, 3)), equal_nan=True)
+    assert std.isfinite().tolist() == [[True, False, True, True]]
+
+
+@pytest.mark.parametrize("columns", [4, 16])
+def test_float64_lines_have_infinite_variances(
+    columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches inf - inf in the pooling of pieces, which no wider dtype mends."""
+    monkeypatch.setattr(cpu_sums, "_LINES", 16)
+    monkeypatch.setattr(cpu_sums, "_COLUMNS", columns)
+    x = 1e200 * torch.randn(5, 4, 5, 7, dtype=torch.float64)
+    std = cpu.block_moments(x.contiguous(memory_format=torch.channels_last), (5,))[1]
+    assert std.isinf().all()
+
+
+@pytest.mark.parametrize("shape", [(64, 8), (4, 8, 8, 8), (4, 8, 64)], ids=str)
+def test_small_blocks_keep_the_distance_to_their_mean(shape: tuple[int, ...]) -> None:
+    """Catches a product with a large mean, and its rounding, where the distance itself is exact."""
+    x = torch.randn(shape) + 1e4
+    center = x.transpose(0, 1).flatten(1).mean(dim=1)[None]
+    zero, third = torch.zeros_like(center), torch.full_like(center, 1 / 3)
+    x = x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+    dx = cpu.block_grad_affine(x, x, shape[:1], zero, third, center, zero)
+    want = (x - center.view(-1, *[1] * (x.ndim - 2))) / 3
+    torch.testing.assert_close(dx, want, rtol=2e-7, atol=0)

@@ -1,0 +1,72 @@
+"""How work is cut for the Triton kernels: enough programs, tiles that compile, few variants."""
+
+import pytest
+
+from shuffle_batchnorm.kernels.tiles import elementwise, merge_tile, reduction
+
+# The batch norms of ResNet-50: channels and side.
+RESNET = [
+    (64, 112), (64, 56), (128, 56), (256, 56), (128, 28), (256, 28), (512, 28), (256, 14),
+    (512, 14), (1024, 14), (512, 7), (2048, 7),
+]  # fmt: skip
+LINES = pytest.mark.parametrize("lines", [False, True], ids=["planes", "lines"])
+BYTES = pytest.mark.parametrize("itemsize", [2, 4, 8])
+
+
+@pytest.mark.parametrize("layer", RESNET, ids=str)
+@pytest.mark.parametrize("blocks", [1, 8, 64])
+@LINES
+@BYTES
+def test_a_gpu_is_busy_at_every_layer(
+    layer: tuple[int, int], blocks: int, lines: bool, itemsize: int
+) -> None:
+    """Catches programs too few for a GPU's 132 multiprocessors, or too small to be worth one."""
+    channels, side = layer
+    shape = (256, channels, side, side)
+    sizes = (256 // blocks,) * blocks
+    megabytes = 256 * channels * side**2 * itemsize / 2**20
+    tiles = reduction(shape, sizes, lines, itemsize)
+    assert tiles.programs >= min(1000, 16 * megabytes)
+    assert megabytes / tiles.programs >= 1 / 2**9  # 2 KiB
+    assert tiles.programs % (blocks * tiles.splits) == 0
+
+
+@pytest.mark.parametrize("channels", [1, 3, 24, 64, 65, 130, 257, 2048])
+@pytest.mark.parametrize("length", [1, 2, 49, 196, 1030, 12544])
+@LINES
+@BYTES
+def test_tiles_compile_and_cover(channels: int, length: int, lines: bool, itemsize: int) -> None:
+    """Catches a tile that is no power of two, wider than a program can hold, or mostly beyond."""
+    for n, sizes in ((1, (1,)), (96, (96,)), (97, (40, 0, 57)), (4096, (1,) * 4096)):
+        for cut in (reduction, elementwise):
+            tiles = cut((n, channels, length), sizes, lines, itemsize)
+            arguments = tiles.arguments
+            rows, outer, inner = (arguments[name] for name in ("ROWS", "OUTER", "INNER"))
+            for size in (rows, outer, inner):
+                assert size & (size - 1) == 0
+            assert 1 <= rows * outer * inner * itemsize <= 8192
+            assert arguments["units"] * arguments["UNIT"] == (channels if lines else length)
+            width = channels if lines else length
+            assert -(-width // inner) * inner < 2 * width
+            height, columns = merge_tile(tiles.splits)
+            assert tiles.splits <= height <= 2048
+            assert height * columns <= 2048
+
+
+@LINES
+def test_batches_of_other_sizes_compile_nothing_new(lines: bool) -> None:
+    """Catches a compilation at the last batch of an epoch."""
+    for cut in (reduction, elementwise):
+        for shape in ((64, 56, 56), (2048, 7, 7)):
+            kinds = {
+                tuple(cut((n, *shape), (n // 8,) * 8, lines, 4).arguments.items())
+                for n in (256, 248, 96, 64)
+            }
+            assert len(kinds) == 1
+
+
+def test_more_blocks_than_a_grid_has_rows() -> None:
+    """Catches a grid whose other axes end at 65535 (pytorch#16998): there is one axis."""
+    tiles = reduction((131_072, 3), (1,) * 131_072, True, 4)
+    assert tiles.programs == 131_072
+    assert tiles.splits == 1

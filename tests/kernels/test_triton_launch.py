@@ -1,0 +1,365 @@
+"""The Triton kernels against the reference: on a GPU where there is one, else in the interpreter.
+
+The interpreter forgives what a compiler doesn't: see test_kernels_compiled.py and test_gpu.py.
+"""
+
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from kernels.kernel_cases import (
+    LAST2D,
+    NAMED,
+    POOLED,
+    all_four,
+    assert_near,
+    assert_one_rounding,
+    cast,
+    check_pools,
+    loops,
+    randn,
+    rows_for,
+)
+from shuffle_batchnorm import ShuffleBatchNorm
+from shuffle_batchnorm.kernels import reference, select, tiles
+from shuffle_batchnorm.kernels.rows import Pools
+from shuffle_batchnorm.kernels.select import Kernels
+from truth import gradient
+
+pytest.importorskip("triton", reason="Triton is for Linux")
+import triton
+import triton.language as tl
+
+from shuffle_batchnorm.kernels import triton_kernels, triton_rows
+from shuffle_batchnorm.kernels import triton_launch as triton_module
+
+TRITON: Kernels = triton_module
+REFERENCE: Kernels = reference
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+pytestmark = [pytest.mark.gpu] if CUDA else []  # make gpu-check compiles them
+HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+LINES = pytest.mark.parametrize("lines", [False, True], ids=["planes", "lines"])
+
+
+@pytest.fixture(autouse=True)
+def _nan_in_fresh_memory() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def _many_splits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Split even small blocks, down to single steps."""
+    monkeypatch.setattr(tiles, "_STEPS", 1)
+    monkeypatch.setattr(tiles, "_UNSPLIT", 1)
+    tiles.reduction.cache_clear()
+    yield
+    tiles.reduction.cache_clear()
+
+
+def _in_lines(x: Tensor) -> Tensor:
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def _input(*shape: int, lines: bool = False, dtype: torch.dtype = torch.float64) -> Tensor:
+    x = randn(*shape).to(DEVICE, dtype)
+    return _in_lines(x) if lines else x
+
+
+def _packed_rows(x: Tensor, sizes: tuple[int, ...]) -> list[Tensor]:
+    """Rows as the layer passes them: parts of longer ones, at odd addresses, or one for all."""
+    a, b, center, c = rows_for(x, sizes, 4)
+    packed = torch.cat([c[:, :1], a, b, center], dim=1)
+    a, b, center = packed[:, 1:].chunk(3, dim=1)
+    return [a, b, center, c[:1].expand_as(center)]
+
+
+def _check(x: Tensor, dy: Tensor, sizes: tuple[int, ...]) -> dict[str, Tensor]:
+    rows = _packed_rows(x, sizes)
+    got, want = (all_four(k, x, dy, sizes, rows) for k in (TRITON, REFERENCE))
+    assert_near(got, want, 1e-12 if x.dtype == torch.float64 else 1e-5)
+    for name, tensor in want.items():
+        assert got[name].dtype == tensor.dtype, name
+        assert got[name].shape == tensor.shape, name
+    for name in ("mean", "std", "total", "dot"):
+        assert got[name].is_contiguous(), name
+    return got
+
+
+@NAMED
+def test_triton_is_the_reference(case: tuple[Callable[[], Tensor], tuple[int, ...]]) -> None:
+    """Catches a layout read wrongly, a block's row given to another, an output left unwritten."""
+    x = cast(case[0](), torch.float64, DEVICE)
+    before = x.clone()
+    _check(x, torch.randn_like(x), case[1])
+    assert torch.equal(x, before), "a kernel wrote to its input"
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (5, 1, 1030),
+        (5, 3, 1030),
+        (5, 13, 49),
+        (5, 64, 17),
+        (5, 257, 9),
+        (6, 65),
+        (70, 1),
+        (70, 130),
+    ],
+)
+@LINES
+def test_any_channels_and_any_length(shape: tuple[int, ...], lines: bool) -> None:
+    """Catches a tile's end that is not the data's, in channels or in space, of either layout."""
+    x = _input(*shape, lines=lines, dtype=torch.float32)
+    dy = _input(*shape, lines=lines, dtype=torch.float32)
+    _check(x, dy, (1, 0, shape[0] - 1))
+
+
+@pytest.mark.parametrize("sizes", [(2, 6), (8,), (1,) * 8, (0, 0, 8, 0), (3, 0, 0, 5)])
+@LINES
+def test_any_sizes_of_blocks(sizes: tuple[int, ...], lines: bool) -> None:
+    """Catches blocks thought equal, a sample counted in its neighbour, NaN from an empty block."""
+    x, dy = _input(8, 5, 7, lines=lines), _input(8, 5, 7)
+    rows = _packed_rows(x, sizes)
+    got, want = all_four(TRITON, x, dy, sizes, rows), loops(x, dy, sizes, rows)
+    assert_near(got, want, 1e-12)
+    empty = [k for k, n in enumerate(sizes) if n == 0]
+    for name in ("mean", "std", "total", "dot"):
+        assert torch.equal(got[name][empty], torch.zeros_like(got[name][empty])), name
+
+
+@LINES
+def test_gradients_in_any_layout(lines: bool) -> None:
+    """Catches a gradient read in the layout of the input, as in pytorch#64039."""
+    x = _input(4, 6, 5, 3, lines=lines)
+    dy = _input(4, 6, 5, 3)
+    gradients = [dy, _in_lines(dy), dy.transpose(2, 3).contiguous().transpose(2, 3)]
+    gradients.append(dy[:1, :1].expand_as(x))  # of a sum: strides of 0
+    for other in gradients:
+        results = _check(x, other, (1, 3))
+        assert results["y"].stride() == results["dx"].stride() == x.stride()
+
+
+@HALVES
+@LINES
+def test_half_precision_is_summed_in_float32(dtype: torch.dtype, lines: bool) -> None:
+    """Catches sums, counts and affine steps in half precision (pytorch#96203)."""
+    x = (_input(8, 3, 20, 33, lines=lines) * 10).to(dtype)
+    dy, sizes = _input(8, 3, 20, 33, dtype=dtype), (3, 5)
+    assert_one_rounding(TRITON, x, dy, sizes, _packed_rows(x, sizes))
+
+
+@pytest.mark.usefixtures("_many_splits")
+@pytest.mark.parametrize("programs", [1, 12, 4096])
+@LINES
+def test_splits_add_up_and_repeat_their_bits(
+    programs: int, lines: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a split lost or counted twice, an empty split's row, an order that is chance."""
+    monkeypatch.setattr(tiles, "_PROGRAMS", programs)
+    x, dy = _input(17, 3, 150, lines=lines), _input(17, 3, 150, lines=lines)
+    sizes = (1, 16)  # the first block has fewer steps than the second has splits
+    splits = tiles.reduction(x.shape, sizes, lines, x.itemsize).splits
+    assert splits == 1 if programs == 1 else splits > 1
+    torch.manual_seed(1)
+    once = _check(x, dy, sizes)
+    torch.manual_seed(1)
+    again = all_four(TRITON, x, dy, sizes, _packed_rows(x, sizes))
+    for name, tensor in once.items():
+        assert torch.equal(tensor, again[name]), name
+
+
+@pytest.mark.parametrize("merged", [1, 8, 1024])
+@POOLED
+@LINES
+@pytest.mark.usefixtures("_many_splits")
+def test_pools_are_groups_of_their_blocks(
+    shape: tuple[int, ...],
+    sizes: tuple[int, ...],
+    pools: Pools,
+    lines: bool,
+    merged: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Catches a split in another's pool, and more blocks than one program can merge."""
+    for module in (triton_module, tiles):
+        monkeypatch.setattr(module, "MERGED", merged)
+    check_pools(TRITON, shape, sizes, pools, lines, DEVICE)
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("drift", [0.0, 300.0])
+@LINES
+def test_large_means_cancel_no_more_than_in_batch_norm(
+    split: bool, drift: float, lines: bool, request: pytest.FixtureRequest
+) -> None:
+    """Catches E[x²] − E[x]², also about a centre that only the first samples have."""
+    if split:
+        request.getfixturevalue("_many_splits")
+    x = torch.randn(32, 4, 16, 16) + 1e4 + torch.linspace(-drift, drift, 32)[:, None, None, None]
+    exact = nn.BatchNorm2d(4, affine=False).double()(x.double())
+    theirs = (nn.BatchNorm2d(4, affine=False)(x).double() - exact).norm()
+    x = (x.contiguous(memory_format=LAST2D) if lines else x).to(DEVICE)
+    mean, std = TRITON.block_moments(x, (32, 0))
+    y = TRITON.block_affine(x, (32, 0), mean, (std.square() + 1e-5).rsqrt(), mean * 0)
+    assert (y.cpu().double() - exact).norm() <= 3 * theirs
+
+
+@pytest.mark.filterwarnings("ignore:invalid:RuntimeWarning")
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("place", [0, 149])
+@LINES
+def test_an_infinity_is_the_mean_of_its_channel(
+    place: int, split: bool, lines: bool, request: pytest.FixtureRequest
+) -> None:
+    """Catches inf - inf, which is NaN, in running means that nn.BatchNorm2d has infinite."""
+    if split:
+        request.getfixturevalue("_many_splits")
+    x = torch.randn(16, 4, 150)
+    x[8, 1, place], x[8, 2, place], x[8, 3, place] = torch.inf, -torch.inf, torch.nan
+    x = (_in_lines(x) if lines else x).to(DEVICE)
+    for got, want in zip(*(k.block_moments(x, (8, 8)) for k in (TRITON, REFERENCE)), strict=True):
+        torch.testing.assert_close(got, want, equal_nan=True, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning", "ignore:invalid:RuntimeWarning")
+@pytest.mark.parametrize("split", [False, True])
+def test_what_overflows_is_infinite_and_stays_in_its_channel(
+    split: bool, request: pytest.FixtureRequest
+) -> None:
+    """Catches inf - inf, and a NaN or an infinity that reaches a neighbour or is lost."""
+    if split:
+        request.getfixturevalue("_many_splits")
+    x = torch.randn(16, 4, 150, device=DEVICE)
+    x[:, 0] *= 1e30  # its squares don't fit
+    x[3, 2, 7] = float("nan")
+    mean, std = TRITON.block_moments(x, (9, 0, 7))
+    want_mean, want_std = REFERENCE.block_moments(x, (9, 0, 7))
+    torch.testing.assert_close(std, want_std, equal_nan=True)
+    torch.testing.assert_close(mean, want_mean, equal_nan=True, rtol=1e-5, atol=1e-5)
+    assert std[0, 0] == torch.inf
+    assert std[0, 2].isnan()
+    assert std[2, 2].isfinite()
+
+
+@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+def _first_and_last_offset(  # type: ignore[no-untyped-def]
+    out, start, end, step, outer, inner, LINES: tl.constexpr, ROWS: tl.constexpr
+):
+    start, end = start.to(tl.int64), end.to(tl.int64)
+    offsets, _, _, _, _, jump, _ = triton_kernels._step(
+        step, 0, start, end, outer, inner, LINES, ROWS, 1, 1
+    )
+    tl.store(out + tl.zeros([1, 1], tl.int32), offsets)
+    tl.store(out + 1 + tl.zeros([1, 1], tl.int32), offsets + (ROWS - 1) * jump)
+
+
+@LINES
+def test_offsets_past_2_to_the_31(lines: bool) -> None:
+    """Catches an index in int32, which wraps from 2**31 elements on (pytorch#181555)."""
+    samples, outer, inner, step = 70_000, 40_000, 50_000, 600_000_009
+    out = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    _first_and_last_offset[(1,)](
+        out, samples, samples + 100, step, outer, inner, LINES=lines, ROWS=4
+    )
+    if lines:
+        first, last = ((samples * outer + 4 * step + r) * inner for r in (0, 3))
+    else:
+        row, column = divmod(step, inner)
+        first, last = ((samples + 4 * row + r) * outer * inner + column for r in (0, 3))
+    assert out.tolist() == [first, last]
+
+
+@pytest.mark.parametrize("mode", ["local", "swap", "regroup"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_a_layer_on_triton_kernels(
+    mode: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches rows, dtypes or gradients that autograd passes and the tests above don't."""
+    data, dy = _input(14, 5, 4, 3, dtype=dtype), _input(14, 5, 4, 3, dtype=dtype)
+    results: list[list[Tensor]] = []
+    for chosen in (TRITON, REFERENCE):
+        monkeypatch.setattr(select, "select", lambda _, chosen=chosen: chosen)
+        layer = ShuffleBatchNorm(5, mode=mode, groups=2).to(DEVICE, dtype)
+        x = data.clone().requires_grad_()
+        y = layer(x)
+        y.backward(dy)
+        results.append([y.detach(), gradient(x), *map(gradient, layer.parameters())])
+        results[-1] += [*layer.buffers()]
+    tolerance = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2**-7}[dtype]
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+
+
+class _OnAGPU:
+    """What `select` looks at in a tensor."""
+
+    is_cuda = True
+    dtype = torch.float32
+    device = torch.device("cuda")
+
+    def numel(self) -> int:
+        return 1
+
+
+@pytest.fixture
+def _no_choice_yet() -> Iterator[None]:
+    select._triton.cache_clear()
+    yield
+    select._triton.cache_clear()
+
+
+@pytest.mark.usefixtures("_no_choice_yet")
+def test_triton_is_chosen_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches Triton for tensors without numbers or of other dtypes, or while compiling."""
+    x: Any = _OnAGPU()
+    monkeypatch.setattr(select, "Tensor", _OnAGPU)
+    monkeypatch.setattr(torch, "ones", lambda *shape, **_: torch.full(shape, 1.0))
+    assert select.select(x) is TRITON
+    x.dtype = torch.float8_e4m3fn
+    assert select.select(x) is REFERENCE
+    x.dtype = torch.float32
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert select.select(x) is REFERENCE
+
+
+@pytest.mark.skipif(CUDA, reason="it is there")
+@pytest.mark.usefixtures("_no_choice_yet")
+def test_where_triton_does_not_work_a_warning_says_what_is_slower(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Catches a training that ends for want of a C compiler, and one that is slow in silence."""
+    x: Any = _OnAGPU()
+    monkeypatch.setattr(select, "Tensor", _OnAGPU)
+    with pytest.warns(UserWarning, match=r"Triton does not work here.* slower: \w+: .+"):
+        assert select.select(x) is REFERENCE
+    assert select.select(x) is REFERENCE  # once is enough
+
+
+@pytest.mark.skipif(CUDA, reason="it is there")
+@pytest.mark.usefixtures("_no_choice_yet")
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        *((triton_kernels, name) for name in ("moments", "affine", "grad_sums")),
+        *((triton_rows, name) for name in ("merge_moments", "merge_sums", "normaliser_rows")),
+        *((triton_rows, name) for name in ("pool", "user_rows", "slopes")),
+    ],
+)
+def test_a_kernel_that_fails_later_fails_at_the_choice(
+    module: ModuleType, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a training that ends in its first backward pass."""
+    x: Any = _OnAGPU()
+    monkeypatch.setattr(select, "Tensor", _OnAGPU)
+    monkeypatch.setattr(torch, "ones", lambda *shape, **_: torch.full(shape, 1.0))
+    monkeypatch.setattr(module, name, None)
+    with pytest.warns(UserWarning, match="Triton does not work here"):
+        assert select.select(x) is REFERENCE

@@ -1,0 +1,310 @@
+"""Which runs a comparison starts, in which order, and what it keeps; nothing is trained here."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+
+from moco.comparison.made_up import Record, diverged_record, made_up_record
+from shuffle_batchnorm.moco.comparison import compare as module
+from shuffle_batchnorm.moco.comparison.compare import compare, written_command
+from shuffle_batchnorm.moco.comparison.summary import ResultsError
+from shuffle_batchnorm.moco.config import (
+    Config,
+    ConfigError,
+    Norm,
+    NormConfig,
+    OptimConfig,
+    RunConfig,
+    to_dict,
+)
+from shuffle_batchnorm.moco.ranks.launch import Place, Stopped
+from shuffle_batchnorm.moco.ranks.spawn import StopRequest
+
+CONFIG = Config(norm=NormConfig(groups=16), run=RunConfig(ranks=2, device="cpu"))
+ROUND = replace(CONFIG, norm=NormConfig(groups=16, offset=32))
+Change = Callable[[Record], Record]
+
+
+class Trainer:
+    """Stands in for the trainer: notes what it is asked for and writes what a run leaves."""
+
+    def __init__(self, change: Change = lambda record: record, fail_at: int = -1) -> None:
+        self.asked: list[Config] = []
+        self.change, self.fail_at = change, fail_at
+
+    def __call__(self, config: Config) -> Record:
+        self.asked.append(config)
+        folder = config.run.output
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(
+            json.dumps({"config": to_dict(config), "world_size": 2})
+        )
+        if len(self.asked) - 1 == self.fail_at:
+            (folder / "record.json").write_text('{"complete": false}')
+            raise KeyboardInterrupt
+        record = self.change(made_up_record(config.norm.bn, config.run.seed))
+        (folder / "record.json").write_text(json.dumps(record))
+        return record
+
+    @property
+    def runs(self) -> list[tuple[str, int]]:
+        return [(config.norm.bn, config.run.seed) for config in self.asked]
+
+
+@pytest.fixture(autouse=True)
+def pages(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The calls of write_report, in the place of pages, which take seconds."""
+    calls: list[dict[str, Any]] = []
+
+    def write_report(output: Path, records: list[Record], **options: Any) -> Path:
+        calls.append({"output": output, "records": records, **options})
+        return output / "report.html"
+
+    monkeypatch.setattr(module, "write_report", write_report)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    return calls
+
+
+@pytest.fixture
+def as_rank(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Makes this process a rank of torchrun that has met the other one."""
+
+    def become(rank: int) -> None:
+        for name, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", 2)):
+            monkeypatch.setenv(name, str(value))
+        monkeypatch.setattr(module, "launch", lambda function, _, *args: function(None, *args))
+
+    return become
+
+
+def results(output: Path) -> list[tuple[str, int]]:
+    return [(run["bn"], run["seed"]) for run in json.loads((output / "results.json").read_text())]
+
+
+def test_runs_are_interleaved_seed_by_seed(tmp_path: Path) -> None:
+    """With one bn after the other, a slower hour of the machine would fall on one of them."""
+    train = Trainer()
+    records = compare(CONFIG, ["local", "regroup"], [3, 1], tmp_path, train=train)
+    order = [("local", 3), ("regroup", 3), ("local", 1), ("regroup", 1)]
+    assert train.runs == order
+    assert [(run["bn"], run["seed"]) for run in records] == order
+    assert results(tmp_path) == order
+    assert train.asked[1].run.output == tmp_path / "runs" / "regroup-seed3"
+    assert all(config.run.resume for config in train.asked)
+    assert {config.norm.groups for config in train.asked} == {16}
+
+
+def test_an_interrupted_comparison_keeps_what_is_done_and_goes_on(tmp_path: Path) -> None:
+    first = Trainer(fail_at=2)
+    with pytest.raises(KeyboardInterrupt):
+        compare(CONFIG, ["local", "regroup"], [0, 1], tmp_path, train=first)
+    assert results(tmp_path) == [("local", 0), ("regroup", 0)]
+    second = Trainer()
+    compare(CONFIG, ["local", "regroup"], [0, 1], tmp_path, train=second)
+    assert second.runs == [("local", 1), ("regroup", 1)]
+    assert len(results(tmp_path)) == 4
+    third = Trainer()
+    compare(CONFIG, ["local", "regroup"], [0, 1], tmp_path, train=third)
+    assert third.runs == []
+
+
+def test_what_had_ended_stays_in_the_results_while_others_run(tmp_path: Path) -> None:
+    compare(CONFIG, ["local"], [0, 1], tmp_path, train=Trainer())
+    with pytest.raises(KeyboardInterrupt):
+        compare(CONFIG, ["regroup", "local"], [0, 1], tmp_path, train=Trainer(fail_at=1))
+    assert results(tmp_path) == [("regroup", 0), ("local", 0), ("local", 1)]
+
+
+def test_another_configuration_is_refused(tmp_path: Path) -> None:
+    compare(CONFIG, ["local"], [0], tmp_path, train=Trainer())
+    train = Trainer()
+    other = replace(CONFIG, optim=OptimConfig(lr=0.1))
+    bns: list[Norm] = ["local", "regroup"]
+    for bn in bns:  # one that was run, and one that has no run yet
+        with pytest.raises(ConfigError, match=r"another --lr \(was 0.12, is 0.1\); choose another"):
+            compare(other, [bn], [0], tmp_path, train=train)
+    other = replace(CONFIG, run=replace(CONFIG.run, ranks=4))
+    with pytest.raises(ConfigError, match=r"another number of ranks \(was 2, is 4\)"):
+        compare(other, ["local"], [0], tmp_path, train=train)
+    assert train.asked == []
+    free = replace(CONFIG, run=replace(CONFIG.run, save_every=7, log_every=7))
+    compare(free, ["local"], [0], tmp_path, train=train)
+    assert train.asked == []
+
+
+def test_a_run_of_another_configuration_is_refused(tmp_path: Path) -> None:
+    """Whoever put it there: a run that has ended never reaches the trainer's own check."""
+    compare(CONFIG, ["local"], [0], tmp_path, train=Trainer())
+    (tmp_path / "comparison.json").unlink()
+    other = replace(CONFIG, optim=OptimConfig(lr=0.1))
+    with pytest.raises(ConfigError, match=r"local-seed0/config\.json was begun with another --lr"):
+        compare(other, ["local"], [0], tmp_path, train=Trainer())
+
+
+def test_a_diverged_run_is_kept_and_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = Trainer(lambda record: diverged_record(record["bn"], record["seed"]))
+    (record,) = compare(CONFIG, ["swap"], [0], tmp_path, train=train)
+    text = (tmp_path / "results.json").read_text()
+    assert "NaN" not in text  # which is not JSON
+    assert record["diverged"] is True
+    assert record["loss"] is None
+    assert "[1/1] swap, seed 0: diverged" in capsys.readouterr().out
+    (again,) = compare(CONFIG, ["swap"], [0], tmp_path, train=Trainer())
+    assert again == record
+
+
+def test_output_ends_with_table_and_page(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], pages: list[dict[str, Any]]
+) -> None:
+    compare(CONFIG, ["local"], [0, 1], tmp_path, train=Trainer(), command="as typed")
+    out = capsys.readouterr().out
+    assert "[1/2] local, seed 0: leak 0." in out
+    assert "95 % interval" in out
+    assert out.splitlines()[-1] == f"The page: {tmp_path / 'report.html'}"
+    (page,) = pages
+    assert page["command"] == "as typed"
+    assert page["setup"]["data"]["image_size"] == 16
+    assert page["setup"]["run"]["ranks"] == 2
+    assert "seed" not in page["setup"]["run"]
+    assert "torch" in page["setup"]["environment"]
+    compare(CONFIG, ["local"], [0, 1], tmp_path, train=Trainer())
+    assert "(had ended before)" in capsys.readouterr().out
+
+
+def test_other_ranks_of_torchrun_train_and_are_silent(
+    tmp_path: Path, as_rank: Callable[[int], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    as_rank(1)
+    train = Trainer(lambda _: cast("Any", None))  # only the first rank has a record
+    assert compare(CONFIG, ["local", "regroup"], [0], tmp_path, train=train) == []
+    assert train.runs == [("local", 0), ("regroup", 0)]
+    assert {path.name for path in tmp_path.iterdir()} == {"runs"}
+    assert capsys.readouterr().out == ""
+
+
+def test_ranks_of_torchrun_all_ask_the_trainer(
+    tmp_path: Path, as_rank: Callable[[int], None]
+) -> None:
+    """Where only the first rank sees the folder, one that skipped a run would leave the others."""
+    compare(CONFIG, ["local"], [0], tmp_path, train=Trainer())
+    as_rank(0)
+    train = Trainer()
+    compare(CONFIG, ["local"], [0], tmp_path, train=train)
+    assert train.runs == [("local", 0)]
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+import torch, torch.distributed as dist
+from moco.comparison.made_up import made_up_record
+from shuffle_batchnorm.moco.comparison import compare as module
+from shuffle_batchnorm.moco.config import Config, RunConfig
+from shuffle_batchnorm.moco.ranks.launch import launch
+
+module.write_report = lambda output, *_, **__: output
+
+def work(place, config):
+    total = torch.ones(1)
+    dist.all_reduce(total)
+    return made_up_record(config.norm.bn, config.run.seed, leak=total.item())
+
+def train(config):
+    return launch(work, config.run, config)
+
+config = Config(run=RunConfig(device="cpu"))
+module.compare(config, ["local", "regroup"], [0], Path(sys.argv[1]), train=train)
+"""
+
+
+def test_several_runs_under_torchrun(tmp_path: Path) -> None:
+    """A process group per run meets at the addresses of the one before, and nobody is there."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    here = Path(__file__).parents[2]
+    path = os.pathsep.join([str(here), str(here.parent / "src"), os.environ.get("PYTHONPATH", "")])
+    ours = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
+    done = subprocess.run(
+        [sys.executable, *torchrun, str(script), str(tmp_path)],
+        env=os.environ | ours,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert results(tmp_path) == [("local", 0), ("regroup", 0)]
+    assert done.stdout.count("leak 2.000") == 2  # both ranks were there, one spoke
+
+
+def test_a_signal_between_two_runs_is_heard(tmp_path: Path) -> None:
+    """Under torchrun it is noted for the trainer, which isn't there at that moment."""
+    place = Place(0, 2, torch.device("cpu"), StopRequest(), None)
+
+    def change(record: Record) -> Record:
+        place.stop.signum = 15
+        return record
+
+    plan = module.planned(CONFIG, ["local", "regroup"], [0], tmp_path)
+    train = Trainer(change)
+    with pytest.raises(Stopped, match="compare: stopped after run 1 of 2") as caught:
+        module.run_all(place, plan, tmp_path, train)
+    assert caught.value.signum == 15
+    assert train.runs == results(tmp_path) == [("local", 0)]
+
+
+@pytest.mark.parametrize(
+    ("bns", "seeds", "config", "message"),
+    [
+        ([], [0], CONFIG, "--bn must name at least one, got none"),
+        (["local"], [], CONFIG, "--seeds must name at least one, got none"),
+        (["local", "local"], [0], CONFIG, "--bn names local twice"),
+        (["local"], [0, 1, 0], CONFIG, "--seeds names 0 twice"),
+        (["local", "group"], [0], CONFIG, "--bn must be of local, sync, .*, got group"),
+        (["local", "swap"], [0], ROUND, "--bn swap would do nothing"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_before_anything_runs(
+    tmp_path: Path, bns: list[Any], seeds: list[int], config: Config, message: str
+) -> None:
+    train = Trainer()
+    with pytest.raises(ConfigError, match=message):
+        compare(config, bns, seeds, tmp_path, train=train)
+    assert train.asked == []
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "is not JSON"), ("[]", "must be an object"), ('{"complete": true}', "has no 'bn'")],
+)
+def test_a_broken_record_is_named(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "runs" / "local-seed0" / "record.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    with pytest.raises(ResultsError, match=message) as caught:
+        compare(CONFIG, ["local"], [0], tmp_path, train=Trainer())
+    assert str(path) in str(caught.value)
+
+
+def test_the_command_has_what_is_not_the_default() -> None:
+    config = replace(
+        CONFIG, optim=OptimConfig(epochs=3), run=replace(CONFIG.run, tensorboard=False)
+    )
+    command = written_command(config, ["local", "batch-shuffle"], [0, 1], Path("a b"))
+    assert command == (
+        "shuffle-batchnorm compare --bn local,batch-shuffle --seeds 0,1 --groups 16 --epochs 3 "
+        "--ranks 2 --device cpu --no-tensorboard --output 'a b'"
+    )

@@ -1,0 +1,168 @@
+"""The page: whole, self-contained, and honest about what the numbers allow."""
+
+import base64
+from collections.abc import Mapping, Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moco.comparison.made_up import Record, diverged_record, made_up_record, made_up_records
+from shuffle_batchnorm.moco.comparison import report
+from shuffle_batchnorm.moco.comparison.report import abstract, write_report
+from shuffle_batchnorm.moco.comparison.summary import ResultsError
+
+VOID = {"meta", "img", "br"}
+PNG = b"\x89PNG\r\n\x1a\n" + bytes(8) + (1380).to_bytes(4, "big")
+
+
+class Page(HTMLParser):
+    """Reads a page and insists that every element is closed where it should be."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.attributes: list[tuple[str, str, str]] = []
+        self.cells: list[str] = []
+        self.words: list[str] = []
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: Sequence[tuple[str, str | None]]) -> None:
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+        if self.open[-1:] in (["td"], ["b"]) and data.strip():
+            self.cells.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join("".join(self.words).split())
+
+
+@pytest.fixture
+def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures have tests of their own, and take seconds."""
+
+    def save_figures(folder: Path, records: Sequence[Record]) -> Mapping[str, Path]:
+        assert records
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "leak.png").write_bytes(PNG)
+        return {"leak": folder / "leak.png"}
+
+    monkeypatch.setattr(report, "save_figures", save_figures)
+
+
+def written(output: Path, records: list[Record], **options: Any) -> Page:
+    return Page(write_report(output, records, command="the command", **options).read_text("utf-8"))
+
+
+def test_page_is_whole_and_holds_its_pictures(tmp_path: Path) -> None:
+    page = written(tmp_path, made_up_records(("local",), range(1)))
+    sources = [value for _, name, value in page.attributes if name == "src"]
+    assert len(sources) == 3
+    for source in sources:
+        head, data = source.split(",")
+        assert head == "data:image/png;base64"
+        assert base64.b64decode(data).startswith(PNG[:8])
+    assert sorted(path.name for path in (tmp_path / "figures").glob("*.png")) == [
+        "curves.png",
+        "leak.png",
+        "leak_and_cure.png",
+        "stability.png",
+    ]
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_page_asks_nothing_of_the_network(tmp_path: Path) -> None:
+    page = written(tmp_path, made_up_records())
+    assert not {tag for tag, _, _ in page.attributes} & {"link", "script", "iframe"}
+    assert {value for _, name, value in page.attributes if name == "href"} == {
+        "https://arxiv.org/abs/1911.05722"
+    }
+    text = (tmp_path / "report.html").read_text("utf-8")
+    assert "@import" not in text
+    assert "url(" not in text
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_page_says_what_the_table_says(tmp_path: Path) -> None:
+    runs = made_up_records(diverged={("swap", 2)})
+    page = written(tmp_path, runs, setup={"data": {"dataset": "digits", "image_size": 16}})
+    table = (tmp_path / "table.md").read_text("utf-8")
+    for line in table.splitlines()[2:7]:
+        for cell in line.strip("| ").split(" | ")[1:]:
+            assert cell.strip("*") in page.cells
+    assert "swap (1 of 3 diverged)" in page.text
+    assert "dataset digits · image size 16" in page.text
+    assert "the command" in page.text
+    assert page.cells.count("diverged") == 3  # leak, kNN and loss of the run that did
+    assert ("img", "style", "width:6.9in") in page.attributes
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_names_are_text_and_not_markup(tmp_path: Path) -> None:
+    bad = "<script>alert('no')</script>"
+    page = written(tmp_path, [made_up_record(bad)], setup={bad: {bad: bad}})
+    assert bad in page.text
+    assert "script" not in {tag for tag, _, _ in page.attributes}
+
+
+@pytest.mark.usefixtures("without_figures")
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"bn": "local", "seed": 0},
+        diverged_record(),
+        made_up_record(leak=None, leak_interval=None, curve=None, stability=None),
+        made_up_record(leak_interval=[1], curve=[{}], stability={}, epochs=None),
+    ],
+)
+def test_page_does_without_what_is_missing(tmp_path: Path, record: Record) -> None:
+    page = written(tmp_path, [record])
+    for word in ("None", "nan", "inf]"):
+        assert word not in page.text
+
+
+def test_abstract_says_whose_interval_covers_zero() -> None:
+    text = abstract(made_up_records(("local", "regroup")), "digits").replace("\xa0", " ")
+    assert text.startswith(
+        "MoCo was trained on digits for 10 epochs on 2 ranks × 16 groups with 2 kinds of batch "
+        "norm in the key encoder (local and regroup), 3 seeds each. The leak is 0.29"
+    )
+    assert "with local (95 % interval 0.2" in text
+    assert "): this interval does not cover zero. It is" in text
+    assert "this interval covers zero; no leak was found" in text
+    leaky = abstract([made_up_record("regroup", k, leak=0.2 + k / 100) for k in range(3)])
+    assert "covers zero" not in leaky
+
+
+def test_abstract_ranks_no_more_than_it_can() -> None:
+    knn = {"local": 0.970, "regroup": 0.971, "swap": 0.9}
+    runs = [made_up_record(bn, k, knn=v + k / 1000) for bn, v in knn.items() for k in range(3)]
+    assert "Between regroup and local the errors allow no ranking." in abstract(runs)
+    assert "too few seeds to rank" in abstract([run for run in runs if run["seed"] == 0])
+    alone = abstract([run for run in runs if run["bn"] == "swap"])
+    assert "rank" not in alone.replace("ranks", "")
+
+
+def test_abstract_hides_no_divergence() -> None:
+    text = abstract(made_up_records(("local", "swap"), diverged=[("swap", k) for k in range(3)]))
+    assert "3 of 3 runs with swap diverged and are in no mean above." in text
+    assert text.count("swap") == 2  # nothing else is said of it
+    assert "The leak of local was not measured." in abstract([made_up_record(leak=None)])
+
+
+@pytest.mark.parametrize("records", [[], {"bn": "local"}, [{"seed": 0}]])
+def test_what_is_no_list_of_records_is_refused(tmp_path: Path, records: Any) -> None:
+    with pytest.raises(ResultsError, match=r"^report: .*record"):
+        write_report(tmp_path, records, command="")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,63 @@
+"""The tables: what stands in a cell, and what is said below."""
+
+from moco.comparison.made_up import diverged_record, made_up_record, made_up_records
+from shuffle_batchnorm.moco.comparison.tables import (
+    markdown_table,
+    notes,
+    run_line,
+    run_row,
+    text_table,
+    written,
+)
+
+
+def test_minus_zero_has_no_sign() -> None:
+    assert (written(-0.0004), written(-0.0006), written(0.0)) == ("0.000", "−0.001", "0.000")
+
+
+def test_markdown_has_a_row_per_bn_with_mean_error_and_interval() -> None:
+    runs = [made_up_record("local", k, leak=v, knn=v) for k, v in enumerate((0.1, 0.2, 0.3))]
+    lines = markdown_table(runs).splitlines()
+    assert len({line.count("|") for line in lines[:3]}) == 1
+    assert lines[2].startswith("| `local` | 0.200 ± 0.058 | [−0.048, 0.448] | 0.200 ± 0.058 |")
+    assert "Mean over 3 seeds ± standard error." in lines[-1]
+
+
+def test_a_bn_all_of_whose_runs_diverged_has_no_numbers() -> None:
+    """A leak of 0 would read as a cure."""
+    line = markdown_table([diverged_record("swap", 0)]).splitlines()[2]
+    assert (
+        line == "| `swap` (1 of 1 diverged) | diverged | – | diverged | diverged | diverged | – |"
+    )
+
+
+def test_a_leak_that_was_not_measured_is_a_dash() -> None:
+    line = markdown_table([made_up_record(leak=None)]).splitlines()[2]
+    assert line.startswith("| `local` | – | – | 0.9")
+
+
+def test_text_is_aligned() -> None:
+    lines = text_table(made_up_records(diverged={("swap", 1)})).split("\n\n")[0].splitlines()
+    assert len(lines) == 2 + 5
+    ends = {line.index("]") for line in lines[2:]}
+    assert len(ends) == 1
+    assert "swap (1 of 3 diverged)" in lines[4]
+
+
+def test_notes_say_where_each_interval_is_from() -> None:
+    assert "spread of the seeds" in " ".join(notes(made_up_records()))
+    assert "runs' own probes" in " ".join(notes(made_up_records(seeds=range(2))))
+    mixed = notes(made_up_records(("local", "swap"), diverged={("swap", 1)}))
+    assert "The leak's interval of local is from the spread of the seeds (Student's t)." in mixed
+    assert any(note.startswith("The leak's interval of swap is pooled") for note in mixed)
+    assert mixed[0] == "Mean over 2 to 3 seeds ± standard error."
+
+
+def test_line_and_row_of_a_run() -> None:
+    run = made_up_record(leak=0.25, leak_interval=[0.2, 0.3], knn=0.97)
+    said = "leak 0.250 [0.200, 0.300], kNN 0.970, pretext accuracy 0.400, 10.0 s"
+    assert run_line(run) == said
+    assert run_row(run)[:4] == ("local", "0", "0.250", "[0.200, 0.300]")
+    assert run_line(diverged_record()) == "diverged, 10.0 s"
+    row = run_row(diverged_record())
+    assert row[2] == row[6] == row[8] == "diverged"

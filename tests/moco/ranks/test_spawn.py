@@ -1,0 +1,211 @@
+"""Processes that start and end together. Each test starts its own: that is what it is about."""
+
+import atexit
+import functools
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moco.moco_runs import ROOT, started, wait_until
+from shuffle_batchnorm.moco.config import ConfigError
+from shuffle_batchnorm.moco.ranks.spawn import (
+    RankError,
+    Stopped,
+    StopRequest,
+    listening,
+    spawn_ranks,
+)
+
+
+def multiply(rank: int, _stop: StopRequest, factor: int) -> int:
+    return (rank + 5) * factor
+
+
+class Witness:
+    """Tells when Python is taken down, and this object with it."""
+
+    def __init__(self, path: str) -> None:
+        self.note = functools.partial(os.mkdir, path)
+
+    def __del__(self) -> None:
+        self.note()
+
+
+def be_witnessed(_rank: int, _stop: StopRequest, folder: str) -> None:
+    print("worked")
+    atexit.register(os.mkdir, f"{folder}/exit")
+    vars(sys)["witness"] = Witness(f"{folder}/shutdown")
+
+
+def fail(rank: int, _stop: StopRequest) -> None:
+    if rank == 1:
+        raise ConfigError("train: --this is wrong on rank 1")
+    time.sleep(600)
+
+
+def die(rank: int, _stop: StopRequest) -> None:
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(0.3)
+    raise RuntimeError("lost a peer")  # as gloo does then
+
+
+def wait_for_stop(rank: int, stop: StopRequest, folder: str) -> None:
+    Path(folder, f"{os.getpid()}.pid").touch()
+    while not stop.signum:
+        time.sleep(0.01)
+    raise Stopped(stop.signum, f"train: stopped by SIGTERM on rank {rank}")
+
+
+def ignore_stop(_rank: int, _stop: StopRequest, folder: str) -> None:
+    Path(folder, f"{os.getpid()}.pid").touch()
+    time.sleep(600)
+
+
+def alive(folder: Path) -> list[int]:
+    """The ranks that are still running; one that has ended but was not waited for is not."""
+    pids = [int(path.stem) for path in folder.glob("*.pid")]
+    status = [Path(f"/proc/{pid}/stat") for pid in pids]
+    return [
+        pid
+        for pid, path in zip(pids, status, strict=True)
+        if path.exists() and path.read_text().rpartition(")")[2].split()[0] != "Z"
+    ]
+
+
+def when_all_run(folder: Path, count: int, do: Callable[[], None]) -> threading.Thread:
+    """Do something in a thread once so many ranks run."""
+
+    def wait_and_do() -> None:
+        until = time.monotonic() + 60
+        while len(alive(folder)) < count and time.monotonic() < until:
+            time.sleep(0.01)
+        do()
+
+    thread = threading.Thread(target=wait_and_do)
+    thread.start()
+    return thread
+
+
+def test_returns_what_rank_0_returned() -> None:
+    assert spawn_ranks(multiply, 1, 3) == 15
+
+
+def test_one_error_ends_all() -> None:
+    begun = time.monotonic()
+    with pytest.raises(ConfigError, match="--this is wrong on rank 1") as error:
+        spawn_ranks(fail, 2)
+    assert time.monotonic() - begun < 60
+    assert "on rank 1:\nTraceback" in error.value.__notes__[0]
+
+
+def test_death_is_told_from_its_echo() -> None:
+    with pytest.raises(RankError, match="process of rank 1 died: killed by SIGKILL"):
+        spawn_ranks(die, 2)
+
+
+def test_signal_reaches_the_ranks(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    thread = when_all_run(tmp_path, 2, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(Stopped, match="train: stopped by SIGINT on rank") as stopped:
+        spawn_ranks(wait_for_stop, 2, str(tmp_path))
+    assert stopped.value.signum == signal.SIGINT
+    thread.join()
+    assert alive(tmp_path) == []
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_second_signal_means_it(tmp_path: Path) -> None:
+    def twice() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.5)
+        assert alive(tmp_path)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = when_all_run(tmp_path, 1, twice)
+    with pytest.raises(Stopped, match="stopped by SIGTERM"):
+        spawn_ranks(ignore_stop, 1, str(tmp_path))
+    thread.join()
+    assert alive(tmp_path) == []
+
+
+def test_ranks_die_with_their_parent(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.path.append(sys.argv[2])\n"
+        "from moco.ranks import test_spawn as t\n"
+        "t.spawn_ranks(t.ignore_stop, 1, sys.argv[1])\n"
+    )
+    with started(sys.executable, "-c", code, str(tmp_path), str(ROOT / "tests")) as process:
+        wait_until(lambda: len(alive(tmp_path)) == 1, process)
+        process.kill()
+        process.wait()
+        until = time.monotonic() + 20
+        while alive(tmp_path) and time.monotonic() < until:
+            time.sleep(0.05)
+        assert alive(tmp_path) == []
+
+
+def test_second_signal_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An echo of the first within moments is none: torchrun and a terminal both send one."""
+    raised: list[int] = []
+    clock = [100.0]
+    with listening() as stop:
+        handler: Callable[..., Any] = signal.getsignal(signal.SIGTERM)  # type: ignore[assignment]
+        monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+        monkeypatch.setattr(signal, "raise_signal", raised.append)
+        handler(signal.SIGTERM, None)
+        handler(signal.SIGINT, None)
+        assert (stop.signum, raised) == (signal.SIGTERM, [])
+        clock[0] += 3
+        handler(signal.SIGINT, None)
+        assert raised == [signal.SIGINT]
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+
+
+def close_stdout(_rank: int, _stop: StopRequest, path: str) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    sys.stdout = os.fdopen(write, "w")
+    print("nobody reads this")
+    vars(sys)["witness"] = Witness(path)
+
+
+def test_a_rank_that_nobody_reads_leaves_all_the_same(tmp_path: Path) -> None:
+    """Catches a flush that fails, and takes Python down after all."""
+    spawn_ranks(close_stdout, 1, str(tmp_path / "shutdown"))
+    assert not (tmp_path / "shutdown").exists()
+
+
+def test_a_rank_leaves_python_up(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Catches a shutdown that a gloo thread may abort; and what should happen before it."""
+    spawn_ranks(be_witnessed, 1, str(tmp_path))
+    assert capfd.readouterr().out == "worked\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["exit"]
+
+
+@pytest.mark.parametrize("under_torchrun", [False, True])
+def test_so_does_one_of_torchruns(under_torchrun: bool, tmp_path: Path) -> None:
+    """Catches the same for the command, which elsewhere takes Python down."""
+    program = (
+        "import sys; from moco.ranks import test_spawn;"
+        "from shuffle_batchnorm.moco import cli;"
+        f"test_spawn.be_witnessed(0, None, {str(tmp_path)!r});"
+        "sys.argv[1:] = ['nonsense'];"
+        "cli.run()"
+    )
+    ours = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    environment = {name: value for name, value in os.environ.items() if name not in ours}
+    environment |= ours if under_torchrun else {}
+    folder = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", program], env=environment, cwd=folder, check=False)
+    assert done.returncode == 2
+    assert (tmp_path / "exit").exists()
+    assert (tmp_path / "shutdown").exists() != under_torchrun

@@ -1,0 +1,263 @@
+"""The training loop: a run that is killed and goes on, on one rank or several, is the same run."""
+
+import json
+import math
+import os
+import random
+import re
+import signal
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moco.moco_runs import (
+    COMMAND,
+    FLAGS,
+    differences,
+    rows,
+    run,
+    small_config,
+    started,
+    timeless_rows,
+    train_quickly,
+    wait_until,
+    without_times,
+)
+from ranks import run_on_ranks
+from shuffle_batchnorm.moco import checkpoint
+from shuffle_batchnorm.moco.checkpoint import CheckpointError
+from shuffle_batchnorm.moco.comparison.summary import check_records, summarise
+from shuffle_batchnorm.moco.config import Config, ConfigError
+from shuffle_batchnorm.moco.examine import probe_checkpoint
+from shuffle_batchnorm.moco.ranks.spawn import Stopped
+from shuffle_batchnorm.moco.trainer import Record, Trainer, train
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    for name in ("last.pt", "best.pt"):
+        one, other = (without_times(checkpoint.load(folder / name)) for folder in (a, b))
+        assert differences(one, other) == []
+    for name in ("log.csv", "steps.csv"):
+        assert timeless_rows(a / name) == timeless_rows(b / name)
+    one, other = (json.loads((folder / "record.json").read_text()) for folder in (a, b))
+    assert differences(without_times(one), without_times(other)) == []
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two ranks that nothing has interrupted."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    run_on_ranks(2, train, small_config(folder))
+    return folder
+
+
+def test_interrupted_run_ends_bit_identical(unbroken: Path, tmp_path: Path) -> None:
+    """Ctrl-C, then SIGKILL while a checkpoint is written, each after some more steps.
+
+    Forgets: a random state, the queue's pointer, a rank's running statistics, SGD's momentum, a row
+    of a table; or leaves a checkpoint that can't be read.
+    """
+    command = [*COMMAND, *FLAGS.split(), "--ranks", "2", "--output", str(tmp_path), "--resume"]
+
+    def logged(count: int) -> Callable[[], bool]:
+        return lambda: len(rows(tmp_path / "steps.csv")) >= count
+
+    with started(*command) as process:
+        wait_until(logged(1), process)
+        os.killpg(process.pid, signal.SIGINT)  # to all processes, as a terminal does
+        _, stderr = process.communicate(timeout=60)
+        assert process.returncode == 130, stderr
+        assert re.fullmatch(r"train: stopped by SIGINT after step \d+ of 22.*--resume.*\n", stderr)
+    with started(*command, "--save-every", "2", "--workers", "1") as process:
+        wait_until(logged(len(rows(tmp_path / "steps.csv")) + 2), process)
+        wait_until(lambda: any(tmp_path.glob("last.pt.*.tmp")), process)
+        process.kill()
+    run(*command, "--save-every", "5")
+    assert_same_run(unbroken, tmp_path)
+
+
+class Crash(Exception):
+    """What stands for SIGKILL inside a process."""
+
+
+def crash_at(steps: Sequence[int], config: Config) -> Record:
+    """Train, but drop everything when these steps begin, and go on from the checkpoint."""
+    take_step = Trainer.train_step
+    left = list(steps)
+
+    def step_or_crash(trainer: Trainer, *args: Any) -> None:
+        if left and trainer.step == left[0]:
+            del left[0]
+            raise Crash
+        take_step(trainer, *args)
+        torch.rand(()), random.random()  # as a network with dropout would
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "train_step", step_or_crash)
+        while True:
+            try:
+                return train_quickly(config)
+            except Crash:
+                config = replace(config, run=replace(config.run, resume=True))
+
+
+@pytest.mark.parametrize("bn", ["batch-shuffle", "regroup"])
+def test_crash_on_three_ranks(bn: str, tmp_path: Path) -> None:
+    """At step 0, between checkpoints, at an epoch's first step; ranks' sums have an order here."""
+    config = small_config(tmp_path / "a", bn=bn, groups=2, batch_size=96, save_every=4)
+    unbroken = run_on_ranks(3, crash_at, (), config)
+    config = replace(config, run=replace(config.run, output=tmp_path / "b"))
+    broken = run_on_ranks(3, crash_at, (0, 6, 14), config)
+    assert differences(without_times(unbroken), without_times(broken)) == []
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
+def test_crash_without_a_rank_to_ask(tmp_path: Path) -> None:
+    """One rank, without a process group, with a symmetric loss and a warm-up."""
+    config = small_config(tmp_path / "a", symmetric=True, warmup_epochs=1, save_every=3)
+    crash_at((), config)
+    crash_at((1, 10, 21), replace(config, run=replace(config.run, output=tmp_path / "b")))
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
+def test_signal_in_this_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step during which SIGTERM comes is finished and saved; a handler is put back."""
+    take_step = Trainer.train_step
+
+    def step(trainer: Trainer, *args: Any) -> None:
+        take_step(trainer, *args)
+        if trainer.step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Trainer, "train_step", step)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Stopped, match="stopped by SIGTERM after step 6 of 22") as stopped:
+        train_quickly(small_config(tmp_path))
+    assert stopped.value.signum == signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert checkpoint.load(tmp_path / "last.pt")["step"] == 6
+
+
+@pytest.mark.parametrize("bn", ["local", "sync", "swap", "regroup"])
+def test_two_ranks_train_as_one(bn: str, tmp_path: Path) -> None:
+    """2 ranks x 16 groups and 1 rank x 32 groups, in float64, on the same images in one order."""
+    same = dict(bn=bn, augment="none", precision="float64", epochs=1, symmetric=True)
+    apart = run_on_ranks(2, train_quickly, small_config(tmp_path / "2", groups=16, **same))[0]
+    together = train_quickly(small_config(tmp_path / "1", groups=32, **same))
+    for column in ("loss", "pretext_accuracy", "knn"):
+        one, other = ([row[column] for row in r["curve"]] for r in (apart, together))
+        assert one == pytest.approx(other, rel=1e-9), column
+    one, other = (timeless_rows(tmp_path / n / "steps.csv")[1:] for n in "21")
+    numbers = [[[float(cell) for cell in row] for row in table] for table in (one, other)]
+    torch.testing.assert_close(*map(torch.tensor, numbers), rtol=1e-7, atol=1e-9)
+    weights = [checkpoint.load(tmp_path / n / "last.pt")["model"] for n in "21"]
+    torch.testing.assert_close(weights[0]["queue"], weights[1]["queue"], rtol=1e-7, atol=1e-9)
+    assert apart["leak"] == pytest.approx(together["leak"], abs=1e-9)
+
+
+def test_evaluation_changes_nothing(tmp_path: Path) -> None:
+    """Running statistics that are averaged for kNN, or a random number that it draws, would."""
+    often = small_config(tmp_path / "often", eval_every=1)
+    rarely = small_config(tmp_path / "rarely", eval_every=2)
+    run_on_ranks(2, train_quickly, often)
+    run_on_ranks(2, train_quickly, rarely)
+    parts = ("model", "ranks", "optimizer")
+    one, other = (checkpoint.load(c.run.output / "last.pt") for c in (often, rarely))
+    assert [differences(one[part], other[part]) for part in parts] == [[], [], []]
+    assert [row["knn"] is None for row in one["curve"]] == [False, False]
+    assert [row["knn"] is None for row in other["curve"]] == [True, False]
+
+
+def test_ranks_keep_their_own_running_statistics(unbroken: Path) -> None:
+    """A trainer that saves rank 0's for all would resume otherwise, but not here and now."""
+    ranks = checkpoint.load(unbroken / "last.pt")["ranks"]
+    name = "encoder_q.backbone.layers.1.running_mean"
+    assert not torch.equal(*(rank["buffers"][name] for rank in ranks))
+
+
+def test_callers_random_state_stays(tmp_path: Path) -> None:
+    before = torch.get_rng_state(), random.getstate()
+    train_quickly(small_config(tmp_path, epochs=1))
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")  # of torch's own compiler
+def test_compiled_agrees_with_eager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Without what is measured at the end, for which it would be compiled again.
+    monkeypatch.setattr(Trainer, "finish", lambda trainer: trainer.curve[-1])
+    same = dict(augment="none", precision="float64", epochs=1, groups=4)
+    eager, compiled = (
+        train_quickly(small_config(tmp_path / str(choice), compile=choice, **same))
+        for choice in (False, True)
+    )
+    for column in ("loss", "pretext_accuracy", "knn"):
+        assert eager[column] == pytest.approx(compiled[column], rel=1e-7), column
+
+
+def test_variants_train(tmp_path: Path) -> None:
+    plain = train_quickly(small_config(tmp_path / "plain", epochs=1))
+    for changes in ({"precision": "bf16"}, {"channels_last": True}):
+        variant = train_quickly(small_config(tmp_path / next(iter(changes)), epochs=1, **changes))
+        assert variant["loss"] == pytest.approx(plain["loss"], rel=0.02)
+        assert variant["loss"] != plain["loss"], "the flag did nothing"
+        assert all(map(math.isfinite, variant["leak_interval"]))
+
+
+def test_finished_run_is_not_run_again(unbroken: Path) -> None:
+    before = (unbroken / "last.pt").stat().st_mtime_ns
+    config = small_config(unbroken, resume=True, groups=16)
+    [record, _] = run_on_ranks(2, train_quickly, config)
+    assert record == json.loads((unbroken / "record.json").read_text())
+    assert (unbroken / "last.pt").stat().st_mtime_ns == before
+
+
+def test_record_has_what_the_report_wants(unbroken: Path) -> None:
+    record = json.loads((unbroken / "record.json").read_text())
+    names = "bn seed epochs world_size groups blocks offset leak leak_standard_error knn"
+    assert set(names.split()) | {"pretext_accuracy", "loss", "seconds"} <= record.keys()
+    assert record["world_size"] == 2
+    assert record["complete"] is True
+    assert [row["epoch"] for row in record["curve"]] == [1, 2]
+    assert check_records([record], "record.json")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "there is a run in .*: go on with it with --resume"),
+        ({"resume": True, "lr": 0.1}, r"another --lr \(was 0.12, is 0.1\)$"),
+        ({"resume": True, "bn": "local", "epochs": 3}, r"--bn \(.*\), --epochs \(was 2, is 3\)$"),
+        ({"resume": True, "groups": 32}, r"another --groups \(was 16, is 32\)$"),
+    ],
+)
+def test_begun_otherwise(unbroken: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises((ConfigError, CheckpointError), match=message):
+        train_quickly(small_config(unbroken, **changes))
+
+
+def test_another_number_of_ranks(unbroken: Path, tmp_path: Path) -> None:
+    (tmp_path / "last.pt").write_bytes((unbroken / "last.pt").read_bytes())
+    with pytest.raises(CheckpointError, match=r"another number of ranks \(was 2, is 1\)"):
+        train_quickly(small_config(tmp_path, resume=True))
+
+
+def test_too_few_images(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--batch-size 1024 is more than half of the 1438"):
+        train_quickly(small_config(tmp_path, batch_size=1024, queue=1024))
+
+
+def test_a_run_that_diverges_has_a_record_and_is_said_to(tmp_path: Path) -> None:
+    """Catches a training that ends in an error of the probe, and can't be part of a comparison."""
+    record = train_quickly(small_config(tmp_path, epochs=1, lr=1e30))
+    assert record["complete"]
+    assert record["diverged"]
+    assert record["leak"] is None
+    [summary] = summarise([record])
+    assert (summary.runs, summary.diverged) == (1, 1)
+    with pytest.raises(ConfigError, match="the model has diverged"):
+        probe_checkpoint(tmp_path / "last.pt", batches=2, keys=4)
