@@ -114,13 +114,13 @@ def _gradients(
     total, dot = kernel.block_grad_sums(dy, x, sizes, used.mean, used.rho, way.users)
     n = source.values
     if isinstance(n, Tensor):
-        dweight, dbias, weighted = kernel.user_rows(total, dot, weight)
+        dweight, dbias, weighted = kernel.param_grads(total, dot, weight)
         total, dot = sums_of_sources(weighted, plan, world)
         if not needs_dx:
             return None, dweight, dbias
-        b, c = kernel.slopes(total, dot, source.rho, source.factor, n)
+        b, c = kernel.dx_coefficients(total, dot, source.rho, source.factor, n)
     else:
-        dweight, dbias, b, c = kernel.gradient_rows(total, dot, source.rho, source.factor, n)
+        dweight, dbias, b, c = kernel.backward_rows(total, dot, source.rho, source.factor, n)
         if not needs_dx:
             return None, dweight, dbias
     dx = kernel.block_grad_affine(

@@ -11,8 +11,14 @@ from shuffle_batchnorm.comm import failures
 from shuffle_batchnorm.comm.recomputation import is_recomputation
 from shuffle_batchnorm.comm.world import CALL, ProcessGroupLike, World, check_process_group, resolve
 from shuffle_batchnorm.kernels import select
-from shuffle_batchnorm.kernels.rows import are_equal, counts, is_known
-from shuffle_batchnorm.kernels.small import Running, move, unbiased_variance
+from shuffle_batchnorm.kernels.rows import (
+    Running,
+    are_equal,
+    counts,
+    is_known,
+    move,
+    unbiased_variance,
+)
 
 from .autograd import Normalise
 from .checks import Agreed, agree, check_input, wire_of

@@ -16,8 +16,8 @@ from shuffle_batchnorm.comm import collectives, failures
 from shuffle_batchnorm.comm.world import CALL, World
 from shuffle_batchnorm.kernels import select
 from shuffle_batchnorm.kernels.rows import (
+    BlockGroups,
     Order,
-    Pools,
     are_equal,
     constant,
     counts,
@@ -25,7 +25,7 @@ from shuffle_batchnorm.kernels.rows import (
     take,
 )
 
-from .mixing import Plan, argsort, block_sizes, kept
+from .mixing import Plan, block_sizes, kept
 
 # The count in the rows of a rank that could not accept its input: that of whatever it is pooled in.
 _REJECTED = -math.inf
@@ -73,15 +73,15 @@ class Way(NamedTuple):
         users: of blocks, by the normaliser that they use; None: each uses its own.
     """
 
-    pools: Pools | None = None
-    users: Pools | None = None
+    pools: BlockGroups | None = None
+    users: BlockGroups | None = None
 
 
 @kept
 def find_way(plan: Plan) -> Way:
     """Return the way of a plan in one process."""
     used = plan.normalisers()
-    users = Pools(plan.groups, argsort(used), used)
+    users = BlockGroups(plan.groups, used)
     if plan.mode == "swap" and any(plan.shifts):
         return Way(None, users)
     if plan.mode == "regroup" and plan.groups > 1 and plan.per_group > 1:
@@ -139,10 +139,10 @@ def mix(blocks: Tensor, plan: Plan, world: World) -> tuple[Tensor, Tensor]:
     if plan.mode == "swap" and any(plan.shifts):
         return collectives.rotate(blocks, plan, world), blocks
     if plan.mode == "regroup" and plan.per_group > 1:
-        used = _regroup(blocks, plan, world, select.select(blocks).pool)
+        used = _regroup(blocks, plan, world, select.select(blocks).merge_moments)
         return used, used
     if plan.mode == "sync":
-        used = select.select(blocks).pool(collectives.gather(blocks.view(-1), world)[None])
+        used = select.select(blocks).merge_moments(collectives.gather(blocks.view(-1), world)[None])
         return used, used
     return blocks, blocks
 
