@@ -112,9 +112,7 @@ def _find_other_call(world: World, doing: str) -> str:
     for peer in range(world.size):
         collective, _, theirs = _read(world, f"waits/{peer}").partition(" ")
         if collective == str(begun) and theirs != doing:
-            return (
-                f"ranks are at different calls: rank {world.rank} {doing}, rank {peer} {theirs}"
-            )
+            return f"ranks are at different calls: rank {world.rank} {doing}, rank {peer} {theirs}"
     return ""
 
 

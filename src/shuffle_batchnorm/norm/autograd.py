@@ -1,6 +1,6 @@
 """The normalisation of one rank's batch with given statistics, and its exact gradient."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -16,12 +16,12 @@ class Rows(NamedTuple):
     """Rows of R normalisers.
 
     Attributes:
-        count: values per channel, ``[R, 1]`` or a number.
+        counts: values per channel, ``[R, 1]`` or a number.
         mean: ``[R, C]``.
         rstd: ``1 / sqrt(std**2 + eps)``, ``[R, C]``.
     """
 
-    count: Tensor | int
+    counts: Tensor | int
     mean: Tensor
     rstd: Tensor
 
@@ -130,9 +130,10 @@ def _gradients(
         total, dot = mix_gradients(weighted, plan, world).unbind(dim=1)
         b = c = total
         if needs_dx:  # what has arrived is weighted already
-            b, c = kernels.dx_coefficients(total, dot, source.rstd, source.rstd, source.count)
+            b, c = kernels.dx_coefficients(total, dot, source.rstd, source.rstd, source.counts)
     else:
-        dweight, dbias, b, c = kernels.backward_rows(total, dot, rstd, scale, source.count)
+        count = cast(int, source.counts)
+        dweight, dbias, b, c = kernels.backward_rows(total, dot, rstd, scale, count)
     if not needs_dx:
         return None, dweight, dbias
     dx = kernels.block_grad_affine(dy, x, sizes, scale, b, source.mean, c, users, groups)

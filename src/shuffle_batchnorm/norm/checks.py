@@ -1,6 +1,4 @@
-"""What a call of the layer has to be, what ranks must have in common, and how one says that it can't
-go on.
-"""
+"""What a call of the layer has to be, what ranks must have in common, and how one refuses."""
 
 from typing import Any, NamedTuple, NoReturn
 
@@ -64,9 +62,7 @@ def check_input(
         )
 
 
-def agree(
-    options: Options, row_format: RowFormat, error: Exception | None, world: World
-) -> None:
+def agree(options: Options, row_format: RowFormat, error: Exception | None, world: World) -> None:
     """Compare a call of a new kind with those of all ranks: options, channels and dtype.
 
     Communication: that of `agreement.agree`, once in a process group.
@@ -114,9 +110,7 @@ def _reject(
     mix(rejection(plan, *row_format, device), plan, world)
 
 
-def _expected_format(
-    input: Any, parameters: Parameters, num_features: int | None
-) -> RowFormat:
+def _expected_format(input: Any, parameters: Parameters, num_features: int | None) -> RowFormat:
     """Return the form of the peers' rows, as well as it can be told from an input that may be bad.
 
     The layer is believed before the input.

@@ -14,9 +14,16 @@ from shuffle_batchnorm.comm.world import (
     check_process_group,
     resolve,
 )
-from shuffle_batchnorm.kernels.rows import accumulation_dtype, are_equal, counts, is_known
+from shuffle_batchnorm.kernels.rows import (
+    Running,
+    accumulation_dtype,
+    are_equal,
+    counts,
+    is_known,
+    move,
+    unbiased_variance,
+)
 from shuffle_batchnorm.kernels.select import select
-from shuffle_batchnorm.kernels.small import Running, move, unbiased_variance
 
 from .autograd import Normalise
 from .checks import RowFormat, agree, check_input, is_agreed, refuse
@@ -177,7 +184,7 @@ def normalise(
             source_rstd, _ = select(std).normaliser_rows(mean, std, None, eps, count, None)
             source = (count, mean, source_rstd)
     output = Normalise.apply(  # type: ignore[no-untyped-call]
-        input, weight, bias, statistics.count, statistics.mean, rstd,
+        input, weight, bias, statistics.counts, statistics.mean, rstd,
         None if weight is None else scale,  # a compiler refuses the same tensor twice
         *source, sizes, plan, world,
     )  # fmt: skip

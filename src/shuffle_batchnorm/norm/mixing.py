@@ -6,7 +6,7 @@ among all ``G = W * groups``. A group is cut into ``B`` contiguous blocks (``B =
 
 A *normaliser* is the statistics of one or more blocks. There are G of them, numbered like the
 groups (one in ``sync``). Block c of group i *joins* normaliser ``(i + joins[c]) mod G`` and *uses*
-normaliser ``(i + uses[c]) mod G``. The gradient goes the same way with `joins` and `uses` exchanged.
+normaliser ``(i + uses[c]) mod G``. The gradient travels the same way, with the two exchanged.
 """
 
 from collections.abc import Callable
@@ -126,9 +126,11 @@ def make_plan(options: Options, world_size: int, rank: int) -> Plan:
         groups = 1  # whatever the groups are, all of them are merged
     total = world_size * groups
     per_group = min(total, blocks) if mode == "regroup" else 1
-    uses = (offset % total if mode == "swap" else 0,)
+    uses: tuple[int, ...] = (offset % total if mode == "swap" else 0,)
     if mode == "regroup":
         uses = tuple(offset * c % total for c in range(per_group))
+        if not any(uses):
+            per_group, uses = 1, (0,)  # each group is its own normaliser, whole
     # A new group is normalised by itself.
     joins = uses if mode == "regroup" else (0,)
     return Plan(mode, world_size, rank, groups, per_group, joins, uses)
@@ -152,8 +154,9 @@ def mixing_matrix(
 ) -> Tensor:
     """Return which samples' statistics normalise which samples, over all ranks.
 
-    ``M[p, q] = 1 / |S(p)|`` if sample ``q`` joins ``S(p)``, the normaliser of sample ``p``, else 0. The log-scale of the activations against their normaliser evolves from layer to layer
-    as ``I - M``: see `spectral_radius`.
+    ``M[p, q] = 1 / |S(p)|`` if sample ``q`` joins ``S(p)``, the normaliser of sample ``p``, else 0.
+    The log-scale of the activations against their normaliser evolves from layer to layer as
+    ``I - M``: see `spectral_radius`.
 
     Communication: none; every rank computes the same matrix.
 

@@ -1,8 +1,8 @@
 """Which rows of statistics travel between ranks, and which of them make up a normaliser.
 
-Rows are ``[groups * B, K]`` on each rank, one per local block. Each row goes once to each other rank
-that uses the normaliser that its block joins, and nothing is merged on the way: every rank merges
-the same rows in the same order, so to the same bits.
+Rows are ``[groups * B, K]`` on each rank, one per local block. Each row goes once to each other
+rank that uses the normaliser that its block joins, and nothing is merged on the way: every rank
+merges the same rows in the same order, so to the same bits.
 """
 
 from typing import NamedTuple
@@ -98,8 +98,9 @@ def gather_members(rows: Tensor, plan: Plan, world: World, call: str, doing: str
     route = find_route(plan)
     # Alike on all ranks: their routes are those of the first rank, moved on.
     if any(route.send_splits):
-        arrived = collectives.all_to_all(
-            take(rows, route.send_order), route.send_splits, route.receive_splits, world, call, doing
-        )
+        sent = take(rows, route.send_order)
+        splits = route.send_splits, route.receive_splits
+        arrived = collectives.all_to_all(sent, *splits, world, call, doing)
         rows = torch.cat([rows, arrived]) if route.with_local else arrived
-    return take(rows, route.members).unflatten(0, (-1, plan.per_group))
+    members = take(rows, route.members)
+    return members.view(-1, plan.per_group, members.shape[1])

@@ -34,12 +34,12 @@ class Moments(NamedTuple):
     """Count and moments of R groups of values, as ranks send them.
 
     Attributes:
-        count: values per channel, ``[R, 1]``.
+        counts: values per channel, ``[R, 1]``.
         mean: ``[R, C]``.
         std: ``[R, C]``.
     """
 
-    count: Tensor
+    counts: Tensor
     mean: Tensor
     std: Tensor
 
@@ -50,7 +50,7 @@ class Statistics(NamedTuple):
     In one process row k is normaliser k; across ranks it is the normaliser that local block k uses.
 
     Attributes:
-        count: values per channel, ``[R, 1]``; in one process a number, since all have as many.
+        counts: values per channel, ``[R, 1]``; in one process a number, since all have as many.
         mean: ``[R, C]``.
         std: ``[R, C]``.
         used: the row of each block; None if it is the one of the same number.
@@ -58,7 +58,7 @@ class Statistics(NamedTuple):
             do not: across ranks in `swap`.
     """
 
-    count: Tensor | int
+    counts: Tensor | int
     mean: Tensor
     std: Tensor
     used: Order | None = None
@@ -202,7 +202,7 @@ def check_counts(
     On the CPU the error is raised here and names the group. A GPU raises a device-side assertion,
     so that no step has to wait for the counts.
     """
-    count = statistics.count
+    count = statistics.counts
     if not isinstance(count, Tensor):
         if count == 1:
             raise _count_error(1, 0, plan, shape)
