@@ -142,6 +142,6 @@ def test_traffic_of_sixteen_ranks_is_what_they_need() -> None:
     row, sums = 4 * (2 * CHANNELS + 1), 4 * 2 * CHANNELS
     for counts in run_on_ranks(RANKS, _traffic):
         assert counts["swap"] == [(1, row), (1, sums)]
-        # In one message to all it would be 15 * 8 rows.
-        assert counts["regroup"] == [(2, 2 * 7 * row), (2, 2 * 7 * sums)]
+        # To all ranks it would be 15 * 8 rows.
+        assert counts["regroup"] == [(1, 56 * row), (1, 56 * sums)]
         assert counts["sync"][0] == (1, 15 * row)
