@@ -1,6 +1,6 @@
 """What a call of the layer has to be, what ranks must have in common, and how one refuses."""
 
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -10,16 +10,9 @@ from shuffle_batchnorm.comm.world import World
 from shuffle_batchnorm.kernels.rows import accumulation_dtype
 
 from .mixing import CALL, Options, Plan, make_plan
-from .statistics import asks_peers, mix, rejection
+from .statistics import RowFormat, asks_peers, mix, rejection
 
 Parameters = dict[str, Tensor | None]
-
-
-class RowFormat(NamedTuple):
-    """The form of the rows that ranks exchange."""
-
-    channels: int
-    dtype: torch.dtype
 
 
 def check_input(

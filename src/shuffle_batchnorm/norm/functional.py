@@ -26,9 +26,17 @@ from shuffle_batchnorm.kernels.rows import (
 from shuffle_batchnorm.kernels.select import select
 
 from .autograd import Normalise
-from .checks import RowFormat, agree, check_input, is_agreed, refuse
+from .checks import agree, check_input, is_agreed, refuse
 from .mixing import CALL, Options, Plan, check_options, make_plan
-from .statistics import Statistics, asks_peers, check_counts, statistics_of
+from .statistics import (
+    Call,
+    RowFormat,
+    Statistics,
+    asks_peers,
+    check_counts,
+    find_mixing,
+    statistics_of,
+)
 
 
 def shuffle_batch_norm(
@@ -116,20 +124,6 @@ def shuffle_batch_norm(
     ).output  # fmt: skip
 
 
-class Call(NamedTuple):
-    """What follows from the shapes, dtypes and options of a training call alone.
-
-    Attributes:
-        plan: how the ranks mix.
-        sizes: samples per block.
-        row_format: of what ranks exchange.
-    """
-
-    plan: Plan
-    sizes: tuple[int, ...]
-    row_format: RowFormat
-
-
 Calls = dict[Any, Call]
 _calls: Calls = {}
 _MOST_CALLS = 256
@@ -163,7 +157,7 @@ def normalise(
     world = resolve(process_group, CALL)
     tensors = input, weight, bias, running_mean, running_var
     call = _find_call(tensors, options, world, calls, num_features)
-    plan, sizes, row_format = call
+    plan, sizes, row_format, _ = call
     if (
         asks_peers(plan)
         and not torch.compiler.is_compiling()
@@ -172,7 +166,7 @@ def normalise(
         agree(options, row_format, None, world)
 
     with torch.no_grad():
-        statistics = statistics_of(input, sizes, plan, world)
+        statistics = statistics_of(input, call, world)
         check_counts(statistics, sizes, plan, world, input.shape)
         running = None
         if running_mean is not None and running_var is not None and not is_recomputation():
@@ -186,7 +180,7 @@ def normalise(
     output = Normalise.apply(  # type: ignore[no-untyped-call]
         input, weight, bias, statistics.counts, statistics.mean, rstd,
         None if weight is None else scale,  # a compiler refuses the same tensor twice
-        *source, sizes, plan, world,
+        *source, call, world,
     )  # fmt: skip
     return Normalised(output, statistics, sizes)
 
@@ -199,9 +193,11 @@ def _find_call(
     num_features: int | None,
 ) -> Call:
     """Return what has been prepared for a kind of call, or prepare it."""
-    if torch.compiler.is_compiling():
+    # Fake and other special tensors may have sizes that are symbols, which have no hash.
+    if torch.compiler.is_compiling() or type(tensors[0]) is not Tensor:
         return _prepare(tensors, options, world, num_features)
-    key = options, world.rank, world.size, *map(_form, tensors)
+    forms = [None if t is None else (t.shape, t.dtype, t.device) for t in tensors]
+    key = options, world.rank, world.size, *forms
     call = calls.get(key)
     if call is None:
         call = _prepare(tensors, options, world, num_features)
@@ -209,12 +205,6 @@ def _find_call(
             calls.clear()
         calls[key] = call
     return call
-
-
-def _form(tensor: Any) -> Any:
-    if not isinstance(tensor, Tensor):
-        return type(tensor)
-    return tensor.shape, tensor.dtype, tensor.device
 
 
 def _prepare(
@@ -242,7 +232,7 @@ def _prepare(
         # So does a graph for batches of any size.
         plan = plan.without_empty_blocks(batch)
     row_format = RowFormat(input.shape[1], accumulation_dtype(input))
-    return Call(plan, plan.sizes(batch), row_format)
+    return Call(plan, plan.sizes(batch), row_format, find_mixing(plan))
 
 
 def _warn_if_nothing_is_shuffled(options: Options, plan: Plan) -> None:

@@ -23,7 +23,7 @@ from shuffle_batchnorm.kernels.rows import (
 )
 from shuffle_batchnorm.kernels.select import select
 
-from .mixing import CALL, Plan, block_sizes, cached
+from .mixing import CALL, Plan, block_sizes
 from .routes import find_route, gather_members
 
 # The count in the rows of a rank that could not accept its input: that of all they are merged with.
@@ -66,7 +66,7 @@ class Statistics(NamedTuple):
 
 
 class LocalMixing(NamedTuple):
-    """Who normalises whom in one process.
+    """Who normalises whom in one process. Across ranks each block has its own row instead.
 
     Attributes:
         groups: of blocks, each group a normaliser; None if each block is one.
@@ -77,10 +77,32 @@ class LocalMixing(NamedTuple):
     users: BlockGroups | None = None
 
 
-@cached
+class RowFormat(NamedTuple):
+    """The form of the rows that ranks exchange."""
+
+    channels: int
+    dtype: torch.dtype
+
+
+class Call(NamedTuple):
+    """What follows from the shapes, dtypes and options of a training call alone.
+
+    Attributes:
+        plan: how the ranks mix.
+        sizes: samples per block.
+        row_format: of what ranks exchange.
+        mixing: who normalises whom, where no peer is asked.
+    """
+
+    plan: Plan
+    sizes: tuple[int, ...]
+    row_format: RowFormat
+    mixing: LocalMixing
+
+
 def find_mixing(plan: Plan) -> LocalMixing:
-    """Return who normalises whom by a plan of one process."""
-    if not plan.shuffles:
+    """Return who normalises whom by a plan, where no peer is asked."""
+    if asks_peers(plan) or not plan.shuffles:
         return LocalMixing()
     cells = ((i, c) for i in range(plan.groups) for c in range(plan.per_group))
     users = BlockGroups(plan.groups, tuple(plan.used(*cell) for cell in cells))
@@ -92,14 +114,13 @@ def asks_peers(plan: Plan) -> bool:
     return plan.world_size > 1 and plan.mode != "local"
 
 
-def statistics_of(x: Tensor, sizes: tuple[int, ...], plan: Plan, world: World) -> Statistics:
+def statistics_of(x: Tensor, call: Call, world: World) -> Statistics:
     """Return the statistics behind a call with this rank's input ``[N, C, *]``.
 
     Communication: that of `mix`.
     """
-    kernels = select(x)
+    kernels, (plan, sizes, _, (groups, users)) = select(x), call
     if not asks_peers(plan):
-        groups, users = find_mixing(plan)
         mean, std = kernels.block_moments(x, sizes, groups)
         # A group of blocks has as many as any.
         count = x.shape[2:].numel() * (x.shape[0] // plan.groups)
