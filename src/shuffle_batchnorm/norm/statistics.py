@@ -215,9 +215,7 @@ def own_statistics(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     return per_sample(mean, sizes), per_sample(std, sizes)
 
 
-def check_counts(
-    statistics: Statistics, sizes: tuple[int, ...], plan: Plan, world: World, shape: torch.Size
-) -> None:
+def check_counts(statistics: Statistics, call: Call, world: World, shape: torch.Size) -> None:
     """Raise if a normaliser has fewer than 2 values per channel, or its rank rejected its input.
 
     On the CPU the error is raised here and names the group. A GPU raises a device-side assertion,
@@ -226,17 +224,17 @@ def check_counts(
     count = statistics.counts
     if not isinstance(count, Tensor):
         if count == 1:
-            raise _count_error(1, 0, plan, shape)
+            raise _count_error(1, 0, call.plan, shape)
         return
     count = count[:, 0]
     if torch.compiler.is_compiling() or count.device.type != "cpu":
         torch._assert_async(
-            _are_valid(count, sizes).all(),
+            _are_valid(count, call.sizes).all(),
             f"{CALL}: a peer rejected its input, or a normaliser has 1 value per channel",
         )
-    elif not bool((valid := _are_valid(count, sizes)).all()):
+    elif not bool((valid := _are_valid(count, call.sizes)).all()):
         row = int(valid.int().argmin())
-        error = _count_error(float(count[row]), row, plan, shape)
+        error = _count_error(float(count[row]), row, call.plan, shape)
         failures.announce(world, str(error))
         raise error
 
