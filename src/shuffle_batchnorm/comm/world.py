@@ -7,7 +7,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-CALL = "shuffle_batch_norm"
 ProcessGroupLike = Any  # None, a ProcessGroup or a 1-D DeviceMesh
 
 
@@ -42,14 +41,28 @@ def check_process_group(call: str, process_group: ProcessGroupLike) -> None:
         )
 
 
-def resolve(process_group: ProcessGroupLike, call: str = CALL) -> World:
+def resolve(process_group: ProcessGroupLike, call: str) -> World:
     """Return this rank's view of a group; one rank if ``torch.distributed`` is not initialised."""
     if not dist.is_available() or not dist.is_initialized():
-        return World()
+        return _ALONE
     if process_group is None:
         process_group = dist.group.WORLD
     elif isinstance(process_group, DeviceMesh):
         process_group = process_group.get_group()
+    if torch.compiler.is_compiling():
+        return _find_position(process_group, call)
+    if process_group not in _positions:
+        world = _find_position(process_group, call)
+        _positions[process_group] = world.rank, world.size
+        return world
+    return World(*_positions[process_group], process_group)
+
+
+_ALONE = World()
+_positions: "WeakKeyDictionary[Any, tuple[int, int]]" = WeakKeyDictionary()
+
+
+def _find_position(process_group: Any, call: str) -> World:
     rank = -1 if _is_non_member(process_group) else dist.get_rank(process_group)
     if rank < 0:
         raise RuntimeError(
@@ -59,10 +72,10 @@ def resolve(process_group: ProcessGroupLike, call: str = CALL) -> World:
     return World(rank, dist.get_world_size(process_group), process_group)
 
 
-def find_world(name: str) -> World:
+def find_world(name: str, call: str) -> World:
     """Return this rank's view of the group of this name."""
     c10d: Any = dist.distributed_c10d
-    return resolve(c10d._resolve_process_group(name)) if name else World()
+    return resolve(c10d._resolve_process_group(name), call) if name else _ALONE
 
 
 def default_device(world: World) -> torch.device:
