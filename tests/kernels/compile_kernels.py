@@ -16,10 +16,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from kernels.kernel_cases import all_four, all_of_pools, rows_for
+from kernels.kernel_cases import all_four, all_of_groups, rows_for
 from shuffle_batchnorm.kernels import triton_launch
-from shuffle_batchnorm.kernels.rows import Pools
-from shuffle_batchnorm.kernels.small import Running
+from shuffle_batchnorm.kernels.rows import BlockGroups, Running
 
 _FIRST_HOPPER = 90
 
@@ -38,9 +37,9 @@ class _Driver:
 
 
 def _compile(
-    shape: tuple[int, ...], dtype: torch.dtype, lines: bool, blocks: int, pooled: bool
+    shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool, blocks: int, grouped: bool
 ) -> list[Any]:
-    """Return the kernels that a call of all functions, with pools or not, would launch."""
+    """Return the kernels that a call of all functions, with groups or not, would launch."""
     launched: list[Any] = []
     run = JITFunction.run
 
@@ -48,17 +47,17 @@ def _compile(
         launched.append(run(self, *args, **options | {"warmup": True}))
 
     x: Tensor = torch.zeros(shape, dtype=dtype)
-    x = x.movedim(1, -1).contiguous().movedim(-1, 1) if lines else x
+    x = x.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else x
     sizes = (shape[0] // blocks,) * blocks
     JITFunction.run = note
     try:
-        if pooled:
-            pools = Pools(1, tuple(range(blocks)), (0,) * blocks)
-            all_of_pools(triton_launch, x, x, sizes, rows_for(x, (shape[0],), 4), pools, pools)
+        if grouped:
+            groups = BlockGroups(1, (0,) * blocks)
+            all_of_groups(triton_launch, x, x, sizes, rows_for(x, (shape[0],), 4), groups, groups)
         else:
             all_four(triton_launch, x, x, sizes, rows_for(x, sizes, 4))
-        total, dot, rho, factor = rows_for(x, sizes, 4)
-        triton_launch.gradient_rows(total, dot, rho, factor, 7)
+        total, dot, rstd, factor = rows_for(x, sizes, 4)
+        triton_launch.backward_rows(total, dot, rstd, factor, 7)
         weight, mean, var = x.new_ones(3, shape[1])
         triton_launch.normaliser_rows(total, dot, weight, 1e-5, 7, Running(mean, var, 0.1))
         triton_launch.normaliser_rows(total, dot, None, 1e-5, total[:, :1], None)
@@ -66,10 +65,10 @@ def _compile(
             triton_launch.normaliser_rows(
                 total, dot, weight, 1e-5, total[:, :1], Running(mean, var, step)
             )
-        triton_launch.slopes(total, dot, rho, factor, total[:, :1])
-        triton_launch.user_rows(total, dot, weight)
-        triton_launch.user_rows(total, dot, None)
-        triton_launch.pool(total.new_ones(blocks, 3, 2 * shape[1] + 1))
+        triton_launch.dx_coefficients(total, dot, rstd, factor, total[:, :1])
+        triton_launch.param_grads(total, dot, weight)
+        triton_launch.param_grads(total, dot, None)
+        triton_launch.merge_moments(total.new_ones(blocks, 3, 2 * shape[1] + 1))
     finally:
         JITFunction.run = run
     return launched
@@ -78,8 +77,8 @@ def _compile(
 def main() -> None:
     driver.set_active(_Driver())
     for line in sys.stdin:
-        shape, dtype, lines, blocks, pooled = json.loads(line)
-        for kernel in _compile(tuple(shape), getattr(torch, dtype), lines, blocks, pooled):
+        shape, dtype, channels_last, blocks, grouped = json.loads(line)
+        for kernel in _compile(tuple(shape), getattr(torch, dtype), channels_last, blocks, grouped):
             # Where activations are in half precision, nothing else is.
             to_halves = re.findall(
                 r"tt.addptr .* tensor<[^>]*!tt.ptr<b?f16>.*, tensor<[^>]*x(i\d+)>",

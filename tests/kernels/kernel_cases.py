@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from shuffle_batchnorm.kernels.rows import Pools
+from shuffle_batchnorm.kernels.rows import BlockGroups
 from shuffle_batchnorm.kernels.select import Kernels
 from shuffle_batchnorm.norm.mixing import block_sizes
 
@@ -26,19 +26,19 @@ CASES: dict[str, tuple[Callable[[], Tensor], tuple[int, ...]]] = {
     "C not a power of two (apex#1768)": (lambda: randn(6, 13, 4, 4), (3, 3)),
     "C beyond a vector of 64 (pytorch#57077)": (lambda: randn(4, 65, 3, 3), (2, 2)),
     "C beyond two vectors of 64": (lambda: randn(4, 130, 3, 3).contiguous(), (2, 2)),
-    "C=65 in lines": (lambda: randn(4, 65, 3, 3).contiguous(memory_format=LAST2D), (2, 2)),
+    "C=65 channels-last": (lambda: randn(4, 65, 3, 3).contiguous(memory_format=LAST2D), (2, 2)),
     "L=1 without space axes": (lambda: randn(12, 7), (6, 6)),
     "L=1 with space axes": (lambda: randn(12, 7, 1, 1), (5, 7)),
     "L=1, channels last": (lambda: randn(12, 7, 1, 1).contiguous(memory_format=LAST2D), (5, 7)),
     "L not a multiple of a vector": (lambda: randn(4, 3, 17), (2, 2)),
     "5-D": (lambda: randn(4, 3, 2, 3, 5), (2, 2)),
     "channels last": (lambda: randn(8, 6, 4, 5).contiguous(memory_format=LAST2D), (4, 4)),
-    "channels last, an odd number of lines": (
+    "channels last, an odd number of channels_last": (
         lambda: randn(7, 6, 3, 5).contiguous(memory_format=LAST2D),
         (7,),
     ),
     "channels last 3-D": (lambda: randn(4, 6, 2, 3, 4).contiguous(memory_format=LAST3D), (1, 3)),
-    "3-D in lines, which no memory format names": (
+    "3-D channels-last, which no memory format names": (
         lambda: randn(6, 5, 4).movedim(1, 2).contiguous().movedim(2, 1),
         (2, 4),
     ),
@@ -53,17 +53,17 @@ CASES: dict[str, tuple[Callable[[], Tensor], tuple[int, ...]]] = {
     "expanded over channels": (lambda: randn(8, 1, 3, 4).expand(8, 5, 3, 4), (4, 4)),
     "every second sample": (lambda: randn(16, 5, 3, 4)[::2], (4, 4)),
     "some channels": (lambda: randn(8, 9, 3, 4)[:, 2:7], (4, 4)),
-    "some channels in lines": (
+    "some channels channels-last": (
         lambda: randn(8, 9, 3, 4).contiguous(memory_format=LAST2D)[:, 2:7],
         (4, 4),
     ),
     "cropped space, with a storage offset": (lambda: randn(8, 5, 6, 7)[:, :, 1:4, 2:], (4, 4)),
     "uneven blocks, as tensor_split cuts them": (lambda: randn(14, 5, 4), block_sizes(14, 2, 3)),
-    "uneven blocks in lines": (lambda: randn(14, 5), block_sizes(14, 2, 3)),
+    "uneven blocks channels-last": (lambda: randn(14, 5), block_sizes(14, 2, 3)),
     "empty blocks: fewer samples than blocks": (lambda: randn(6, 5, 4), block_sizes(6, 2, 5)),
-    "empty blocks in lines": (lambda: randn(6, 5), block_sizes(6, 2, 5)),
+    "empty blocks channels-last": (lambda: randn(6, 5), block_sizes(6, 2, 5)),
     "one sample per block": (lambda: randn(6, 5, 4), (1,) * 6),
-    "one sample per block in lines": (lambda: randn(6, 5), (1,) * 6),
+    "one sample per block channels-last": (lambda: randn(6, 5), (1,) * 6),
     "one value per channel and block": (lambda: randn(3, 5, 1), (1,) * 3),
     "constant channels: a variance of 0": (lambda: torch.full((8, 5, 4), 3.7).double(), (4, 4)),
 }
@@ -151,86 +151,85 @@ def assert_one_rounding(
         )
 
 
-# The blocks of two pools, dealt out of their order; and one pool of all.
-DEALT = Pools(2, (0, 4, 2, 3, 1, 5), (0, 1, 0, 1, 0, 1))
-ONE_POOL = Pools(1, tuple(range(6)), (0,) * 6)
-POOLED = pytest.mark.parametrize(
-    ("shape", "sizes", "pools"),
+# The blocks of two groups, in no order; and one group of all.
+MIXED = BlockGroups(2, (0, 1, 0, 1, 0, 1))
+ONE_GROUP = BlockGroups(1, (0,) * 6)
+GROUPED = pytest.mark.parametrize(
+    ("shape", "sizes", "groups"),
     [
-        ((12, 5, 4, 6), (2,) * 6, DEALT),
-        ((6, 5, 49), (1,) * 6, DEALT),
-        ((10, 5, 7), (2, 2, 1) * 2, DEALT),
-        ((4, 5, 7), (1, 1, 0) * 2, DEALT),
-        ((204, 3, 20), (34,) * 6, DEALT),  # more than the sixteen of which a guess sees one
-        ((6, 5), (1,) * 6, DEALT),
-        ((10, 5), (2, 2, 1) * 2, DEALT),
-        ((12, 5, 4), (2,) * 6, ONE_POOL),
-        ((12, 5), (2,) * 6, ONE_POOL),
+        ((12, 5, 4, 6), (2,) * 6, MIXED),
+        ((6, 5, 49), (1,) * 6, MIXED),
+        ((10, 5, 7), (2, 2, 1) * 2, MIXED),
+        ((4, 5, 7), (1, 1, 0) * 2, MIXED),
+        ((204, 3, 20), (34,) * 6, MIXED),  # more than the sixteen of which a guess sees one
+        ((6, 5), (1,) * 6, MIXED),
+        ((10, 5), (2, 2, 1) * 2, MIXED),
+        ((12, 5, 4), (2,) * 6, ONE_GROUP),
+        ((12, 5), (2,) * 6, ONE_GROUP),
     ],
     ids=str,
 )
 
 
-def check_pools(
+def check_groups(
     kernels: Kernels,
     shape: tuple[int, ...],
     sizes: tuple[int, ...],
-    pools: Pools,
-    lines: bool,
+    groups: BlockGroups,
+    channels_last: bool,
     device: str = "cpu",
 ) -> None:
-    """Compare moments of pools, far apart, and kernels that take rows of pools, with loops."""
+    """Compare moments of groups, far apart, and kernels that take rows of groups, with loops."""
     x = randn(*shape) + 100 * torch.arange(shape[0]).view(-1, *[1] * (len(shape) - 1))
-    x = x.movedim(1, -1).contiguous().movedim(-1, 1) if lines else x
+    x = x.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else x
     dy = torch.randn_like(x)
-    a, b, center, c = torch.randn(4, pools.number, shape[1], dtype=x.dtype)
-    users = _next_owners(pools)
+    a, b, center, c = torch.randn(4, groups.number, shape[1], dtype=x.dtype)
+    users = _next_owners(groups)
     xs, dys, rows = x.to(device), dy.to(device), [row.to(device) for row in (a, b, center, c)]
-    got = all_of_pools(kernels, xs, dys, sizes, rows, users, pools)
+    got = all_of_groups(kernels, xs, dys, sizes, rows, users, groups)
 
-    of_a, of_pools = list(users.owners), list(pools.owners)
-    b, center, c = b[of_pools], center[of_pools], c[of_pools]
+    of_a, of_groups = list(users.owners), list(groups.owners)
+    b, center, c = b[of_groups], center[of_groups], c[of_groups]
     want = loops(x, dy, sizes, [b, b, center, c])
     want["dx"] = loops(x, dy, sizes, [a[of_a], b, center, c])["dx"]
-    per_pool, blocks = len(sizes) // pools.number, x.split(sizes)
-    members = [pools.dealt[k * per_pool : (k + 1) * per_pool] for k in range(pools.number)]
+    per_group, blocks = len(sizes) // groups.number, x.split(sizes)
+    members = [groups.order[k * per_group : (k + 1) * per_group] for k in range(groups.number)]
     for name in ("total", "dot"):
         want[name] = torch.stack([want[name][list(blocks)].sum(dim=0) for blocks in members])
     samples = [torch.cat([blocks[k] for k in some]).movedim(1, 0).flatten(1) for some in members]
     want["mean"] = torch.stack([values.mean(dim=1) for values in samples])
     want["std"] = torch.stack([values.std(dim=1, correction=0) for values in samples])
     for k, some in enumerate(members):
-        assert all(pools.owners[block] == k for block in some)
+        assert all(groups.owners[block] == k for block in some)
     bounds = {"mean": (1e-13, 1e-13), "std": (1e-12, 1e-13)}
     for name, tensor in got.items():
         rtol, atol = bounds.get(name, (1e-12, 1e-10))
         torch.testing.assert_close(tensor.cpu(), want[name], rtol=rtol, atol=atol)
 
 
-def _next_owners(pools: Pools) -> Pools:
-    """Give the blocks of each pool to the next one."""
-    owners = tuple((k + 1) % pools.number for k in pools.owners)
-    dealt = tuple(sorted(range(len(owners)), key=owners.__getitem__))
-    return Pools(pools.number, dealt, owners)
+def _next_owners(groups: BlockGroups) -> BlockGroups:
+    """Give the blocks of each group to the next one."""
+    owners = tuple((k + 1) % groups.number for k in groups.owners)
+    return BlockGroups(groups.number, owners)
 
 
-def all_of_pools(
+def all_of_groups(
     kernels: Kernels,
     x: Tensor,
     dy: Tensor,
     sizes: tuple[int, ...],
     rows: list[Tensor],
-    users: Pools,
-    pools: Pools,
+    users: BlockGroups,
+    groups: BlockGroups,
 ) -> dict[str, Tensor]:
     a, b, center, c = rows
-    mean, std = kernels.block_moments(x, sizes, pools)
-    total, dot = kernels.block_grad_sums(dy, x, sizes, center, b, pools)
+    mean, std = kernels.block_moments(x, sizes, groups)
+    total, dot = kernels.block_grad_sums(dy, x, sizes, center, b, groups)
     return dict(
         mean=mean,
         std=std,
-        y=kernels.block_affine(x, sizes, center, b, c, pools),
+        y=kernels.block_affine(x, sizes, center, b, c, groups),
         total=total,
         dot=dot,
-        dx=kernels.block_grad_affine(dy, x, sizes, a, b, center, c, users, pools),
+        dx=kernels.block_grad_affine(dy, x, sizes, a, b, center, c, users, groups),
     )

@@ -11,8 +11,7 @@ import pytest
 pytest.importorskip("triton", reason="Triton is for Linux")
 
 TESTS = Path(__file__).parents[1]
-# shape, dtype, in lines, blocks, pooled: and the bytes that a thread should load at once, where it
-# can
+# shape, dtype, channels-last, blocks, grouped: and the bytes that a thread should load at once
 CASES = [
     ((8, 64, 8, 8), "float32", False, 2, False, 16),
     ((8, 64, 8, 8), "bfloat16", False, 8, False, 16),
@@ -27,7 +26,14 @@ CASES = [
     ((8, 130), "float32", False, 8, False, 8),
 ]
 HEAVY = {"moments", "affine", "grad_sums"}
-SMALL = {"merge_moments", "merge_sums", "normaliser_rows", "pool", "user_rows", "slopes"}
+SMALL = {
+    "merge_moments",
+    "merge_sums",
+    "normaliser_rows",
+    "merge_rows",
+    "param_grads",
+    "dx_coefficients",
+}
 
 
 def test_every_kernel_compiles(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The CPU kernels: guesses of a mean, pools, squares beyond float32, and what memory they take."""
+"""The CPU kernels: guesses of a mean, groups, squares beyond float32, and what memory they take."""
 
 import math
 import os
@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from kernels.kernel_cases import randn
 from shuffle_batchnorm.kernels import cpu, cpu_sums, cpu_views
-from shuffle_batchnorm.kernels.rows import Pools
+from shuffle_batchnorm.kernels.rows import BlockGroups
 
 pytestmark = pytest.mark.usefixtures("nan_in_fresh_memory")
 
@@ -58,39 +58,38 @@ def test_the_worst_guess_of_the_mean_costs_four_bits(
         assert ((std[k] - deviation).abs() <= limit * deviation).all()
 
 
-def test_the_guess_of_a_pool_sees_a_sixteenth() -> None:
-    """Catches a guess from a pool's first sample, where that is far from all others."""
+def test_the_guess_of_a_group_sees_a_sixteenth() -> None:
+    """Catches a guess from a group's first sample, where that is far from all others."""
     x = torch.randn(3200, 3, 8)
     x[::800] += 1e4
-    mean, std = cpu.block_moments(x, (800,) * 4, Pools(2, (0, 3, 1, 2), (0, 1, 1, 0)))
+    mean, std = cpu.block_moments(x, (800,) * 4, BlockGroups(2, (0, 1, 1, 0)))
     blocks = x.double().split(800)
-    for k, pool in enumerate((blocks[::3], blocks[1:3])):
-        deviation, center = torch.std_mean(torch.cat(pool), dim=(0, 2), correction=0)
+    for k, group in enumerate((blocks[::3], blocks[1:3])):
+        deviation, center = torch.std_mean(torch.cat(group), dim=(0, 2), correction=0)
         assert ((mean[k] - center).abs() <= 1e-6 * deviation).all()
         assert ((std[k] - deviation).abs() <= 1e-6 * deviation).all()
 
 
-@pytest.mark.parametrize("lines", [False, True])
-def test_the_guess_of_a_pool_sees_no_other_pool(lines: bool) -> None:
-    """Catches a center between pools that are far apart."""
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_the_guess_of_a_group_sees_no_other_group(channels_last: bool) -> None:
+    """Catches a center between groups that are far apart."""
     x = torch.randn(64, 3, 8)
-    x[16:48] += 1e5  # pool 1
-    x = x.movedim(1, -1).contiguous().movedim(-1, 1) if lines else x
-    mean, std = cpu.block_moments(x, (16,) * 4, Pools(2, (0, 3, 1, 2), (0, 1, 1, 0)))
+    x[16:48] += 1e5  # group 1
+    x = x.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else x
+    mean, std = cpu.block_moments(x, (16,) * 4, BlockGroups(2, (0, 1, 1, 0)))
     blocks = x.double().split(16)
-    for k, pool in enumerate((blocks[::3], blocks[1:3])):
-        deviation, center = torch.std_mean(torch.cat(pool), dim=(0, 2), correction=0)
+    for k, group in enumerate((blocks[::3], blocks[1:3])):
+        deviation, center = torch.std_mean(torch.cat(group), dim=(0, 2), correction=0)
         torch.testing.assert_close(mean[k], center.float(), rtol=2e-7, atol=1e-6)
         torch.testing.assert_close(std[k], deviation.float(), rtol=1e-6, atol=0)
 
 
-def test_the_guess_of_a_pool_of_many_blocks_costs_no_digits() -> None:
+def test_the_guess_of_a_group_of_many_blocks_costs_no_digits() -> None:
     """Catches a guess from the first block alone, where there are hundreds."""
     owners = (*(0, 1) * 160, *(1, 0) * 160)
-    dealt = tuple(sorted(range(640), key=owners.__getitem__))
     x = torch.randn(640, 3, 8)
     x[::320] += 1e4
-    mean, std = cpu.block_moments(x, (1,) * 640, Pools(2, dealt, owners))
+    mean, std = cpu.block_moments(x, (1,) * 640, BlockGroups(2, owners))
     for k in range(2):
         members = x.double()[torch.tensor(owners) == k]
         deviation, center = torch.std_mean(members, dim=(0, 2), correction=0)
@@ -99,12 +98,10 @@ def test_the_guess_of_a_pool_of_many_blocks_costs_no_digits() -> None:
 
 
 @pytest.mark.parametrize("shape", [(6, 3), (6, 3, 4)], ids=str)
-def test_pools_whose_blocks_are_far_apart_stay_finite(shape: tuple[int, ...]) -> None:
-    """Catches squares of ±1e30 in float32, and infinities that spread to another pool."""
+def test_groups_whose_blocks_are_far_apart_stay_finite(shape: tuple[int, ...]) -> None:
+    """Catches squares of ±1e30 in float32, and infinities that spread to another group."""
     x = torch.ones(shape) * torch.tensor([1, 2, 2, -1, 3, 4.0]).view(-1, *[1] * (len(shape) - 1))
-    mean, std = cpu.block_moments(
-        1e30 * x, (1,) * 6, Pools(3, (0, 3, 2, 5, 4, 1), (0, 2, 1, 0, 2, 1))
-    )
+    mean, std = cpu.block_moments(1e30 * x, (1,) * 6, BlockGroups(3, (0, 2, 1, 0, 2, 1)))
     torch.testing.assert_close(mean, torch.tensor([[0.0], [3.0], [2.5]]).expand(3, 3) * 1e30)
     torch.testing.assert_close(std, torch.tensor([[1.0], [1.0], [0.5]]).expand(3, 3) * 1e30)
 
@@ -175,7 +172,7 @@ class _Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("sizes", [(4096,), (512,) * 8, (64,) * 64, (820, 819, 819, 819, 819)])
-@pytest.mark.parametrize("shape", [(), (1, 2)], ids=["lines", "lines of two"])
+@pytest.mark.parametrize("shape", [(), (1, 2)], ids=["channels_last", "channels_last of two"])
 @pytest.mark.parametrize("value", [1.0, 1e30, math.nan])
 def test_sums_take_no_memory_like_their_input(
     sizes: tuple[int, ...], shape: tuple[int, ...], value: float, monkeypatch: pytest.MonkeyPatch
@@ -194,13 +191,13 @@ def test_sums_take_no_memory_like_their_input(
 
 @pytest.mark.parametrize("scale", [1e18, 1e25, 1e35])
 @pytest.mark.parametrize("sizes", [(8,), (5, 3), (1,) * 8], ids=str)
-@pytest.mark.parametrize("lines", [False, True])
+@pytest.mark.parametrize("channels_last", [False, True])
 def test_a_deviation_is_finite_where_its_square_is_not(
-    scale: float, sizes: tuple[int, ...], lines: bool
+    scale: float, sizes: tuple[int, ...], channels_last: bool
 ) -> None:
     """Catches squares, and sums of them, that float32 doesn't hold; and a true infinity lost."""
     x = (randn(8, 4, 8, 8) * scale).float()  # few enough for a sum of them in float32
-    x = x.contiguous(memory_format=torch.channels_last) if lines else x
+    x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
     mean, std = cpu.block_moments(x, sizes)
     for k, block in enumerate(x.double().split(sizes)):
         deviation, center = torch.std_mean(block, dim=(0, 2, 3), correction=0)
@@ -218,7 +215,7 @@ def test_a_deviation_is_finite_where_its_square_is_not(
 def test_an_infinity_in_lines_is_the_mean_of_its_channel(
     value: float, columns: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches inf - inf where lines are summed in pieces, side by side."""
+    """Catches inf - inf where channels_last are summed in pieces, side by side."""
     monkeypatch.setattr(cpu_sums, "_LINES", 16)
     monkeypatch.setattr(cpu_sums, "_COLUMNS", columns)
     x = torch.randn(8, 4, 5, 7).contiguous(memory_format=torch.channels_last)
@@ -232,7 +229,7 @@ def test_an_infinity_in_lines_is_the_mean_of_its_channel(
 def test_float64_lines_have_infinite_variances(
     columns: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches inf - inf in the pooling of pieces, which no wider dtype mends."""
+    """Catches inf - inf in the merging of pieces, which no wider dtype mends."""
     monkeypatch.setattr(cpu_sums, "_LINES", 16)
     monkeypatch.setattr(cpu_sums, "_COLUMNS", columns)
     x = 1e200 * torch.randn(5, 4, 5, 7, dtype=torch.float64)

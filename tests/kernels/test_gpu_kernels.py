@@ -14,12 +14,14 @@ from shuffle_batchnorm.norm.mixing import block_sizes
 
 pytestmark = pytest.mark.gpu
 REFERENCE: Kernels = reference
-LINES = pytest.mark.parametrize("lines", [False, True], ids=["planes", "lines"])
+LAYOUTS = pytest.mark.parametrize(
+    "channels_last", [False, True], ids=["contiguous", "channels_last"]
+)
 
 
-def _input(*shape: int, dtype: torch.dtype = torch.float32, lines: bool = False) -> Tensor:
+def _input(*shape: int, dtype: torch.dtype = torch.float32, channels_last: bool = False) -> Tensor:
     x = torch.randn(shape, device="cuda", dtype=dtype).mul_(2).add_(3)
-    return x.movedim(1, -1).contiguous().movedim(-1, 1) if lines else x
+    return x.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else x
 
 
 @pytest.mark.parametrize(
@@ -30,12 +32,12 @@ def _input(*shape: int, dtype: torch.dtype = torch.float32, lines: bool = False)
     [(16, 64, 112, 112), (32, 256, 56, 56), (32, 512, 7, 7), (32, 1024, 14, 14), (64, 2048)],
 )
 @pytest.mark.parametrize("groups", [1, 8])
-@LINES
+@LAYOUTS
 def test_every_dtype_and_layout(
-    dtype: torch.dtype, shape: tuple[int, ...], groups: int, lines: bool
+    dtype: torch.dtype, shape: tuple[int, ...], groups: int, channels_last: bool
 ) -> None:
     """Catches what only a compiled kernel does wrong: tiles, splits and dtypes of real layers."""
-    x, dy = (_input(*shape, dtype=dtype, lines=lines) for _ in range(2))
+    x, dy = (_input(*shape, dtype=dtype, channels_last=channels_last) for _ in range(2))
     sizes = block_sizes(shape[0], groups, 3)
     rows = rows_for(x, sizes, 4)
     got, want = all_four(select(x), x, dy, sizes, rows), loops(x, dy, sizes, rows)
@@ -54,10 +56,10 @@ def test_every_dtype_and_layout(
         torch.testing.assert_close(got[name].double(), want[name], rtol=eps, atol=1e2 * tolerance)
 
 
-@LINES
-def test_results_repeat_their_bits(lines: bool) -> None:
+@LAYOUTS
+def test_results_repeat_their_bits(channels_last: bool) -> None:
     """Catches atomics, and tiles chosen by timing."""
-    x, dy = (_input(64, 64, 56, 56, lines=lines) for _ in range(2))
+    x, dy = (_input(64, 64, 56, 56, channels_last=channels_last) for _ in range(2))
     for sizes in ((64,), (8,) * 8):
         rows = rows_for(x, sizes, 4)
         once, again = (all_four(select(x), x, dy, sizes, rows) for _ in range(2))
@@ -65,13 +67,13 @@ def test_results_repeat_their_bits(lines: bool) -> None:
             assert torch.equal(tensor, again[name]), name
 
 
-@LINES
-def test_more_elements_than_int32_counts(lines: bool) -> None:
+@LAYOUTS
+def test_more_elements_than_int32_counts(channels_last: bool) -> None:
     """Catches offsets that wrap at 2**31 (pytorch#181555)."""
     if torch.cuda.mem_get_info()[0] < 40 * 2**30:
         pytest.skip("needs 40 GiB")
     x = torch.empty(33, 64, 1024, 1024, device="cuda", dtype=torch.bfloat16)
-    x = x.to(memory_format=torch.channels_last) if lines else x
+    x = x.to(memory_format=torch.channels_last) if channels_last else x
     assert x.numel() > 2**31
     dy = torch.empty_like(x).normal_()
     x.normal_()
@@ -127,13 +129,13 @@ def test_a_step_is_captured_in_a_cuda_graph(mode: str, dtype: torch.dtype) -> No
         assert torch.equal(got, want)
 
 
-@LINES
+@LAYOUTS
 @pytest.mark.parametrize("groups", [1, 8])
-def test_a_step_with_new_batch_sizes_never_waits(groups: int, lines: bool) -> None:
+def test_a_step_with_new_batch_sizes_never_waits(groups: int, channels_last: bool) -> None:
     """Catches tuning or a synchronisation at the last batch of an epoch."""
     layer = ShuffleBatchNorm(64, mode="regroup", groups=groups, device="cuda")
     for n in (64, 24):
-        x = _input(n, 64, 14, 14, lines=lines).requires_grad_()
+        x = _input(n, 64, 14, 14, channels_last=channels_last).requires_grad_()
         layer(x).sum().backward()  # its index tensors
         torch.cuda.set_sync_debug_mode("error")
         try:

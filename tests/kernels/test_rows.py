@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from ranks import run_on_ranks
 from shuffle_batchnorm import ShuffleBatchNorm
 from shuffle_batchnorm.kernels import reference, select
+from shuffle_batchnorm.kernels.rows import Running
 from shuffle_batchnorm.kernels.select import Kernels
-from shuffle_batchnorm.kernels.small import Running
 from truth import gradient
 
 pytest.importorskip("triton", reason="Triton is for Linux")
@@ -60,8 +60,8 @@ def test_rows_of_normalisers(
         for chosen in BOTH:
             new_mean, new_var = (row.clone() for row in old)
             running = Running(new_mean, new_var, step) if tracks else None
-            rho, scale = chosen.normaliser_rows(mean, std.abs(), w, 1e-3, n, running)
-            results.append([rho, scale, new_mean, new_var])
+            rstd, scale = chosen.normaliser_rows(mean, std.abs(), w, 1e-3, n, running)
+            results.append([rstd, scale, new_mean, new_var])
         torch.testing.assert_close(*results)
 
 
@@ -74,8 +74,8 @@ def test_rows_that_triton_leaves_to_torch(dtype: torch.dtype, gap: int) -> None:
     for chosen in BOTH:
         weight, *old = rows.clone()[:, ::gap]
         running = Running(old[0], old[1], 0.1)
-        rho, scale = chosen.normaliser_rows(mean, std, weight, 1e-3, 7, running)
-        results.append([rho, scale, *old])
+        rstd, scale = chosen.normaliser_rows(mean, std, weight, 1e-3, 7, running)
+        results.append([rstd, scale, *old])
     torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
@@ -93,14 +93,14 @@ def test_deviations_at_the_ends_of_float32(eps: float) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_rows_of_gradients(rows: int, channels: int, dtype: torch.dtype) -> None:
     """Catches a row or channel at the end of a tile, sums that change their places, n of 0."""
-    total, dot, rho, factor = _rows(4, rows, channels, dtype)
+    total, dot, rstd, factor = _rows(4, rows, channels, dtype)
     weight = torch.rand(2 * channels, device=DEVICE).half()[::2]
     got, want = (
         [
-            *chosen.gradient_rows(total, dot, rho, factor, 7),
-            *chosen.slopes(total, dot, rho, factor, _counts(rows, dtype)),
-            *chosen.user_rows(total, dot, weight),
-            *chosen.user_rows(total, dot, None),
+            *chosen.backward_rows(total, dot, rstd, factor, 7),
+            *chosen.dx_coefficients(total, dot, rstd, factor, _counts(rows, dtype)),
+            *chosen.param_grads(total, dot, weight),
+            *chosen.param_grads(total, dot, None),
         ]
         for chosen in BOTH
     )
@@ -110,30 +110,32 @@ def test_rows_of_gradients(rows: int, channels: int, dtype: torch.dtype) -> None
 @pytest.mark.parametrize("members", [1, 4, 32, 70])
 @CHANNELS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_pooled_rows(members: int, channels: int, dtype: torch.dtype) -> None:
+def test_merged_rows(members: int, channels: int, dtype: torch.dtype) -> None:
     """Catches a member left out, one that weighs too much, means far apart that cancel."""
     rows = torch.randn(3, members, 2 * channels + 1, device=DEVICE, dtype=dtype).abs()
     rows[..., 0] = torch.arange(members)  # the first of none
     rows[..., 1 : channels + 1] += 1e3
     rows[1, ..., 0] = 0  # nothing in all
-    got, want = (chosen.pool(rows) for chosen in BOTH)
+    got, want = (chosen.merge_moments(rows) for chosen in BOTH)
     torch.testing.assert_close(got, want, rtol=1e-6 if dtype == torch.float32 else 1e-12, atol=0)
 
 
-def test_more_rows_than_one_program_can_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_rows_than_one_program_can_merge(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a tile that is larger than Triton takes, as 2,000 ranks would ask for."""
     monkeypatch.setattr(triton_module, "MERGED", 8)
-    monkeypatch.setattr(triton_rows, "pool", None)  # not to be launched
+    monkeypatch.setattr(triton_rows, "merge_rows", None)  # not to be launched
     rows = torch.rand(2, 9, 7, device=DEVICE)
-    torch.testing.assert_close(TRITON.pool(rows), REFERENCE.pool(rows), rtol=0, atol=0)
+    torch.testing.assert_close(
+        TRITON.merge_moments(rows), REFERENCE.merge_moments(rows), rtol=0, atol=0
+    )
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")  # from the interpreter
-def test_a_rejected_row_rejects_its_pool() -> None:
-    """Catches a pool that hides the rejection of one of its members."""
+def test_a_rejected_row_rejects_its_group() -> None:
+    """Catches a group that hides the rejection of one of its members."""
     rows = torch.ones(2, 3, 5, device=DEVICE)
     rows[1, 2, 0] = -torch.inf
-    assert TRITON.pool(rows)[:, 0, 0].tolist() == [3, -torch.inf]
+    assert TRITON.merge_moments(rows)[:, 0, 0].tolist() == [3, -torch.inf]
 
 
 def test_a_graph_knows_that_running_statistics_have_moved() -> None:
@@ -211,7 +213,7 @@ def _launches_of_a_step(mode: str, groups: int = 2) -> tuple[list[str], list[str
 def test_launches_of_a_step(mode: str, most: tuple[int, int]) -> None:
     """Catches an operation on rows that has crept in: each costs small layers on a GPU its launch.
 
-    Forward: moments, in `regroup` pooling them, rows of normalisers, y, num_batches_tracked.
+    Forward: moments, in `regroup` merging them, rows of normalisers, y, num_batches_tracked.
     Backward: sums, in `swap` and `regroup` those of users, rows of gradients, dx.
     """
     forward, backward = _launches_of_a_step(mode)

@@ -13,21 +13,21 @@ from torch import Tensor, nn
 
 from kernels.kernel_cases import (
     DTYPES,
+    GROUPED,
     LAST2D,
     NAMED,
-    POOLED,
     all_four,
     assert_near,
     assert_one_rounding,
     cast,
-    check_pools,
+    check_groups,
     loops,
     randn,
     rows_for,
 )
 from shuffle_batchnorm.kernels import cpu, cpu_sums, cpu_views, reference
 from shuffle_batchnorm.kernels import rows as kernel_rows
-from shuffle_batchnorm.kernels.rows import Pools
+from shuffle_batchnorm.kernels.rows import BlockGroups
 from shuffle_batchnorm.kernels.select import Kernels, select
 from shuffle_batchnorm.norm.mixing import block_sizes
 
@@ -59,9 +59,9 @@ def _cut(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
             monkeypatch.setattr(cpu_sums, name, 7)
         monkeypatch.setattr(cpu_sums, "_COLUMNS", 24)
         if "each for itself" in request.param:
-            monkeypatch.setattr(cpu, "_MANY", 0)  # the gradient of lines in two passes
+            monkeypatch.setattr(cpu, "_MANY", 0)  # the gradient of channels_last in two passes
             monkeypatch.setattr(cpu, "_SMALL", 0)  # planes in one pass
-            monkeypatch.setattr(cpu_sums, "_CALL", 0)  # lines block by block
+            monkeypatch.setattr(cpu_sums, "_CALL", 0)  # channels_last block by block
 
 
 @NAMED
@@ -90,15 +90,15 @@ def test_cpu_is_the_reference(
 
 @pytest.mark.parametrize("kernels", [CPU, REFERENCE], ids=["cpu", "reference"])
 @pytest.mark.parametrize("shape", [(4, 6), (4, 6, 5), (4, 6, 5, 3), (4, 6, 2, 3, 2), (4, 1, 5, 3)])
-@pytest.mark.parametrize("lines", [False, True])
+@pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("other_gradient", [False, True])
 def test_layout_of_the_input_is_kept(
-    kernels: Kernels, shape: tuple[int, ...], lines: bool, other_gradient: bool
+    kernels: Kernels, shape: tuple[int, ...], channels_last: bool, other_gradient: bool
 ) -> None:
     """Catches outputs in the gradient's memory format, or always contiguous (pytorch#64039)."""
     x, dy = randn(*shape), randn(*shape)
-    x = x.movedim(1, -1).contiguous().movedim(-1, 1) if lines else x
-    if lines != other_gradient:
+    x = x.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else x
+    if channels_last != other_gradient:
         dy = dy.movedim(1, -1).contiguous().movedim(-1, 1)
     for sizes in ((1, 3), block_sizes(4, 1, 9)):
         results = all_four(kernels, x, dy, sizes, rows_for(x, sizes, 4))
@@ -108,30 +108,30 @@ def test_layout_of_the_input_is_kept(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("lines", [False, True])
-def test_half_precision_is_summed_in_float32(dtype: torch.dtype, lines: bool) -> None:
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_half_precision_is_summed_in_float32(dtype: torch.dtype, channels_last: bool) -> None:
     """Catches sums and counts in half precision (pytorch#96203, #126525): 32768 values a block."""
     x = (randn(64, 3, 32, 32) * 10).to(dtype)
-    x = x.contiguous(memory_format=LAST2D) if lines else x
+    x = x.contiguous(memory_format=LAST2D) if channels_last else x
     dy, sizes = randn(*x.shape).to(dtype), (32, 32)
     assert_one_rounding(select(x), x, dy, sizes, rows_for(x, sizes, 4))
 
 
 @pytest.mark.parametrize("kernels", [CPU, REFERENCE], ids=["cpu", "reference"])
-@pytest.mark.parametrize("lines", [False, True])
+@pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("empty_blocks", [0, 8])
 def test_large_means_cancel_no_more_than_in_batch_norm(
-    kernels: Kernels, lines: bool, empty_blocks: int
+    kernels: Kernels, channels_last: bool, empty_blocks: int
 ) -> None:
     """Catches E[x²] − E[x]²: at a mean of 1e4 deviations it leaves no digit of the variance."""
     x = torch.randn(16, 8, 16, 16) + 1e4
-    x = x.contiguous(memory_format=LAST2D) if lines else x
+    x = x.contiguous(memory_format=LAST2D) if channels_last else x
     exact = nn.BatchNorm2d(8, affine=False).double()(x.double())
     theirs = (nn.BatchNorm2d(8, affine=False)(x).double() - exact).norm()
     sizes = (16, *[0] * empty_blocks)
     mean, std = kernels.block_moments(x, sizes)
-    rho = (std.square() + 1e-5).rsqrt()
-    y = kernels.block_affine(x, sizes, mean, rho, torch.zeros_like(mean))
+    rstd = (std.square() + 1e-5).rsqrt()
+    y = kernels.block_affine(x, sizes, mean, rstd, torch.zeros_like(mean))
     assert (y.double() - exact).norm() <= 3 * theirs
 
 
@@ -148,14 +148,18 @@ def test_moments_of_the_reference_keep_their_digits(shape: tuple[int, ...], bloc
 
 
 @pytest.mark.parametrize("kernels", [CPU, REFERENCE], ids=["cpu", "reference"])
-@POOLED
-@pytest.mark.parametrize("lines", [False, True])
+@GROUPED
+@pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.usefixtures("_cut")
-def test_pools_are_groups_of_their_blocks(
-    kernels: Kernels, shape: tuple[int, ...], sizes: tuple[int, ...], pools: Pools, lines: bool
+def test_groups_are_made_of_their_blocks(
+    kernels: Kernels,
+    shape: tuple[int, ...],
+    sizes: tuple[int, ...],
+    groups: BlockGroups,
+    channels_last: bool,
 ) -> None:
-    """Catches a block in another's pool, one counted twice, and pools that share a mean."""
-    check_pools(kernels, shape, sizes, pools, lines)
+    """Catches a block in another's group, one counted twice, and groups that share a mean."""
+    check_groups(kernels, shape, sizes, groups, channels_last)
 
 
 def test_kernels_are_chosen_by_device_and_dtype() -> None:

@@ -12,21 +12,21 @@ import torch
 from torch import Tensor, nn
 
 from kernels.kernel_cases import (
+    GROUPED,
     LAST2D,
     NAMED,
-    POOLED,
     all_four,
     assert_near,
     assert_one_rounding,
     cast,
-    check_pools,
+    check_groups,
     loops,
     randn,
     rows_for,
 )
 from shuffle_batchnorm import ShuffleBatchNorm
 from shuffle_batchnorm.kernels import reference, select, tiles
-from shuffle_batchnorm.kernels.rows import Pools
+from shuffle_batchnorm.kernels.rows import BlockGroups
 from shuffle_batchnorm.kernels.select import Kernels
 from truth import gradient
 
@@ -43,7 +43,9 @@ CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 pytestmark = [pytest.mark.gpu] if CUDA else []  # make gpu-check compiles them
 HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-LINES = pytest.mark.parametrize("lines", [False, True], ids=["planes", "lines"])
+LAYOUTS = pytest.mark.parametrize(
+    "channels_last", [False, True], ids=["contiguous", "channels_last"]
+)
 
 
 @pytest.fixture(autouse=True)
@@ -67,9 +69,9 @@ def _in_lines(x: Tensor) -> Tensor:
     return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
-def _input(*shape: int, lines: bool = False, dtype: torch.dtype = torch.float64) -> Tensor:
+def _input(*shape: int, channels_last: bool = False, dtype: torch.dtype = torch.float64) -> Tensor:
     x = randn(*shape).to(DEVICE, dtype)
-    return _in_lines(x) if lines else x
+    return _in_lines(x) if channels_last else x
 
 
 def _packed_rows(x: Tensor, sizes: tuple[int, ...]) -> list[Tensor]:
@@ -114,19 +116,19 @@ def test_triton_is_the_reference(case: tuple[Callable[[], Tensor], tuple[int, ..
         (70, 130),
     ],
 )
-@LINES
-def test_any_channels_and_any_length(shape: tuple[int, ...], lines: bool) -> None:
+@LAYOUTS
+def test_any_channels_and_any_length(shape: tuple[int, ...], channels_last: bool) -> None:
     """Catches a tile's end that is not the data's, in channels or in space, of either layout."""
-    x = _input(*shape, lines=lines, dtype=torch.float32)
-    dy = _input(*shape, lines=lines, dtype=torch.float32)
+    x = _input(*shape, channels_last=channels_last, dtype=torch.float32)
+    dy = _input(*shape, channels_last=channels_last, dtype=torch.float32)
     _check(x, dy, (1, 0, shape[0] - 1))
 
 
 @pytest.mark.parametrize("sizes", [(2, 6), (8,), (1,) * 8, (0, 0, 8, 0), (3, 0, 0, 5)])
-@LINES
-def test_any_sizes_of_blocks(sizes: tuple[int, ...], lines: bool) -> None:
+@LAYOUTS
+def test_any_sizes_of_blocks(sizes: tuple[int, ...], channels_last: bool) -> None:
     """Catches blocks thought equal, a sample counted in its neighbour, NaN from an empty block."""
-    x, dy = _input(8, 5, 7, lines=lines), _input(8, 5, 7)
+    x, dy = _input(8, 5, 7, channels_last=channels_last), _input(8, 5, 7)
     rows = _packed_rows(x, sizes)
     got, want = all_four(TRITON, x, dy, sizes, rows), loops(x, dy, sizes, rows)
     assert_near(got, want, 1e-12)
@@ -135,10 +137,10 @@ def test_any_sizes_of_blocks(sizes: tuple[int, ...], lines: bool) -> None:
         assert torch.equal(got[name][empty], torch.zeros_like(got[name][empty])), name
 
 
-@LINES
-def test_gradients_in_any_layout(lines: bool) -> None:
+@LAYOUTS
+def test_gradients_in_any_layout(channels_last: bool) -> None:
     """Catches a gradient read in the layout of the input, as in pytorch#64039."""
-    x = _input(4, 6, 5, 3, lines=lines)
+    x = _input(4, 6, 5, 3, channels_last=channels_last)
     dy = _input(4, 6, 5, 3)
     gradients = [dy, _in_lines(dy), dy.transpose(2, 3).contiguous().transpose(2, 3)]
     gradients.append(dy[:1, :1].expand_as(x))  # of a sum: strides of 0
@@ -148,25 +150,28 @@ def test_gradients_in_any_layout(lines: bool) -> None:
 
 
 @HALVES
-@LINES
-def test_half_precision_is_summed_in_float32(dtype: torch.dtype, lines: bool) -> None:
+@LAYOUTS
+def test_half_precision_is_summed_in_float32(dtype: torch.dtype, channels_last: bool) -> None:
     """Catches sums, counts and affine steps in half precision (pytorch#96203)."""
-    x = (_input(8, 3, 20, 33, lines=lines) * 10).to(dtype)
+    x = (_input(8, 3, 20, 33, channels_last=channels_last) * 10).to(dtype)
     dy, sizes = _input(8, 3, 20, 33, dtype=dtype), (3, 5)
     assert_one_rounding(TRITON, x, dy, sizes, _packed_rows(x, sizes))
 
 
 @pytest.mark.usefixtures("_many_splits")
 @pytest.mark.parametrize("programs", [1, 12, 4096])
-@LINES
+@LAYOUTS
 def test_splits_add_up_and_repeat_their_bits(
-    programs: int, lines: bool, monkeypatch: pytest.MonkeyPatch
+    programs: int, channels_last: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches a split lost or counted twice, an empty split's row, an order that is chance."""
     monkeypatch.setattr(tiles, "_PROGRAMS", programs)
-    x, dy = _input(17, 3, 150, lines=lines), _input(17, 3, 150, lines=lines)
+    x, dy = (
+        _input(17, 3, 150, channels_last=channels_last),
+        _input(17, 3, 150, channels_last=channels_last),
+    )
     sizes = (1, 16)  # the first block has fewer steps than the second has splits
-    splits = tiles.reduction(x.shape, sizes, lines, x.itemsize).splits
+    splits = tiles.reduction(x.shape, sizes, channels_last, x.itemsize).splits
     assert splits == 1 if programs == 1 else splits > 1
     torch.manual_seed(1)
     once = _check(x, dy, sizes)
@@ -177,28 +182,28 @@ def test_splits_add_up_and_repeat_their_bits(
 
 
 @pytest.mark.parametrize("merged", [1, 8, 1024])
-@POOLED
-@LINES
+@GROUPED
+@LAYOUTS
 @pytest.mark.usefixtures("_many_splits")
-def test_pools_are_groups_of_their_blocks(
+def test_groups_are_made_of_their_blocks(
     shape: tuple[int, ...],
     sizes: tuple[int, ...],
-    pools: Pools,
-    lines: bool,
+    groups: BlockGroups,
+    channels_last: bool,
     merged: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Catches a split in another's pool, and more blocks than one program can merge."""
+    """Catches a split in another's group, and more blocks than one program can merge."""
     for module in (triton_module, tiles):
         monkeypatch.setattr(module, "MERGED", merged)
-    check_pools(TRITON, shape, sizes, pools, lines, DEVICE)
+    check_groups(TRITON, shape, sizes, groups, channels_last, DEVICE)
 
 
 @pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("drift", [0.0, 300.0])
-@LINES
+@LAYOUTS
 def test_large_means_cancel_no_more_than_in_batch_norm(
-    split: bool, drift: float, lines: bool, request: pytest.FixtureRequest
+    split: bool, drift: float, channels_last: bool, request: pytest.FixtureRequest
 ) -> None:
     """Catches E[x²] − E[x]², also about a centre that only the first samples have."""
     if split:
@@ -206,7 +211,7 @@ def test_large_means_cancel_no_more_than_in_batch_norm(
     x = torch.randn(32, 4, 16, 16) + 1e4 + torch.linspace(-drift, drift, 32)[:, None, None, None]
     exact = nn.BatchNorm2d(4, affine=False).double()(x.double())
     theirs = (nn.BatchNorm2d(4, affine=False)(x).double() - exact).norm()
-    x = (x.contiguous(memory_format=LAST2D) if lines else x).to(DEVICE)
+    x = (x.contiguous(memory_format=LAST2D) if channels_last else x).to(DEVICE)
     mean, std = TRITON.block_moments(x, (32, 0))
     y = TRITON.block_affine(x, (32, 0), mean, (std.square() + 1e-5).rsqrt(), mean * 0)
     assert (y.cpu().double() - exact).norm() <= 3 * theirs
@@ -215,16 +220,16 @@ def test_large_means_cancel_no_more_than_in_batch_norm(
 @pytest.mark.filterwarnings("ignore:invalid:RuntimeWarning")
 @pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("place", [0, 149])
-@LINES
+@LAYOUTS
 def test_an_infinity_is_the_mean_of_its_channel(
-    place: int, split: bool, lines: bool, request: pytest.FixtureRequest
+    place: int, split: bool, channels_last: bool, request: pytest.FixtureRequest
 ) -> None:
     """Catches inf - inf, which is NaN, in running means that nn.BatchNorm2d has infinite."""
     if split:
         request.getfixturevalue("_many_splits")
     x = torch.randn(16, 4, 150)
     x[8, 1, place], x[8, 2, place], x[8, 3, place] = torch.inf, -torch.inf, torch.nan
-    x = (_in_lines(x) if lines else x).to(DEVICE)
+    x = (_in_lines(x) if channels_last else x).to(DEVICE)
     for got, want in zip(*(k.block_moments(x, (8, 8)) for k in (TRITON, REFERENCE)), strict=True):
         torch.testing.assert_close(got, want, equal_nan=True, rtol=1e-5, atol=1e-5)
 
@@ -251,25 +256,25 @@ def test_what_overflows_is_infinite_and_stays_in_its_channel(
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
 def _first_and_last_offset(  # type: ignore[no-untyped-def]
-    out, start, end, step, outer, inner, LINES: tl.constexpr, ROWS: tl.constexpr
+    out, start, end, step, outer, inner, CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr
 ):
     start, end = start.to(tl.int64), end.to(tl.int64)
     offsets, _, _, _, _, jump, _ = triton_kernels._step(
-        step, 0, start, end, outer, inner, LINES, ROWS, 1, 1
+        step, 0, start, end, outer, inner, CHANNELS_LAST, ROWS, 1, 1
     )
     tl.store(out + tl.zeros([1, 1], tl.int32), offsets)
     tl.store(out + 1 + tl.zeros([1, 1], tl.int32), offsets + (ROWS - 1) * jump)
 
 
-@LINES
-def test_offsets_past_2_to_the_31(lines: bool) -> None:
+@LAYOUTS
+def test_offsets_past_2_to_the_31(channels_last: bool) -> None:
     """Catches an index in int32, which wraps from 2**31 elements on (pytorch#181555)."""
     samples, outer, inner, step = 70_000, 40_000, 50_000, 600_000_009
     out = torch.zeros(2, dtype=torch.int64, device=DEVICE)
     _first_and_last_offset[(1,)](
-        out, samples, samples + 100, step, outer, inner, LINES=lines, ROWS=4
+        out, samples, samples + 100, step, outer, inner, CHANNELS_LAST=channels_last, ROWS=4
     )
-    if lines:
+    if channels_last:
         first, last = ((samples * outer + 4 * step + r) * inner for r in (0, 3))
     else:
         row, column = divmod(step, inner)
@@ -350,7 +355,7 @@ def test_where_triton_does_not_work_a_warning_says_what_is_slower(
     [
         *((triton_kernels, name) for name in ("moments", "affine", "grad_sums")),
         *((triton_rows, name) for name in ("merge_moments", "merge_sums", "normaliser_rows")),
-        *((triton_rows, name) for name in ("pool", "user_rows", "slopes")),
+        *((triton_rows, name) for name in ("merge_rows", "param_grads", "dx_coefficients")),
     ],
 )
 def test_a_kernel_that_fails_later_fails_at_the_choice(

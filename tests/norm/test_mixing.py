@@ -86,7 +86,7 @@ def test_pools_of_one_process_begin_where_kernels_look(
         members = [block for block, owner in enumerate(pools.owners) if owner == p]
         assert pools.owners[first] == p
         assert sizes[first] == max(sizes)
-        assert sorted(pools.dealt[first : first + plan.per_group]) == members
+        assert sorted(pools.order[first : first + plan.per_group]) == members
         assert sum(sizes[block] for block in members) == batch // groups
 
 

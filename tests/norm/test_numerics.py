@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from shuffle_batchnorm import ShuffleBatchNorm, shuffle_batch_norm
 from shuffle_batchnorm.kernels import reference
-from shuffle_batchnorm.kernels.rows import pool
+from shuffle_batchnorm.kernels.rows import merge_moments
 from shuffle_batchnorm.kernels.select import select
 from truth import gradient
 
@@ -64,14 +64,14 @@ def _errors(layers: list[nn.Module], x: Tensor, dy: Tensor) -> dict[str, float]:
     }
 
 
-@pytest.mark.parametrize("lines", [False, True])
+@pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_errors_are_those_of_batch_norm(
-    case: tuple[Callable[[], Tensor], torch.dtype], lines: bool
+    case: tuple[Callable[[], Tensor], torch.dtype], channels_last: bool
 ) -> None:
     """Catches raw moments, sums one after the other in float32, squares that overflow."""
     x = case[0]().to(case[1])
-    x = x.contiguous(memory_format=torch.channels_last) if lines else x
+    x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
     channels = x.shape[1]
     # Not noise alone: the part of the gradient that is subtracted again must be there.
     distance = x.double() - x.double().mean(dim=(0, 2, 3), keepdim=True)
@@ -89,7 +89,7 @@ def test_errors_are_those_of_batch_norm(
 
 @pytest.mark.parametrize("mean", [0.0, 1e2, 1e4])
 def test_errors_of_transposed_lines_are_those_of_batch_norm(mean: float) -> None:
-    """Catches lines of any length added one after the other, as after a linear layer."""
+    """Catches channels_last of any length added one after the other, as after a linear layer."""
     x = (_randn(4, 40_000, 3) + mean).float().transpose(1, 2)
     dy = torch.randn_like(x) + (x - mean)
     theirs = _errors([nn.BatchNorm1d(3).double()], x, dy)
@@ -139,7 +139,7 @@ class _Named(Tensor):
 @pytest.mark.parametrize("kind", [Tensor, _Named])
 def test_groups_far_apart_are_pooled_whatever_the_tensor_is_called(kind: type[Tensor]) -> None:
     """Catches squares of 1e30, and an exact type where a subclass will do."""
-    x = torch.tensor([[1e30], [-1e30], [2e30], [3e30]]).as_subclass(kind)  # pools 0, 3 and 2, 1
+    x = torch.tensor([[1e30], [-1e30], [2e30], [3e30]]).as_subclass(kind)  # groups 0, 3 and 2, 1
     y = shuffle_batch_norm(x, None, None, training=True, mode="regroup", groups=2)
     assert type(y) is kind
     torch.testing.assert_close(y.as_subclass(Tensor)[:, 0], torch.tensor([-1.0, -1.0, 1.0, 1.0]))
@@ -201,4 +201,4 @@ def test_pooled_rows_are_rounded_once(mean: float) -> None:
     pooled = (share * means).sum(dim=1, keepdim=True)
     variance = (share * (stds.square() + (means - pooled).square())).sum(dim=1, keepdim=True)
     exact = torch.cat([count.sum(dim=1, keepdim=True), pooled, variance.sqrt()], dim=2)
-    assert torch.equal(pool(rows), exact.float())
+    assert torch.equal(merge_moments(rows), exact.float())

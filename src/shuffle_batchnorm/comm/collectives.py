@@ -52,9 +52,7 @@ def all_to_all(
 
     def start(async_op: bool) -> Any:
         splits = list(receive_splits), list(send_splits)
-        return dist.all_to_all_single(
-            incoming, rows, *splits, group=world.group, async_op=async_op
-        )
+        return dist.all_to_all_single(incoming, rows, *splits, group=world.group, async_op=async_op)
 
     _finish(start, rows, world, call, doing, meanwhile)
     return incoming

@@ -1,11 +1,12 @@
 """What keeps ranks on the CPU from waiting in vain: notes in the process group's store.
 
 A rank that raises between two collectives announces it, for peers that wait for it in the next one.
-A rank that has waited for long says in which call it is, and looks whether a peer is in another. A
-rank that leaves a collective before its end abandons the group: its next message would be taken for
-the one that peers wait for.
+It goes on only if all ranks have failed there: else its next message would be taken for the one
+that peers wait for. A rank that has waited for long says in which call it is, and looks whether a
+peer is in another. A rank that leaves a collective before its end abandons the group.
 """
 
+import time
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ import torch.distributed as dist
 
 from .world import World
 
+_LONG = 10.0  # seconds in which ranks that fail alike do so
 _ABANDONED = (
     "the process group is out of step since an exchange was left before its end; go on with a new "
     "process group"
@@ -47,8 +49,11 @@ def announce(world: World, message: str) -> None:
     if world.size == 1:
         return
     progress = _progress(world)
+    if progress.announced == progress.begun + 1:  # not the first mistake in this place
+        return
     progress.announced = progress.begun + 1
     _write(world, f"failed/{progress.announced}", f"rank {world.rank} stopped: {message}")
+    _count_failures(world, 1)
 
 
 def abandon(world: World, message: str) -> None:
@@ -69,9 +74,12 @@ def begin(world: World, call: str) -> None:
     """Count a collective.
 
     Raises:
-        RuntimeError: an earlier one was left before its end.
+        RuntimeError: an earlier one was left before its end, or a peer waits for one in which this
+            rank has not taken part.
     """
     progress = _progress(world)
+    if progress.announced == progress.begun + 1 and not _all_have_failed(world):
+        abandon(world, _read(world, f"failed/{progress.announced}"))
     if progress.abandoned:
         raise RuntimeError(f"{call}: {_ABANDONED}")
     progress.begun += 1
@@ -104,10 +112,24 @@ def _find_other_call(world: World, doing: str) -> str:
     for peer in range(world.size):
         collective, _, theirs = _read(world, f"waits/{peer}").partition(" ")
         if collective == str(begun) and theirs != doing:
-            return (
-                f"ranks are at different calls: rank {world.rank} {doing}, rank {peer} {theirs}"
-            )
+            return f"ranks are at different calls: rank {world.rank} {doing}, rank {peer} {theirs}"
     return ""
+
+
+def _all_have_failed(world: World) -> bool:
+    """Wait until all ranks have failed before the same collective, or one has left it."""
+    until = time.monotonic() + _LONG
+    while not _read(world, "abandoned") and time.monotonic() < until:
+        if _count_failures(world, 0) == world.size:
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def _count_failures(world: World, more: int) -> int:
+    """Return how many ranks have failed before the same collective as this one."""
+    progress = _progress(world)
+    return int(_store().add(f"{progress.prefix}/failures/{progress.announced}", more))
 
 
 def _progress(world: World) -> _Progress:

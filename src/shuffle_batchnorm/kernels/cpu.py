@@ -18,35 +18,45 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .cpu_sums import SHARE, are_small, line_grad_sums, line_moments, moments, plane_grad_sums
+from .cpu_sums import (
+    SHARE,
+    are_small,
+    line_grad_sums,
+    line_moments,
+    moments,
+    plane_grad_sums,
+    take_groups,
+)
 from .cpu_views import PART, in_parts, per_plane, view_rows, view_values
 from .layouts import as_layout, layout
-from .rows import Pools, Sizes, has_numbers, pool_moments, pool_sum, take_pools, widen
-from .rows import pool as pool
-from .small import gradient_rows as gradient_rows
-from .small import normaliser_rows as normaliser_rows
-from .small import slopes as slopes
-from .small import user_rows as user_rows
+from .rows import BlockGroups, Sizes, group_sum, has_numbers, merge_blocks, widen
+from .rows import backward_rows as backward_rows
+from .rows import dx_coefficients as dx_coefficients
+from .rows import merge_moments as merge_moments
+from .rows import normaliser_rows as normaliser_rows
+from .rows import param_grads as param_grads
 
 _MANY = 2**10  # lines with the same row, whose gradient takes two passes
 _SMALL = 2**22  # values that two passes over cached parts map faster than one pass over all
 
 
-def block_moments(x: Tensor, sizes: Sizes, pools: Pools | None = None) -> tuple[Tensor, Tensor]:
+def block_moments(
+    x: Tensor, sizes: Sizes, groups: BlockGroups | None = None
+) -> tuple[Tensor, Tensor]:
     """See `reference.block_moments`."""
     _keep_freed_memory()
-    x, lines = layout(widen(x))
+    x, channels_last = layout(widen(x))
     can_look = has_numbers(x)
     # Not traced: a graph for any size can't hold aten's batch norm.
-    if lines and can_look and not are_small(x, sizes):
-        mean, std = pool_moments(*line_moments(x, sizes), sizes, pools)
-    elif pools is not None and pools.number * SHARE < len(sizes):
+    if channels_last and can_look and not are_small(x, sizes):
+        mean, std = merge_blocks(*line_moments(x, sizes), sizes, groups)
+    elif groups is not None and groups.number * SHARE < len(sizes):
         # The first block of a pool is less than a guess has to see.
-        return pool_moments(*block_moments(x, sizes), sizes, pools)
+        return merge_blocks(*block_moments(x, sizes), sizes, groups)
     else:
-        mean, std = moments(x, sizes, pools, lines)
+        mean, std = moments(x, sizes, groups, channels_last)
     if x.dtype == torch.float32 and can_look and not math.isfinite(std.sum()):
-        _look_again(x, sizes, pools, mean, std)
+        _look_again(x, sizes, groups, mean, std)
     return mean, std
 
 
@@ -61,13 +71,15 @@ def _keep_freed_memory() -> None:
     bytes(2**25 - 2**14)
 
 
-def _look_again(x: Tensor, sizes: Sizes, pools: Pools | None, mean: Tensor, std: Tensor) -> None:
+def _look_again(
+    x: Tensor, sizes: Sizes, groups: BlockGroups | None, mean: Tensor, std: Tensor
+) -> None:
     """Write the moments whose squares float32 doesn't hold: a deviation fits where values do."""
     channels = (mean.isfinite() & ~std.isfinite()).any(dim=0).nonzero()[:, 0]
     if len(channels) == 0:  # the values themselves are infinite
         return
     for some in channels.split(max(1, PART * x.shape[1] // x.numel())):
-        again = block_moments(x[:, some].double(), sizes, pools)
+        again = block_moments(x[:, some].double(), sizes, groups)
         for rows, new in zip((mean, std), again, strict=True):
             rows[:, some] = new.to(rows.dtype)
 
@@ -78,19 +90,19 @@ def block_affine(
     center: Tensor,
     scale: Tensor,
     shift: Tensor,
-    pools: Pools | None = None,
+    groups: BlockGroups | None = None,
 ) -> Tensor:
     """See `reference.block_affine`."""
     dtype = x.dtype
-    x, lines = layout(widen(x))
+    x, channels_last = layout(widen(x))
     y = torch.empty_like(x)
-    scale, shift = take_pools(pools, scale, torch.addcmul(shift, center, scale, value=-1))
-    if not lines and x.numel() >= _SMALL:
+    scale, shift = take_groups(groups, scale, torch.addcmul(shift, center, scale, value=-1))
+    if not channels_last and x.numel() >= _SMALL:
         _one_pass_affine(y, x, *per_plane(sizes, scale, shift))
         return y.to(dtype)
-    views = (view_values(tensor, sizes, lines) for tensor in (y, x))
-    rows = view_rows(sizes, lines, scale, shift)
-    if lines:
+    views = (view_values(tensor, sizes, channels_last) for tensor in (y, x))
+    rows = view_rows(sizes, channels_last, scale, shift)
+    if channels_last:
         out, values = views
         torch.addcmul(rows[1], values, rows[0], out=out)
     else:
@@ -100,14 +112,19 @@ def block_affine(
 
 
 def block_grad_sums(
-    dy: Tensor, x: Tensor, sizes: Sizes, center: Tensor, scale: Tensor, pools: Pools | None = None
+    dy: Tensor,
+    x: Tensor,
+    sizes: Sizes,
+    center: Tensor,
+    scale: Tensor,
+    groups: BlockGroups | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `reference.block_grad_sums`."""
-    x, lines = layout(widen(x))
-    dy = as_layout(widen(dy), lines)
-    sums_of_blocks = line_grad_sums if lines else plane_grad_sums
-    total, dot = sums_of_blocks(dy, x, sizes, *take_pools(pools, center, scale))
-    return pool_sum(total, pools), pool_sum(dot, pools)
+    x, channels_last = layout(widen(x))
+    dy = as_layout(widen(dy), channels_last)
+    sums_of_blocks = line_grad_sums if channels_last else plane_grad_sums
+    total, dot = sums_of_blocks(dy, x, sizes, *take_groups(groups, center, scale))
+    return group_sum(total, groups), group_sum(dot, groups)
 
 
 def block_grad_affine(
@@ -118,30 +135,30 @@ def block_grad_affine(
     b: Tensor,
     center: Tensor,
     c: Tensor,
-    users: Pools | None = None,
-    pools: Pools | None = None,
+    users: BlockGroups | None = None,
+    groups: BlockGroups | None = None,
 ) -> Tensor:
     """See `reference.block_grad_affine`."""
     dtype = x.dtype
-    x, lines = layout(widen(x))
-    dy, dx = as_layout(widen(dy), lines), torch.empty_like(x)
-    views = (view_values(tensor, sizes, lines) for tensor in (dx, dy, x))
-    (a,) = take_pools(users, a)
-    if lines and x.numel() >= _MANY * b.numel():
+    x, channels_last = layout(widen(x))
+    dy, dx = as_layout(widen(dy), channels_last), torch.empty_like(x)
+    views = (view_values(tensor, sizes, channels_last) for tensor in (dx, dy, x))
+    (a,) = take_groups(users, a)
+    if channels_last and x.numel() >= _MANY * b.numel():
         # The error of aten's mean of so many lines is larger than that of a shift by it.
-        b, c = take_pools(pools, b, torch.addcmul(c, b, center, value=-1))
-        rows = view_rows(sizes, lines, a, b, c)
-        for out, grads, values, factors, slopes, shifts in in_parts(*views, *rows, room=2):
-            torch.addcmul(shifts, values, slopes, out=out).addcmul_(grads, factors)
+        b, c = take_groups(groups, b, torch.addcmul(c, b, center, value=-1))
+        rows = view_rows(sizes, channels_last, a, b, c)
+        for out, grads, values, factors, dx_coefficients, shifts in in_parts(*views, *rows, room=2):
+            torch.addcmul(shifts, values, dx_coefficients, out=out).addcmul_(grads, factors)
         return dx.to(dtype)
-    rows = view_rows(sizes, lines, a, *take_pools(pools, b, center, c))
-    for out, grads, values, factors, slopes, centers, shifts in in_parts(*views, *rows):
+    rows = view_rows(sizes, channels_last, a, *take_groups(groups, b, center, c))
+    for out, grads, values, factors, dx_coefficients, centers, shifts in in_parts(*views, *rows):
         # x * b would be as large as the mean, and so would be what its rounding leaves.
         torch.sub(values, centers, out=out)
-        if lines:
-            torch.addcmul(shifts, out, slopes, out=out)
+        if channels_last:
+            torch.addcmul(shifts, out, dx_coefficients, out=out)
         else:  # over planes, aten vectorises an operation with one number per plane, not with two
-            out.mul_(slopes).add_(shifts)
+            out.mul_(dx_coefficients).add_(shifts)
         out.addcmul_(grads, factors)
     return dx.to(dtype)
 

@@ -1,4 +1,4 @@
-"""What the CPU kernels sum: moments of blocks or pools, and the two sums of a gradient."""
+"""What the CPU kernels sum: moments of blocks or groups, and the two sums of a gradient."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .cpu_views import blocks_of_lines, in_parts, per_plane, view_rows, view_values
-from .rows import Pools, Sizes, are_equal, block_sum, constant, pool_sum, samples_of_pools, take
+from .rows import BlockGroups, Sizes, are_equal, block_sum, constant, counts, group_sum, take
 
 SHARE = 16  # of the values, of which a guess sees one
 _LONG = 2**14  # values of a plane
@@ -16,10 +16,12 @@ _COLUMNS = 2**10  # of lines side by side: their sums stay in the nearest cache
 _CALL = 2**17  # values of a block in lines from which on calling aten for each takes less time
 
 
-def moments(x: Tensor, sizes: Sizes, pools: Pools | None, lines: bool) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation ``[pools, C]``; without pools, ``[blocks, C]``."""
-    center = _guess(x, sizes, pools, lines)
-    offset, square = _moments_about(center, x, sizes, pools, lines)
+def moments(
+    x: Tensor, sizes: Sizes, groups: BlockGroups | None, channels_last: bool
+) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation ``[groups, C]``; without groups, ``[blocks, C]``."""
+    center = _guess(x, sizes, groups, channels_last)
+    offset, square = _moments_about(center, x, sizes, groups, channels_last)
     # At most 4 bits cancel: the guess is at most sqrt(15) deviations off.
     variance = torch.addcmul(square, offset, offset, value=-1)
     if x.dtype == torch.float64:  # nothing wider will look again, and inf - inf is NaN
@@ -27,36 +29,36 @@ def moments(x: Tensor, sizes: Sizes, pools: Pools | None, lines: bool) -> tuple[
     return center.add_(offset), variance.clamp_(min=0).sqrt_()
 
 
-def _guess(x: Tensor, sizes: Sizes, pools: Pools | None, lines: bool) -> Tensor:
-    """Return the mean of at least a sixteenth of each pool's values, ``[pools, C]``."""
-    values = view_values(x, sizes, lines)
+def _guess(x: Tensor, sizes: Sizes, groups: BlockGroups | None, channels_last: bool) -> Tensor:
+    """Return the mean of at least a sixteenth of each pool's values, ``[groups, C]``."""
+    values = view_values(x, sizes, channels_last)
     number = at_hand = values.shape[1]  # samples, or lines
-    if pools is not None:
+    if groups is not None:
         # Those of its first block are where its part begins: a slice is cheaper than an index.
-        values = values.view(pools.number, -1, *values.shape[2:])
-        number, at_hand = values.shape[1], sizes[0] * (x.shape[2:].numel() if lines else 1)
+        values = values.view(groups.number, -1, *values.shape[2:])
+        number, at_hand = values.shape[1], sizes[0] * (x.shape[2:].numel() if channels_last else 1)
     seen = values[:, : at_hand : at_hand // -(-number // SHARE)]
-    if not lines:
+    if not channels_last:
         # First per plane: the sum of all of them is the first to be infinite.
         length = -(-values.shape[3] * number // (SHARE * seen.shape[1]))
         seen = seen[..., :length].mean(dim=3)
     few = seen.mean(dim=1) if seen.shape[1] > 1 else seen[:, 0]
-    if pools is None and not are_equal(sizes):
-        few = block_sum(few, sizes) / samples_of_pools(sizes, None, few)
+    if groups is None and not are_equal(sizes):
+        few = block_sum(few, sizes) / group_counts(sizes, None, few)
     return few.nan_to_num(0.0, 0.0, 0.0)
 
 
 def _moments_about(
-    center: Tensor, x: Tensor, sizes: Sizes, pools: Pools | None, lines: bool
+    center: Tensor, x: Tensor, sizes: Sizes, groups: BlockGroups | None, channels_last: bool
 ) -> Iterable[Tensor]:
-    """Return the mean distance to a center, and the mean square of it, ``[pools, C]``."""
-    values, axis = view_values(x, sizes, lines), 1 if lines else 3
+    """Return the mean distance to a center, and the mean square of it, ``[groups, C]``."""
+    values, axis = view_values(x, sizes, channels_last), 1 if channels_last else 3
     sums = _pair_of_sums(values, axis)
     totals, squares = sums
     differences = values.new_empty(0)
-    rows = view_rows(sizes, lines, take(center, None if pools is None else pools.owners))
+    rows = view_rows(sizes, channels_last, take(center, None if groups is None else groups.owners))
     # A norm adds one after the other, in the dtype of the values; a sum in a tree.
-    takes_norms = not lines and values.shape[axis] < _LONG
+    takes_norms = not channels_last and values.shape[axis] < _LONG
     tensors = values, *rows, totals, squares
     for part, centers, total, square in in_parts(*tensors, whole=values.ndim - axis):
         difference = torch.sub(part, centers, out=differences.resize_(part.shape))
@@ -67,8 +69,8 @@ def _moments_about(
             torch.sum(difference.square_(), dim=axis, keepdim=True, out=square)
     if takes_norms:
         squares.square_()
-    size = samples_of_pools(sizes, pools, x) * x.shape[2:].numel()
-    return (pool_sum(rows, pools).div_(size) for rows in _of_blocks(sums, sizes, x.shape[1]))
+    size = group_counts(sizes, groups, x) * x.shape[2:].numel()
+    return (group_sum(rows, groups).div_(size) for rows in _of_blocks(sums, sizes, x.shape[1]))
 
 
 def plane_grad_sums(
@@ -153,8 +155,8 @@ def _moments_of_lines(x: Tensor) -> Sequence[Tensor]:
     if pieces[0] is x:
         return found[0]
     means, variances = (_rows_of_lines(rows, x) for rows in zip(*found, strict=True))
-    lines = [len(piece) for piece in pieces for _ in range(piece.shape[1] // x.shape[1])]
-    share = constant(tuple(n / len(x) for n in lines), x.dtype, x)[:, None]
+    channels_last = [len(piece) for piece in pieces for _ in range(piece.shape[1] // x.shape[1])]
+    share = constant(tuple(n / len(x) for n in channels_last), x.dtype, x)[:, None]
     mean = (share * means).sum(dim=0)
     return mean, (share * (means - mean).square_().add_(variances)).sum(dim=0)
 
@@ -206,3 +208,17 @@ def _grad_sums(dy: Tensor, x: Tensor, center: Tensor, scale: Tensor) -> tuple[Te
         dy, x, scale, None, None, center, scale, True, 0.0, [False, True, True]
     )
     return total, dot
+
+
+def take_groups(groups: BlockGroups | None, *rows: Tensor) -> tuple[Tensor, ...]:
+    """Give each block the row of its group."""
+    return rows if groups is None else tuple(take(row, groups.owners) for row in rows)
+
+
+def group_counts(sizes: Sizes, groups: BlockGroups | None, like: Tensor) -> Tensor | int:
+    """Return the samples of each group, at least 1."""
+    if groups is not None:
+        return max(1, sum(sizes) // groups.number)
+    if are_equal(sizes):
+        return max(1, sizes[0])
+    return counts(sizes, 1, like).clamp(min=1)

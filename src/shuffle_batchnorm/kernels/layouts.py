@@ -1,29 +1,32 @@
-"""The two layouts that kernels work on: planes ``[N, C, L]`` and lines ``[N, L, C]``."""
+"""The two layouts that kernels work on: contiguous ``[N, C, L]``, channels-last ``[N, L, C]``."""
 
 import torch
 from torch import Tensor
 
 
 def layout(x: Tensor) -> tuple[Tensor, bool]:
-    """Return ``[N, C, *]``, copied if it has neither layout, and whether it is in lines.
+    """Return ``[N, C, *]``, copied if it has neither layout, and whether it is channels-last.
 
-    ``L = 1`` is in lines too: planes of one value have nothing to sum. ``C = 1`` is in planes.
+    ``L = 1`` counts as channels-last: a plane of one value has nothing to sum. ``C = 1`` counts as
+    contiguous.
     """
     if x.is_contiguous() and x.shape[2:].numel() > 1:
         return x, False
-    if _in_lines(x):
+    if _is_channels_last(x):
         return x, True
     if not x.is_contiguous():
-        dense = torch.empty_like(x)  # in the same order of axes: lines with gaps become lines
-        if _in_lines(dense):
+        dense = torch.empty_like(x)  # the same order of axes: channels-last with gaps, without them
+        if _is_channels_last(dense):
             return dense.copy_(x), True
     return x.contiguous(), False
 
 
-def as_layout(dy: Tensor, lines: bool) -> Tensor:
+def as_layout(dy: Tensor, channels_last: bool) -> Tensor:
     """Return a gradient in the layout of the input, copied if it has another."""
-    return dy.movedim(1, -1).contiguous().movedim(-1, 1) if lines else dy.contiguous()
+    if channels_last:
+        return dy.movedim(1, -1).contiguous().movedim(-1, 1)
+    return dy.contiguous()
 
 
-def _in_lines(x: Tensor) -> bool:
+def _is_channels_last(x: Tensor) -> bool:
     return x.movedim(1, -1).is_contiguous()

@@ -1,7 +1,8 @@
 """The four kernels in plain torch: the truth for every other version, and what compile traces.
 
-Tensors are ``[N, C, *]``; a block is a run of samples. Rows are ``[blocks, C]`` in float32, or
-float64 for float64 input, and so is every sum, whatever the input's dtype.
+Tensors are ``[N, C, *]``; a block is a run of samples. Rows are ``[blocks, C]``, or ``[groups, C]``
+where blocks are in groups: then all blocks of a group share its row, and its sums are over all of
+them. Rows and sums are in float32, in float64 for float64 input.
 """
 
 import math
@@ -10,29 +11,29 @@ import torch
 from torch import Tensor
 
 from .rows import (
-    Pools,
+    BlockGroups,
     Sizes,
     block_sum,
     counts,
+    group_sum,
+    merge_blocks,
     per_sample,
-    pool_moments,
-    pool_sum,
-    take_pools,
+    take,
     widen,
 )
-from .rows import pool as pool
-from .small import gradient_rows as gradient_rows
-from .small import normaliser_rows as normaliser_rows
-from .small import slopes as slopes
-from .small import user_rows as user_rows
+from .rows import backward_rows as backward_rows
+from .rows import dx_coefficients as dx_coefficients
+from .rows import merge_moments as merge_moments
+from .rows import normaliser_rows as normaliser_rows
+from .rows import param_grads as param_grads
 
 
-def block_moments(x: Tensor, sizes: Sizes, pools: Pools | None = None) -> tuple[Tensor, Tensor]:
-    """Return each block's mean and (biased) standard deviation, 0 for an empty block.
+def block_moments(
+    x: Tensor, sizes: Sizes, groups: BlockGroups | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the mean and (biased) standard deviation of blocks or groups, 0 if empty.
 
-    With pools those of each pool, ``[pools, C]``.
-
-    Two passes over each sample's channel, its plane, then the planes of a block are pooled. Every
+    Two passes over each sample's channel, its plane, then the planes of a block are merged. Every
     square is of a distance to a mean, so next to nothing cancels; the sum of the distances is what
     was rounded off that mean. The standard deviation has the input's scale; where a square doesn't
     fit the dtype it is infinite.
@@ -53,7 +54,7 @@ def block_moments(x: Tensor, sizes: Sizes, pools: Pools | None = None) -> tuple[
     variance = block_sum(squares + shift * (shift + 2 * rest), sizes) / size
     # Squares beyond the dtype are infinite; inf - inf would be NaN.
     variance = torch.where(variance < math.inf, variance - offset.square(), variance)
-    return pool_moments(mean + offset, variance.clamp(min=0).sqrt(), sizes, pools)
+    return merge_blocks(mean + offset, variance.clamp(min=0).sqrt(), sizes, groups)
 
 
 def block_affine(
@@ -62,36 +63,37 @@ def block_affine(
     center: Tensor,
     scale: Tensor,
     shift: Tensor,
-    pools: Pools | None = None,
+    groups: BlockGroups | None = None,
 ) -> Tensor:
-    """Return ``y = (x - center) * scale + shift`` with each block's rows, in x's dtype and layout.
+    """Return ``y = (x - center) * scale + shift`` in x's dtype and layout.
 
     Args:
         x: ``[N, C, *]``.
         sizes: samples per block.
-        center: ``[blocks, C]``; with pools ``[pools, C]``, a row for all blocks of a pool.
+        center: ``[blocks, C]``, or ``[groups, C]``.
         scale: likewise.
         shift: likewise.
-        pools: of blocks.
+        groups: of blocks.
     """
-    rows = take_pools(pools, center, scale, shift)
-    center, scale, shift = _spread(sizes, x.ndim, *rows)
+    center, scale, shift = _spread(x.ndim, sizes, _of_blocks(groups, center, scale, shift))
     return _cast((widen(x) - center) * scale + shift, x.dtype)
 
 
 def block_grad_sums(
-    dy: Tensor, x: Tensor, sizes: Sizes, center: Tensor, scale: Tensor, pools: Pools | None = None
+    dy: Tensor,
+    x: Tensor,
+    sizes: Sizes,
+    center: Tensor,
+    scale: Tensor,
+    groups: BlockGroups | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return each block's sums of ``dy`` and of ``dy * (x - center) * scale``, ``[blocks, C]``.
-
-    With pools all rows are ``[pools, C]``, as in `block_affine`: the sums of each pool.
-    """
+    """Return the sums of ``dy`` and of ``dy * (x - center) * scale`` over blocks or groups."""
     dy_planes, x_planes = _planes(dy), _planes(x)
-    products = (dy_planes * (x_planes - _spread(sizes, 3, *take_pools(pools, center))[0])).sum(
-        dim=2
+    (centers,) = _spread(3, sizes, _of_blocks(groups, center))
+    products = (dy_planes * (x_planes - centers)).sum(dim=2)
+    total, dot = (
+        group_sum(block_sum(rows, sizes), groups) for rows in (dy_planes.sum(dim=2), products)
     )
-    sums = (block_sum(rows, sizes) for rows in (dy_planes.sum(dim=2), products))
-    total, dot = (pool_sum(rows, pools) for rows in sums)
     return total, dot * scale
 
 
@@ -103,15 +105,15 @@ def block_grad_affine(
     b: Tensor,
     center: Tensor,
     c: Tensor,
-    users: Pools | None = None,
-    pools: Pools | None = None,
+    users: BlockGroups | None = None,
+    groups: BlockGroups | None = None,
 ) -> Tensor:
-    """Return ``dx = a * dy + b * (x - center) + c`` with each block's rows ``[blocks, C]``.
+    """Return ``dx = a * dy + b * (x - center) + c``, in x's dtype and layout.
 
-    Or with rows of pools, as in `block_affine`: `a` of the pools `users`, the others of `pools`.
+    The rows of `a` are of the groups `users`, those of `b`, `center` and `c` of `groups`.
     """
-    rows = *take_pools(users, a), *take_pools(pools, b, center, c)
-    a, b, center, c = _spread(sizes, x.ndim, *rows)
+    rows = _of_blocks(users, a) + _of_blocks(groups, b, center, c)
+    a, b, center, c = _spread(x.ndim, sizes, rows)
     dx = (widen(x) - center) * b + c
     return _cast(dx + widen(dy) * a, x.dtype)
 
@@ -121,7 +123,12 @@ def _planes(x: Tensor) -> Tensor:
     return widen(x.reshape(x.shape[0], x.shape[1], x.shape[2:].numel()))
 
 
-def _spread(sizes: Sizes, ndim: int, *rows: Tensor) -> tuple[Tensor, ...]:
+def _of_blocks(groups: BlockGroups | None, *rows: Tensor) -> tuple[Tensor, ...]:
+    """Give each block the row of its group."""
+    return rows if groups is None else tuple(take(row, groups.owners) for row in rows)
+
+
+def _spread(ndim: int, sizes: Sizes, rows: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Give each sample its numbers in rows ``[blocks, C]``: each ``[N, C, 1, ...]``."""
     # Side by side, a compiler has to write them down, and can't work them out for every value.
     spread = per_sample(torch.cat(rows, dim=1), sizes)

@@ -1,6 +1,12 @@
-"""From samples ``[N, C]`` to blocks ``[blocks, C]`` and back, for the kernels in plain torch."""
+"""Rows ``[R, C]`` in plain torch: from samples to blocks and back, and what else lies between.
+
+The R rows are of blocks, groups of blocks or normalisers. `count`, the values per channel of each,
+is a number, or ``[R, 1]`` across ranks. On a GPU, where each of these operations takes as long to
+launch, `triton_launch` has one launch for all of `normaliser_rows`, `param_grads`, `backward_rows`.
+"""
 
 import itertools
+import math
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -11,26 +17,47 @@ Sizes = tuple[int, ...]  # samples of each block
 Order = tuple[int, ...]  # numbers of rows
 
 
-class Pools(NamedTuple):
-    """Which blocks are pooled, or share a row: as many blocks, and as many samples, in every pool.
-
-    The batch is as many equal parts in a row as there are pools, a group each. Where moments are
-    pooled, the first block of part p, the longest, belongs to pool p.
+class BlockGroups(NamedTuple):
+    """The group of each block; every group has as many blocks, and as many samples.
 
     Attributes:
-        number: of pools.
-        dealt: the blocks of the first pool, then those of the second, and so on.
-        owners: the pool of each block.
+        number: of groups.
+        owners: the group of each block.
     """
 
     number: int
-    dealt: Order
     owners: Order
 
     @property
     def members(self) -> int:
-        """The blocks of each pool."""
-        return len(self.dealt) // self.number
+        """The blocks of each group."""
+        return len(self.owners) // self.number
+
+    @property
+    def order(self) -> Order:
+        """The blocks of group 0, then those of group 1, and so on."""
+        return _argsort(self.owners) if torch.compiler.is_compiling() else _sorted(self.owners)
+
+
+def _argsort(owners: Order) -> Order:
+    return tuple(sorted(range(len(owners)), key=owners.__getitem__))
+
+
+_sorted = lru_cache(maxsize=1024)(_argsort)
+
+
+class Running(NamedTuple):
+    """Running statistics, and how far a batch moves them.
+
+    Attributes:
+        mean: ``[C]``.
+        var: ``[C]``.
+        step: the share of the batch in what they become.
+    """
+
+    mean: Tensor
+    var: Tensor
+    step: float | Tensor
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:
@@ -44,94 +71,35 @@ def widen(x: Tensor) -> Tensor:
 
 
 def has_numbers(x: Tensor) -> bool:
-    """Return whether a program may look at a tensor's numbers: it isn't fake, nor being traced."""
+    """Return whether a program may read a tensor's numbers: it isn't fake, nor being traced."""
     mode_of, kinds = torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey
     traced = mode_of(kinds.FAKE) is not None or mode_of(kinds.PROXY) is not None
     return not (traced or hasattr(x, "fake_mode"))
 
 
-def block_sum(samples: Tensor, sizes: Sizes) -> Tensor:
-    """Sum the samples of each block: ``[N, C]`` to ``[blocks, C]``, 0 for an empty block.
+def are_equal(sizes: Sizes) -> bool:
+    """Return whether all blocks have the same number of samples.
 
-    Where a block is a sample, that is `samples` itself.
+    Under a compiler, whether they have in every batch that the graph is for.
     """
-    if are_equal(sizes):
-        if is_known(sizes[0] == 1):
-            return samples
-        return samples.reshape(len(sizes), sizes[0], samples.shape[1]).sum(dim=1)
-    # Shorter blocks are filled up with a row of zeros. (index_add_ adds in any order on a GPU, and
-    # takes 90 ms on a CPU in torch 2.13.)
-    rows = torch.cat([samples, samples.new_zeros(1, samples.shape[1])])
-    if torch.compiler.is_compiling():
-        places = _places_in_graph(sizes, samples)
-    else:
-        places = constant(_places(sizes), torch.int64, samples)
-    filled = rows.index_select(0, places).view(len(sizes), len(places) // len(sizes), rows.shape[1])
-    return filled.sum(dim=1)
+    # As tensor_split cuts a group, sizes fall by at most one from its first block to its last.
+    first, last = sizes[0], sizes[-1]
+    return first is last or is_known(first == last)
 
 
-def pool_sum(sums: Tensor, pools: Pools | None) -> Tensor:
-    """Sum the blocks of each pool: ``[blocks, C]`` to ``[pools, C]``; None: no pools."""
-    if pools is None:
-        return sums
-    dealt = take(sums, pools.dealt)
-    if pools.members == 1:
-        return dealt
-    return dealt.view(pools.number, pools.members, -1).sum(dim=1)
+def is_known(condition: bool) -> bool:
+    """Return whether a condition holds; under a compiler, in all batches that the graph is for."""
+    if not torch.compiler.is_compiling():
+        return condition
+    # An import that takes long, of what a compiler has imported.
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(condition)
 
 
 def take(rows: Tensor, order: Order | None) -> Tensor:
     """Return the rows ``[R, C]`` in this order, of which None is their own."""
     return rows if order is None else rows.index_select(0, constant(order, torch.int64, rows))
-
-
-def take_pools(pools: Pools | None, *rows: Tensor) -> tuple[Tensor, ...]:
-    """Give each block the row of its pool: ``[pools, C]`` to ``[blocks, C]``; None: no pools."""
-    return rows if pools is None else tuple(take(row, pools.owners) for row in rows)
-
-
-def pool(rows: Tensor) -> Tensor:
-    """Pool rows by Chan's formula: ``[R, S, 2 * C + 1]`` to ``[R, 1, 2 * C + 1]``.
-
-    ``n = sum n_s``, ``mean = sum n_s mean_s / n``,
-    ``std**2 = sum n_s (std_s**2 + (mean_s - mean)**2) / n``. A rejected row rejects the pool.
-    """
-    channels = rows.shape[-1] // 2
-    # In float64, where the device has it.
-    wide = rows if rows.device.type == "mps" else rows.double()
-    count, mean, std = wide.split_with_sizes((1, channels, channels), dim=2)
-    total = count.sum(dim=1, keepdim=True)
-    share = count / total.clamp(min=1)
-    pooled_mean = (share * mean).sum(dim=1, keepdim=True)
-    distance = mean - pooled_mean
-    variance = share * torch.addcmul(std.square(), distance, distance)
-    pooled_std = variance.sum(dim=1, keepdim=True).sqrt_()
-    return torch.cat([total, pooled_mean, pooled_std], dim=2).to(rows.dtype)
-
-
-def pool_moments(
-    mean: Tensor, std: Tensor, sizes: Sizes, pools: Pools | None
-) -> tuple[Tensor, Tensor]:
-    """Pool moments of blocks, ``[blocks, C]`` each to ``[pools, C]``; None: no pools."""
-    if pools is None:
-        return mean, std
-    rows = take(torch.cat([counts(sizes, 1, mean), mean, std], dim=1), pools.dealt)
-    shape = pools.number, pools.members, rows.shape[1]
-    pooled = pool(rows.view(shape)).flatten(0, 1)
-    _, mean, std = pooled.split_with_sizes((1, mean.shape[1], mean.shape[1]), dim=1)
-    return mean, std
-
-
-def samples_of_pools(sizes: Sizes, pools: Pools | None, like: Tensor) -> Tensor | int:
-    """Return the samples of each pool, at least 1: ``[pools, 1]``, or a number if all have as many.
-
-    None: a block is a pool.
-    """
-    if pools is not None:
-        return max(1, sum(sizes) // pools.number)
-    if are_equal(sizes):
-        return max(1, sizes[0])
-    return counts(sizes, 1, like).clamp(min=1)
 
 
 def per_sample(rows: Tensor, sizes: Sizes) -> Tensor:
@@ -156,16 +124,138 @@ def counts(sizes: Sizes, length: int, like: Tensor) -> Tensor:
     return constant(tuple(n * length for n in sizes), like.dtype, like)[:, None]
 
 
-def _places_in_graph(sizes: Sizes, like: Tensor) -> Tensor:
-    """Return `_places`, for sizes that may be symbols: the first block is the longest."""
-    size = _tensor_in_graph(sizes, like)[:, None]
-    k = torch.arange(sizes[0], device=like.device)
-    return torch.where(k < size, size.cumsum(0) - size + k, like.shape[0]).view(-1)
+def block_sum(samples: Tensor, sizes: Sizes) -> Tensor:
+    """Sum the samples of each block: ``[N, C]`` to ``[blocks, C]``, 0 for an empty block.
+
+    Where a block is a sample, that is `samples` itself.
+    """
+    if are_equal(sizes):
+        if is_known(sizes[0] == 1):
+            return samples
+        return samples.reshape(len(sizes), sizes[0], samples.shape[1]).sum(dim=1)
+    # Shorter blocks are filled up with a row of zeros. (index_add_ adds in any order on a GPU, and
+    # takes 90 ms on a CPU in torch 2.13.)
+    rows = torch.cat([samples, samples.new_zeros(1, samples.shape[1])])
+    if torch.compiler.is_compiling():
+        positions = _positions_in_graph(sizes, samples)
+    else:
+        positions = constant(_positions(sizes), torch.int64, samples)
+    filled = rows.index_select(0, positions)
+    return filled.view(len(sizes), len(positions) // len(sizes), rows.shape[1]).sum(dim=1)
 
 
-def _tensor_in_graph(sizes: Sizes, like: Tensor) -> Tensor:
-    """Return sizes, which may be symbols, as a tensor that is computed inside a graph."""
-    return torch.stack([like.new_full((), n, dtype=torch.int64) for n in sizes])
+def group_sum(rows: Tensor, groups: BlockGroups | None) -> Tensor:
+    """Sum the blocks of each group: ``[blocks, C]`` to ``[groups, C]``; None: no groups."""
+    if groups is None:
+        return rows
+    rows = take(rows, groups.order)
+    return rows.view(groups.number, groups.members, -1).sum(dim=1) if groups.members > 1 else rows
+
+
+def merge_blocks(
+    mean: Tensor, std: Tensor, sizes: Sizes, groups: BlockGroups | None
+) -> tuple[Tensor, Tensor]:
+    """Merge moments of blocks, ``[blocks, C]`` each to ``[groups, C]``; None: no groups."""
+    if groups is None:
+        return mean, std
+    rows = take(torch.cat([counts(sizes, 1, mean), mean, std], dim=1), groups.order)
+    merged = merge_moments(rows.view(groups.number, groups.members, rows.shape[1])).flatten(0, 1)
+    _, mean, std = merged.split_with_sizes((1, mean.shape[1], mean.shape[1]), dim=1)
+    return mean, std
+
+
+def merge_moments(rows: Tensor) -> Tensor:
+    """Merge rows by Chan's formula: ``[R, S, 2 * C + 1]`` to ``[R, 1, 2 * C + 1]``.
+
+    ``n = sum n_s``, ``mean = sum n_s mean_s / n``,
+    ``std**2 = sum n_s (std_s**2 + (mean_s - mean)**2) / n``. A rejected row, of count -inf, rejects
+    what it is merged to.
+    """
+    channels = rows.shape[-1] // 2
+    # In float64, where the device has it.
+    wide = rows if rows.device.type == "mps" else rows.double()
+    count, mean, std = wide.split_with_sizes((1, channels, channels), dim=2)
+    total = count.sum(dim=1, keepdim=True)
+    share = count / total.clamp(min=1)
+    merged_mean = (share * mean).sum(dim=1, keepdim=True)
+    distance = mean - merged_mean
+    variance = share * torch.addcmul(std.square(), distance, distance)
+    merged_std = variance.sum(dim=1, keepdim=True).sqrt_()
+    return torch.cat([total, merged_mean, merged_std], dim=2).to(rows.dtype)
+
+
+def normaliser_rows(
+    mean: Tensor,
+    std: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    count: Tensor | int,
+    running: Running | None,
+) -> tuple[Tensor, Tensor]:
+    """Return ``rstd = 1 / sqrt(std**2 + eps)`` and ``rstd * weight``, each ``[R, C]``.
+
+    Moves running statistics towards the average of the normalisers' means and unbiased variances,
+    ``std**2 * count / (count - 1)``.
+    """
+    if running is not None and (isinstance(count, Tensor) or count > 0):
+        move(running.mean, _average(mean), running.step)
+        move(running.var, _average(unbiased_variance(std, count)), running.step)
+    # hypot: the square of a deviation that fits the dtype may not.
+    rstd = torch.hypot(std, constant((math.sqrt(eps),), std.dtype, std)).reciprocal_()
+    return rstd, rstd if weight is None else rstd * weight.to(rstd.dtype)
+
+
+def unbiased_variance(std: Tensor, count: Tensor | int) -> Tensor:
+    """Return ``std**2 * count / (count - 1)``."""
+    less = (count - 1).clamp(min=1) if isinstance(count, Tensor) else count - 1
+    return std.square().mul_(count / less)
+
+
+def _average(rows: Tensor) -> Tensor:
+    """Return the mean of rows, ``[R, C]`` to ``[C]``."""
+    return rows[0] if len(rows) == 1 else rows.mean(dim=0)
+
+
+def move(running: Tensor, new: Tensor, step: float | Tensor) -> None:
+    """Move running statistics ``[C]`` a step towards new ones, in the dtype of these."""
+    step = step.to(new.dtype) if isinstance(step, Tensor) else step
+    if running.dtype == new.dtype:
+        running.lerp_(new, step)
+    else:
+        running.copy_(running.to(new.dtype).lerp_(new, step))
+
+
+def param_grads(total: Tensor, dot: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of weight and bias, ``[C]``, and what ranks exchange, ``[R, 2, C]``.
+
+    Of the sums of ``dy`` and of ``dy xhat``, ``[R, C]``: their sums, and both times the weight.
+    """
+    sums = torch.stack([total, dot], dim=1)
+    weighted = sums if weight is None else sums * weight.to(sums.dtype)
+    return dot.sum(dim=0), total.sum(dim=0), weighted
+
+
+def dx_coefficients(
+    total: Tensor, dot: Tensor, rstd: Tensor, factor: Tensor, count: Tensor | int
+) -> tuple[Tensor, Tensor]:
+    """Return ``b = -factor dot rstd / count`` and ``c = -factor total / count``, each ``[R, C]``.
+
+    So that ``b (x - mean) + c`` is what the statistics pass back to each value of a normaliser.
+    """
+    # 0, where it is a number: no values to multiply by infinity.
+    step = factor / (-count.clamp(min=1) if isinstance(count, Tensor) else -count)
+    return (step * dot).mul_(rstd), step * total
+
+
+def backward_rows(
+    total: Tensor, dot: Tensor, rstd: Tensor, factor: Tensor, count: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of weight and bias, ``[C]``, and `dx_coefficients`.
+
+    Of the sums of ``dy`` and of ``dy xhat`` over the users of each normaliser, ``[R, C]``.
+    """
+    b, c = dx_coefficients(total, dot, rstd, factor, count)
+    return dot.sum(dim=0), total.sum(dim=0), b, c
 
 
 def constant(values: tuple[float, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
@@ -189,13 +279,13 @@ def _cached(values: tuple[float, ...], dtype: torch.dtype, device: torch.device)
 
 
 @lru_cache(maxsize=1024)
-def _owners(sizes: Sizes) -> tuple[int, ...]:
+def _owners(sizes: Sizes) -> Order:
     """Return the block of each sample."""
     return tuple(k for k, n in enumerate(sizes) for _ in range(n))
 
 
 @lru_cache(maxsize=1024)
-def _places(sizes: Sizes) -> tuple[int, ...]:
+def _positions(sizes: Sizes) -> Order:
     """Return each block's samples, then N, as often as they are fewer than in the longest block."""
     n, longest = sum(sizes), max(sizes)
     ends = itertools.accumulate(sizes)
@@ -206,21 +296,13 @@ def _places(sizes: Sizes) -> tuple[int, ...]:
     )
 
 
-def are_equal(sizes: Sizes) -> bool:
-    """Return whether all blocks have the same number of samples.
-
-    Under a compiler, whether they have in every batch that the graph is for.
-    """
-    # As tensor_split cuts a group, sizes fall by at most one from its first block to its last.
-    first, last = sizes[0], sizes[-1]
-    return first is last or is_known(first == last)
+def _positions_in_graph(sizes: Sizes, like: Tensor) -> Tensor:
+    """Return `_positions`, for sizes that may be symbols: the first block is the longest."""
+    size = _tensor_in_graph(sizes, like)[:, None]
+    k = torch.arange(sizes[0], device=like.device)
+    return torch.where(k < size, size.cumsum(0) - size + k, like.shape[0]).view(-1)
 
 
-def is_known(condition: bool) -> bool:
-    """Return whether a condition holds; under a compiler, in all batches that the graph is for."""
-    if not torch.compiler.is_compiling():
-        return condition
-    # An import that takes long, of what a compiler has imported.
-    from torch.fx.experimental.symbolic_shapes import statically_known_true
-
-    return statically_known_true(condition)
+def _tensor_in_graph(sizes: Sizes, like: Tensor) -> Tensor:
+    """Return sizes, which may be symbols, as a tensor that is computed inside a graph."""
+    return torch.stack([like.new_full((), n, dtype=torch.int64) for n in sizes])

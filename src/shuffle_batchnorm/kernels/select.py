@@ -1,7 +1,7 @@
 """The four heavy kernels, and the small ones for rows between them.
 
-`reference`, `cpu` and `triton` have the same functions (for the formulas see `reference` and
-`small`). `select` is the one place that chooses between them. Nothing else in this package touches
+`reference`, `cpu` and `triton_launch` have the same functions (for the formulas see `reference` and
+`rows`). `select` is the one place that chooses between them. Nothing else in this package touches
 activations.
 """
 
@@ -16,17 +16,16 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from . import cpu, reference
-from .rows import Pools, Sizes
-from .small import Running
+from .rows import BlockGroups, Running, Sizes
 
 
 class Kernels(Protocol):
     """What a kernel module offers; ``sizes`` are the samples per block, in order."""
 
     def block_moments(
-        self, x: Tensor, sizes: Sizes, pools: Pools | None = None
+        self, x: Tensor, sizes: Sizes, groups: BlockGroups | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Return mean and standard deviation ``[blocks, C]``; with pools, ``[pools, C]``."""
+        """Return mean and standard deviation ``[blocks, C]``; with groups, ``[groups, C]``."""
 
     def block_affine(
         self,
@@ -35,9 +34,9 @@ class Kernels(Protocol):
         center: Tensor,
         scale: Tensor,
         shift: Tensor,
-        pools: Pools | None = None,
+        groups: BlockGroups | None = None,
     ) -> Tensor:
-        """Return ``(x - center) * scale + shift``; with pools, of rows ``[pools, C]``."""
+        """Return ``(x - center) * scale + shift``; with groups, of rows ``[groups, C]``."""
 
     def block_grad_sums(
         self,
@@ -46,11 +45,11 @@ class Kernels(Protocol):
         sizes: Sizes,
         center: Tensor,
         scale: Tensor,
-        pools: Pools | None = None,
+        groups: BlockGroups | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return the sums of ``dy`` and of ``dy * (x - center) * scale``, ``[blocks, C]``.
 
-        With pools, rows and sums are ``[pools, C]``.
+        With groups, rows and sums are ``[groups, C]``.
         """
 
     def block_grad_affine(
@@ -62,10 +61,10 @@ class Kernels(Protocol):
         b: Tensor,
         center: Tensor,
         c: Tensor,
-        users: Pools | None = None,
-        pools: Pools | None = None,
+        users: BlockGroups | None = None,
+        groups: BlockGroups | None = None,
     ) -> Tensor:
-        """Return ``a * dy + b * (x - center) + c``; `a` may be of users, the rest of pools."""
+        """Return ``a * dy + b * (x - center) + c``; `a` may be of users, the rest of groups."""
 
     def normaliser_rows(
         self,
@@ -73,28 +72,28 @@ class Kernels(Protocol):
         std: Tensor,
         weight: Tensor | None,
         eps: float,
-        n: Tensor | int,
+        count: Tensor | int,
         running: Running | None,
     ) -> tuple[Tensor, Tensor]:
         """Return ``1 / sqrt(std**2 + eps)`` and that times the weight; move running statistics."""
 
-    def pool(self, rows: Tensor) -> Tensor:
-        """Pool rows of ranks by Chan's formula, ``[R, S, 2 * C + 1]`` to ``[R, 1, 2 * C + 1]``."""
+    def merge_moments(self, rows: Tensor) -> Tensor:
+        """Merge rows by Chan's formula, ``[R, S, 2 * C + 1]`` to ``[R, 1, 2 * C + 1]``."""
 
-    def user_rows(
+    def param_grads(
         self, total: Tensor, dot: Tensor, weight: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients of weight and bias, and the sums that ranks exchange."""
 
-    def slopes(
-        self, total: Tensor, dot: Tensor, rho: Tensor, factor: Tensor, n: Tensor | int
+    def dx_coefficients(
+        self, total: Tensor, dot: Tensor, rstd: Tensor, factor: Tensor, count: Tensor | int
     ) -> tuple[Tensor, Tensor]:
         """Return `b` and `c` of `block_grad_affine`."""
 
-    def gradient_rows(
-        self, total: Tensor, dot: Tensor, rho: Tensor, factor: Tensor, n: int
+    def backward_rows(
+        self, total: Tensor, dot: Tensor, rstd: Tensor, factor: Tensor, count: int
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return the gradients of weight and bias, and `slopes`; in one process."""
+        """Return the gradients of weight and bias, and `dx_coefficients`; in one process."""
 
 
 def select(x: Tensor) -> Kernels:
@@ -135,15 +134,15 @@ def _triton(device: torch.device) -> Kernels:
 
 def _launch_all(kernels: Kernels, x: Tensor) -> None:
     """Call all of them, with everything that they may launch: what fails should fail here."""
-    sizes, pools = (1, 1), Pools(1, (0, 1), (0, 0))
-    mean, std = kernels.block_moments(x, sizes, pools)
+    sizes, groups = (1, 1), BlockGroups(1, (0, 0))
+    mean, std = kernels.block_moments(x, sizes, groups)
     running = Running(torch.zeros_like(x[0]), torch.ones_like(x[0]), 0.1)
-    rho, scale = kernels.normaliser_rows(mean, std, x[0], 1e-5, 2, running)
-    kernels.block_affine(x, sizes, mean, scale, mean, pools)
-    total, dot = kernels.block_grad_sums(x, x, sizes, mean, rho, pools)
-    _, _, b, c = kernels.gradient_rows(total, dot, rho, scale, 2)
-    _, _, sums = kernels.user_rows(total, dot, x[0])
-    pooled = kernels.pool(sums.new_ones(1, 2, 3))
-    kernels.normaliser_rows(mean, std, None, 1e-5, pooled[0, :, :1], running)
-    kernels.slopes(sums[:, 0], sums[:, 1], rho, scale, pooled[0, :, :1])
-    kernels.block_grad_affine(x, x, sizes, scale, b, mean, c, pools, pools)
+    rstd, scale = kernels.normaliser_rows(mean, std, x[0], 1e-5, 2, running)
+    kernels.block_affine(x, sizes, mean, scale, mean, groups)
+    total, dot = kernels.block_grad_sums(x, x, sizes, mean, rstd, groups)
+    _, _, b, c = kernels.backward_rows(total, dot, rstd, scale, 2)
+    _, _, sums = kernels.param_grads(total, dot, x[0])
+    merged = kernels.merge_moments(sums.new_ones(1, 2, 3))
+    kernels.normaliser_rows(mean, std, None, 1e-5, merged[0, :, :1], running)
+    kernels.dx_coefficients(sums[:, 0], sums[:, 1], rstd, scale, merged[0, :, :1])
+    kernels.block_grad_affine(x, x, sizes, scale, b, mean, c, groups, groups)

@@ -1,7 +1,8 @@
 """How the Triton kernels cut their work into programs: plain arithmetic, without Triton.
 
-Both layouts are contiguous memory ``[N, outer, inner]``: planes have the channels outside, lines
-inside. A tile is ROWS samples of planes, or runs of lines, times OUTER times INNER.
+Both layouts are dense memory ``[N, outer, inner]``: ``[N, C, L]`` if contiguous, ``[N, L, C]`` if
+channels-last. A tile is ROWS samples, or ROWS runs of OUTER positions of a block if channels-last,
+times OUTER times INNER.
 
 Nothing is tuned by timing. The bits of a sum depend on its tiles, and what it is cut into must not
 depend on a machine's mood: ranks would differ. The elementwise kernels copy, and any tile with a
@@ -41,41 +42,43 @@ class Tiles(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def reduction(shape: Shape, sizes: Sizes, lines: bool, itemsize: int, members: int = 1) -> Tiles:
+def reduction(
+    shape: Shape, sizes: Sizes, channels_last: bool, itemsize: int, members: int = 1
+) -> Tiles:
     """Return how to sum blocks: a program takes some channels of a block, or a split of them.
 
     `members` are the blocks that are merged to one.
     """
-    channels, length, outer, inner = _memory(shape, lines)
+    channels, length, outer, inner = _memory(shape, channels_last)
     lanes = _tile_size(inner, itemsize, accesses=1, narrow=4)
     most = max(sizes)
-    width = _fit(inner, lanes, lines)
-    height = min(lanes // width, _power(most * length if lines else outer))
-    rows = -(-most * length // height) if lines else most
+    width = _fit(inner, lanes, channels_last)
+    height = min(lanes // width, _power(most * length if channels_last else outer))
+    rows = -(-most * length // height) if channels_last else most
     depth = min(_ROWS, _power(rows))
-    steps = -(-rows // depth) * (1 if lines else -(-inner // width))
-    tiles = -(-channels // (width if lines else height))
+    steps = -(-rows // depth) * (1 if channels_last else -(-inner // width))
+    tiles = -(-channels // (width if channels_last else height))
     splits = 1
     if steps > _UNSPLIT:
         splits = max(1, min(_PROGRAMS // (tiles * len(sizes)), steps // _STEPS, MERGED // members))
     starts = [0]
     for n in sizes:
         starts.append(starts[-1] + n)
-    arguments = _arguments(outer, inner, lines, depth, height, width)
+    arguments = _arguments(outer, inner, channels_last, depth, height, width)
     return Tiles(len(sizes) * splits * tiles, splits, arguments, tuple(starts))
 
 
 @lru_cache(maxsize=1024)
-def elementwise(shape: Shape, sizes: Sizes, lines: bool, itemsize: int) -> Tiles:
+def elementwise(shape: Shape, sizes: Sizes, channels_last: bool, itemsize: int) -> Tiles:
     """Return how to map all values: a program takes one tile."""
-    _, _, outer, inner = _memory(shape, lines)
+    _, _, outer, inner = _memory(shape, channels_last)
     size = _tile_size(inner, itemsize, accesses=4, narrow=8)
-    width = _fit(inner, size, lines)
+    width = _fit(inner, size, channels_last)
     height = min(size // width, _power(outer))
     depth = min(size // (height * width), _power(shape[0]))
     programs = -(-shape[0] // depth) * -(-outer // height) * -(-inner // width)
     blocks = tuple(k for k, n in enumerate(sizes) for _ in range(n))
-    return Tiles(programs, 1, _arguments(outer, inner, lines, depth, height, width), blocks)
+    return Tiles(programs, 1, _arguments(outer, inner, channels_last, depth, height, width), blocks)
 
 
 def merge_tile(rows: int) -> tuple[int, int]:
@@ -92,12 +95,16 @@ def row_tile(rows: int) -> tuple[int, int]:
     return min(_power(rows), 32), 32
 
 
-def _memory(shape: Shape, lines: bool) -> tuple[int, int, int, int]:
+def _memory(shape: Shape, channels_last: bool) -> tuple[int, int, int, int]:
     """Return channels, length, outer and inner of ``[N, C, *]``."""
     channels, length = shape[1], 1
     for n in shape[2:]:
         length *= n
-    return (channels, length, length, channels) if lines else (channels, length, channels, length)
+    return (
+        (channels, length, length, channels)
+        if channels_last
+        else (channels, length, channels, length)
+    )
 
 
 def _tile_size(inner: int, itemsize: int, accesses: int, narrow: int) -> int:
@@ -110,24 +117,24 @@ def _tile_size(inner: int, itemsize: int, accesses: int, narrow: int) -> int:
 
 
 def _arguments(
-    outer: int, inner: int, lines: bool, depth: int, height: int, width: int
+    outer: int, inner: int, channels_last: bool, depth: int, height: int, width: int
 ) -> dict[str, int | bool]:
     # A constant factor of `inner` tells the compiler how far it may vectorise.
     unit = gcd(inner, 16)
     return dict(
         outer=outer, units=inner // unit, UNIT=unit,
-        LINES=lines, ROWS=depth, OUTER=height, INNER=width,
+        CHANNELS_LAST=channels_last, ROWS=depth, OUTER=height, INNER=width,
     )  # fmt: skip
 
 
-def _fit(inner: int, most: int, lines: bool) -> int:
+def _fit(inner: int, most: int, channels_last: bool) -> int:
     """Return the width of a tile: the widest of those that waste little beyond the end.
 
-    Lines need not be wide, as the rest of a tile is more lines; narrow ones share a row's channels
-    out to more programs.
+    Channels-last tiles need not be wide, as they can be the higher; narrow ones share the channels
+    of a block out to more programs.
     """
-    most = min(most, 128) if lines else most
-    widths = [min(32 if lines else 128, most, _power(inner))]
+    most = min(most, 128) if channels_last else most
+    widths = [min(32 if channels_last else 128, most, _power(inner))]
     while widths[-1] < min(most, _power(inner)):
         widths.append(2 * widths[-1])
     covered = {width: -(-inner // width) * width for width in widths}

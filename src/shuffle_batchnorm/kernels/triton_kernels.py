@@ -1,12 +1,12 @@
-"""Triton code of the heavy kernels; `triton` launches it, `triton_tiles` chooses the tiles.
+"""Triton code of the heavy kernels; `triton_launch` launches it, `tiles` chooses the tiles.
 
-Memory is ``[N, outer, inner]``, contiguous: lines ``[N, L, C]`` if LINES, else planes
-``[N, C, L]``. All arithmetic is in the dtype of the rows. Arguments that mean the same everywhere:
+Memory is dense, ``[N, outer, inner]``: ``[N, L, C]`` if CHANNELS_LAST, else ``[N, C, L]``. All
+arithmetic is in the dtype of the rows. Arguments that mean the same everywhere:
 
 - `outer`, `units`: ``inner = units * UNIT``, so that the compiler knows a divisor of `inner`;
 - `starts`: the first sample of each block, and N, ``[blocks + 1]``;
 - `splits`: the programs that share the sums of a block and a tile of channels;
-- rows ``[blocks, C]``, or of pools, come with the distance from one to the next; `owners` or
+- rows ``[blocks, C]``, or of groups, come with the distance from one to the next; `owners` or
   `users`, ``[blocks]``, are the row of each block, None if it is the one of the same number.
 """
 
@@ -17,7 +17,7 @@ import triton.language as tl
 @triton.jit(do_not_specialize=["columns", "splits"])
 def moments(
     x, starts, out, columns, outer, units, splits, SPLIT: tl.constexpr, UNIT: tl.constexpr,
-    LINES: tl.constexpr, ROWS: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     """Write mean and standard deviation; or a split's mean, sum of squares about it, and count.
 
@@ -31,17 +31,17 @@ def moments(
     dtype = out.dtype.element_ty
     inner = units * UNIT
     block, split, tile, start, end, first, last = _share(
-        starts, outer, inner, splits, LINES, ROWS, OUTER, INNER
+        starts, outer, inner, splits, CHANNELS_LAST, ROWS, OUTER, INNER
     )
 
-    offsets, lanes, place, pitch, limit, jump, count = _step(
-        first, tile, start, end, outer, inner, LINES, ROWS, OUTER, INNER
+    offsets, lanes, position, pitch, limit, jump, count = _step(
+        first, tile, start, end, outer, inner, CHANNELS_LAST, ROWS, OUTER, INNER
     )
     center = tl.zeros([OUTER, INNER], dtype)
     for r in tl.static_range(ROWS):
-        exists = lanes & (place + r * pitch < limit)
+        exists = lanes & (position + r * pitch < limit)
         center += tl.load(x + offsets + r * jump, mask=exists, other=0).to(dtype)
-    center = _per_channel(center, LINES) / tl.maximum(count, 1).to(dtype)
+    center = _per_channel(center, CHANNELS_LAST) / tl.maximum(count, 1).to(dtype)
     # About infinity, infinite values would be NaN, and their mean.
     center = tl.where(tl.abs(center) < float("inf"), center, 0)
 
@@ -49,11 +49,11 @@ def moments(
     squares = tl.zeros([OUTER, INNER], dtype)
     n = tl.full([], 0, tl.int64)
     for step in range(first, last):
-        offsets, lanes, place, pitch, limit, jump, count = _step(
-            step, tile, start, end, outer, inner, LINES, ROWS, OUTER, INNER
+        offsets, lanes, position, pitch, limit, jump, count = _step(
+            step, tile, start, end, outer, inner, CHANNELS_LAST, ROWS, OUTER, INNER
         )
         for r in tl.static_range(ROWS):
-            exists = lanes & (place + r * pitch < limit)
+            exists = lanes & (position + r * pitch < limit)
             values = tl.load(x + offsets + r * jump, mask=exists, other=0).to(dtype)
             distance = tl.where(exists, values - center, 0)
             total += distance
@@ -61,30 +61,30 @@ def moments(
         n += count
 
     count = n.to(dtype)
-    total = _per_channel(total, LINES)
-    squares = _per_channel(squares, LINES)
+    total = _per_channel(total, CHANNELS_LAST)
+    squares = _per_channel(squares, CHANNELS_LAST)
     mean = total / tl.maximum(count, 1)
     # Squares beyond the dtype are infinite, as in the reference; inf - inf would be NaN.
     squares = tl.where(squares < float("inf"), squares - total * mean, squares)
     squares = tl.where(squares < 0, 0, squares)
     squares = tl.where(tl.abs(mean) < float("inf"), squares, mean - mean)  # NaN
 
-    channels, exist = _channels(tile, outer, inner, LINES, OUTER, INNER)
-    place = out + _place(block, split, columns, outer, inner, LINES) + channels
+    channels, exist = _channels(tile, outer, inner, CHANNELS_LAST, OUTER, INNER)
+    position = out + _row_start(block, split, columns, outer, inner, CHANNELS_LAST) + channels
     size = splits.to(tl.int64) * columns
-    tl.store(place, center + mean, mask=exist)
+    tl.store(position, center + mean, mask=exist)
     if SPLIT:
-        tl.store(place + size, squares, mask=exist)
-        tl.store(place + 2 * size, count + tl.zeros_like(squares), mask=exist)
+        tl.store(position + size, squares, mask=exist)
+        tl.store(position + 2 * size, count + tl.zeros_like(squares), mask=exist)
     else:
-        tl.store(place + size, tl.sqrt(squares / tl.maximum(count, 1)), mask=exist)
+        tl.store(position + size, tl.sqrt(squares / tl.maximum(count, 1)), mask=exist)
 
 
 @triton.jit(do_not_specialize=["columns", "splits"])
 def grad_sums(
     dy, x, starts, owners, center, center_stride, scale, scale_stride, out, columns, outer, units,
-    splits, UNIT: tl.constexpr, LINES: tl.constexpr, ROWS: tl.constexpr, OUTER: tl.constexpr,
-    INNER: tl.constexpr,
+    splits, UNIT: tl.constexpr, CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr,
+    OUTER: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     """Write each split's sums of ``dy`` and of ``dy * (x - center) * scale``.
 
@@ -94,37 +94,37 @@ def grad_sums(
     dtype = out.dtype.element_ty
     inner = units * UNIT
     block, split, tile, start, end, first, last = _share(
-        starts, outer, inner, splits, LINES, ROWS, OUTER, INNER
+        starts, outer, inner, splits, CHANNELS_LAST, ROWS, OUTER, INNER
     )
-    channels, exist = _channels(tile, outer, inner, LINES, OUTER, INNER)
+    channels, exist = _channels(tile, outer, inner, CHANNELS_LAST, OUTER, INNER)
     row = block if owners is None else tl.load(owners + block)
     mean = tl.load(center + row * center_stride + channels, mask=exist, other=0)
 
     total = tl.zeros([OUTER, INNER], dtype)
     dot = tl.zeros([OUTER, INNER], dtype)
     for step in range(first, last):
-        offsets, lanes, place, pitch, limit, jump, _ = _step(
-            step, tile, start, end, outer, inner, LINES, ROWS, OUTER, INNER
+        offsets, lanes, position, pitch, limit, jump, _ = _step(
+            step, tile, start, end, outer, inner, CHANNELS_LAST, ROWS, OUTER, INNER
         )
         for r in tl.static_range(ROWS):
-            exists = lanes & (place + r * pitch < limit)
+            exists = lanes & (position + r * pitch < limit)
             gradient = tl.load(dy + offsets + r * jump, mask=exists, other=0).to(dtype)
             values = tl.load(x + offsets + r * jump, mask=exists, other=0).to(dtype)
             total += gradient
             dot += gradient * (values - mean)
 
     factor = tl.load(scale + row * scale_stride + channels, mask=exist, other=0)
-    place = out + _place(block, split, columns, outer, inner, LINES) + channels
-    tl.store(place, _per_channel(total, LINES), mask=exist)
+    position = out + _row_start(block, split, columns, outer, inner, CHANNELS_LAST) + channels
+    tl.store(position, _per_channel(total, CHANNELS_LAST), mask=exist)
     size = splits.to(tl.int64) * columns
-    tl.store(place + size, _per_channel(dot, LINES) * factor, mask=exist)
+    tl.store(position + size, _per_channel(dot, CHANNELS_LAST) * factor, mask=exist)
 
 
 @triton.jit(do_not_specialize=["samples"])
 def affine(
     x, y, blocks, owners, center, center_stride, scale, scale_stride, shift, shift_stride,
     dy, users, factor, factor_stride, samples, outer, units, UNIT: tl.constexpr,
-    LINES: tl.constexpr, ROWS: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     """Write ``y = (x - center) * scale + shift``, plus ``dy * factor`` if there is a `dy`.
 
@@ -144,42 +144,43 @@ def affine(
     exists = there[:, None] & (o < outer)[:, None, None] & (i < inner)
 
     block = tl.load(blocks + sample, mask=there, other=0)
-    if LINES:
+    if CHANNELS_LAST:
         block, channels, exist = block[:, None], i[None, :], there[:, None] & (i < inner)
     else:
         block, channels, exist = block[None, :], o[:, None], there & (o < outer)[:, None]
     owner = block if owners is None else tl.load(owners + block)
     values = tl.load(x + offsets, mask=exists, other=0).to(dtype)
-    values -= _per_sample(center + owner * center_stride + channels, exist, LINES)
-    values *= _per_sample(scale + owner * scale_stride + channels, exist, LINES)
-    values += _per_sample(shift + owner * shift_stride + channels, exist, LINES)
+    values -= _per_sample(center + owner * center_stride + channels, exist, CHANNELS_LAST)
+    values *= _per_sample(scale + owner * scale_stride + channels, exist, CHANNELS_LAST)
+    values += _per_sample(shift + owner * shift_stride + channels, exist, CHANNELS_LAST)
     if dy is not None:
         gradient = tl.load(dy + offsets, mask=exists, other=0).to(dtype)
         user = block if users is None else tl.load(users + block)
-        values += gradient * _per_sample(factor + user * factor_stride + channels, exist, LINES)
+        factors = factor + user * factor_stride + channels
+        values += gradient * _per_sample(factors, exist, CHANNELS_LAST)
     tl.store(y + offsets, values.to(y.dtype.element_ty), mask=exists)
 
 
 @triton.jit
-def _per_sample(places, exist, LINES: tl.constexpr):
+def _per_sample(pointers, exist, CHANNELS_LAST: tl.constexpr):
     """Load ``[ROWS, INNER]`` or ``[OUTER, ROWS]`` numbers of rows, to broadcast with a tile."""
-    row = tl.load(places, mask=exist, other=0)
-    return row[None, :, :] if LINES else row[:, :, None]
+    row = tl.load(pointers, mask=exist, other=0)
+    return row[None, :, :] if CHANNELS_LAST else row[:, :, None]
 
 
 @triton.jit
 def _share(
     starts, outer, inner, splits,
-    LINES: tl.constexpr, ROWS: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     """Return this program's block, split and tile of channels, its samples and its steps."""
-    tiles = tl.cdiv(inner, INNER) if LINES else tl.cdiv(outer, OUTER)
+    tiles = tl.cdiv(inner, INNER) if CHANNELS_LAST else tl.cdiv(outer, OUTER)
     program = tl.program_id(0)
     tile = program % tiles
     split = program // tiles % splits
     block = (program // tiles // splits).to(tl.int64)
     start, end = tl.load(starts + block), tl.load(starts + block + 1)
-    if LINES:
+    if CHANNELS_LAST:
         steps = tl.cdiv((end - start) * outer, ROWS * OUTER)
     else:
         steps = tl.cdiv(end - start, ROWS) * tl.cdiv(inner, INNER)
@@ -191,52 +192,52 @@ def _share(
 @triton.jit
 def _step(
     step, tile, start, end, outer, inner,
-    LINES: tl.constexpr, ROWS: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     """Return the ROWS tiles ``[OUTER, INNER]`` of a step.
 
     Returns:
         offsets: of the first tile; the next ones are `jump` further each.
         lanes: which of their elements exist, but for those beyond the block:
-        place, pitch, limit: of tile r those exist where ``place + r * pitch < limit``.
+        position, pitch, limit: of tile r those exist where ``position + r * pitch < limit``.
         jump: see `offsets`.
         count: the values per channel.
     """
     o = tl.arange(0, OUTER)[:, None]
     i = tl.arange(0, INNER)[None, :]
-    if LINES:
-        # A run of the block's lines: where one sample ends and the next begins doesn't matter.
+    if CHANNELS_LAST:
+        # A run of the block's memory: where one sample ends and the next begins doesn't matter.
         first = start * outer + tl.cast(step, tl.int64) * (ROWS * OUTER)
         i += tile * INNER
-        place = first + o
+        position = first + o
         pitch = OUTER
         limit = end * outer
-        offsets = place * inner + i
+        offsets = position * inner + i
         lanes = i < inner
         count = tl.minimum(limit - first, ROWS * OUTER)
     else:
         # A piece of the planes of some samples.
         pieces = tl.cdiv(inner, INNER)
-        place = start + tl.cast(step // pieces, tl.int64) * ROWS
+        position = start + tl.cast(step // pieces, tl.int64) * ROWS
         column = step % pieces * INNER
         pitch = 1
         limit = end
         o += tile * OUTER
         i += column
-        offsets = (place * outer + o) * inner + i
+        offsets = (position * outer + o) * inner + i
         lanes = (o < outer) & (i < inner)
-        count = tl.minimum(limit - place, ROWS) * tl.minimum(inner - column, INNER)
+        count = tl.minimum(limit - position, ROWS) * tl.minimum(inner - column, INNER)
     # In int64: a sample may have more than 2**31 / ROWS elements.
-    jump = tl.cast(OUTER if LINES else outer, tl.int64) * inner
-    return offsets, lanes, place, pitch, limit, jump, count
+    jump = tl.cast(OUTER if CHANNELS_LAST else outer, tl.int64) * inner
+    return offsets, lanes, position, pitch, limit, jump, count
 
 
 @triton.jit
 def _channels(
-    tile, outer, inner, LINES: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr
+    tile, outer, inner, CHANNELS_LAST: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr
 ):  # fmt: skip
     """Return the channels of a tile, ``[1, INNER]`` or ``[OUTER, 1]``, and which of them exist."""
-    if LINES:
+    if CHANNELS_LAST:
         channels = tile * INNER + tl.arange(0, INNER)[None, :]
         exist = channels < inner
     else:
@@ -246,12 +247,12 @@ def _channels(
 
 
 @triton.jit
-def _per_channel(lanes, LINES: tl.constexpr):
+def _per_channel(lanes, CHANNELS_LAST: tl.constexpr):
     """Sum ``[OUTER, INNER]`` over the axis that isn't channels, and keep the axis."""
-    return tl.sum(lanes, axis=0 if LINES else 1, keep_dims=True)
+    return tl.sum(lanes, axis=0 if CHANNELS_LAST else 1, keep_dims=True)
 
 
 @triton.jit
-def _place(block, split, columns, outer, inner, LINES: tl.constexpr):
+def _row_start(block, split, columns, outer, inner, CHANNELS_LAST: tl.constexpr):
     """Return where a row begins in ``[splits, blocks, C]``."""
-    return split.to(tl.int64) * columns + block * (inner if LINES else outer)
+    return split.to(tl.int64) * columns + block * (inner if CHANNELS_LAST else outer)

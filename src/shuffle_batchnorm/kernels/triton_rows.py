@@ -10,22 +10,22 @@ import triton.language as tl
 
 @triton.jit(do_not_specialize=["columns", "channels", "splits", "members"])
 def merge_moments(
-    parts, dealt, out, columns, channels, splits, members,
+    parts, order, out, columns, channels, splits, members,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Merge the moments of the splits of a pool's blocks, all at once and always in one order.
+    """Merge the moments of the splits of a group's blocks, all at once and always in one order.
 
     In float64, by Chan's formula. `parts` are as `moments` writes them, ``[3, splits, blocks, C]``;
-    `dealt` are the blocks of the first pool, `members` of them, then of the second, and so on;
-    `out` is ``[2, pools, C]``.
+    `order` are the blocks of the first group, `members` of them, then of the second, and so on;
+    `out` is ``[2, groups, C]``.
     """
     dtype = out.dtype.element_ty
     tiles = tl.cdiv(channels, COLUMNS)
-    pool = (tl.program_id(0) // tiles).to(tl.int64)
+    group = (tl.program_id(0) // tiles).to(tl.int64)
     column = tl.program_id(0) % tiles * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     row = tl.arange(0, ROWS)[:, None]
     there = row < splits * members
-    block = tl.load(dealt + pool * members + row % members, mask=there, other=0)
+    block = tl.load(order + group * members + row % members, mask=there, other=0)
     offsets = (row // members).to(tl.int64) * columns + block * channels + column
     exists = there & (column < channels)
     size = splits.to(tl.int64) * columns
@@ -34,27 +34,27 @@ def merge_moments(
     count = tl.load(parts + 2 * size + offsets, mask=exists, other=0).to(tl.float64)
 
     _, merged, std = _merge(count, mean, squares / tl.maximum(count, 1))
-    place = pool * channels + column
-    pools = tl.num_programs(0) // tiles
-    tl.store(out + place, merged.to(dtype), mask=column < channels)
-    tl.store(out + pools.to(tl.int64) * channels + place, std.to(dtype), mask=column < channels)
+    position = group * channels + column
+    groups = tl.num_programs(0) // tiles
+    tl.store(out + position, merged.to(dtype), mask=column < channels)
+    tl.store(out + groups.to(tl.int64) * channels + position, std.to(dtype), mask=column < channels)
 
 
-@triton.jit(do_not_specialize=["columns", "channels", "splits", "members", "pools"])
+@triton.jit(do_not_specialize=["columns", "channels", "splits", "members", "groups"])
 def merge_sums(
-    parts, dealt, out, columns, channels, splits, members, pools,
+    parts, order, out, columns, channels, splits, members, groups,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Add the sums of the splits of a pool's blocks, always in one order.
+    """Add the sums of the splits of a group's blocks, always in one order.
 
-    `parts` are as `grad_sums` writes them, ``[2, splits, blocks, C]``; `dealt` are the blocks of
-    the first pool, `members` of them, then of the second, and so on; `out` is ``[2, pools, C]``.
+    `parts` are as `grad_sums` writes them, ``[2, splits, blocks, C]``; `order` are the blocks of
+    the first group, `members` of them, then of the second, and so on; `out` is ``[2, groups, C]``.
     """
     dtype = out.dtype.element_ty
     tiles = tl.cdiv(channels, COLUMNS)
     program = tl.program_id(0)
-    pool = (program // tiles % pools).to(tl.int64)
-    which = (program // tiles // pools).to(tl.int64)
+    group = (program // tiles % groups).to(tl.int64)
+    which = (program // tiles // groups).to(tl.int64)
     column = program % tiles * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     exist = column < channels
     parts += which * splits * columns
@@ -62,16 +62,16 @@ def merge_sums(
     for first in range(0, splits * members, ROWS):
         row = first + tl.arange(0, ROWS)[:, None]
         there = row < splits * members
-        block = tl.load(dealt + pool * members + row % members, mask=there, other=0)
+        block = tl.load(order + group * members + row % members, mask=there, other=0)
         offsets = (row // members).to(tl.int64) * columns + block * channels + column
         total += tl.load(parts + offsets, mask=there & exist, other=0)
-    place = out + (which * pools + pool) * channels + column
-    tl.store(place, tl.sum(total, axis=0, keep_dims=True), mask=exist)
+    position = out + (which * groups + group) * channels + column
+    tl.store(position, tl.sum(total, axis=0, keep_dims=True), mask=exist)
 
 
 @triton.jit(do_not_specialize=["members", "channels"])
-def pool(rows, out, members, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Pool rows ``[R, members, 2 * channels + 1]`` to ``[R, 1, 2 * channels + 1]``, all at once.
+def merge_rows(rows, out, members, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Merge rows ``[R, members, 2 * channels + 1]`` to ``[R, 1, 2 * channels + 1]``, all at once.
 
     A row is count, means, standard deviations. In float64, as in `merge_moments`.
     """
@@ -83,10 +83,10 @@ def pool(rows, out, members, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr
     row = tl.arange(0, ROWS)[:, None]
     there = row < members
     numbers = 2 * channels + 1
-    place = rows + (which * members + row) * numbers
-    count = tl.load(place, mask=there, other=0).to(tl.float64)
-    mean = tl.load(place + 1 + column, mask=there & exist, other=0).to(tl.float64)
-    std = tl.load(place + 1 + channels + column, mask=there & exist, other=0).to(tl.float64)
+    position = rows + (which * members + row) * numbers
+    count = tl.load(position, mask=there, other=0).to(tl.float64)
+    mean = tl.load(position + 1 + column, mask=there & exist, other=0).to(tl.float64)
+    std = tl.load(position + 1 + channels + column, mask=there & exist, other=0).to(tl.float64)
 
     total, merged, std = _merge(count, mean, std * std)
     out += which * numbers
@@ -108,13 +108,14 @@ def _merge(count, mean, variance):
 
 @triton.jit(do_not_specialize=["count", "channels", "rows"])
 def normaliser_rows(
-    mean, mean_stride, std, std_stride, n, n_stride, count, weight, running_mean, running_var, out,
-    rows, channels, root, step, IN_MEMORY: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    mean, mean_stride, std, std_stride, counts, counts_stride, count, weight, running_mean,
+    running_var, out, rows, channels, root, step, IN_MEMORY: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Write ``rho = 1 / sqrt(std**2 + root**2)`` and ``rho * weight``; move running statistics.
+    """Write ``rstd = 1 / sqrt(std**2 + root**2)`` and ``rstd * weight``; move running statistics.
 
     `out` is ``[2, rows, channels]``. The running ones, if there are any, move a share `step`
-    towards the averages of means and of unbiased variances, of a row's `n` values or `count`;
+    towards the averages of means and of unbiased variances, of `counts` values, or `count` in all;
     `step` is a number, or IN_MEMORY where one is. Without a `weight`, it is 1.
     """
     dtype = out.dtype.element_ty
@@ -130,15 +131,15 @@ def normaliser_rows(
         larger = tl.where(deviation > root, deviation, root)
         smaller = tl.where(deviation > root, root, deviation)
         ratio = tl.div_rn(smaller, tl.where(larger == 0, 1, larger))
-        rho = tl.div_rn(1.0, larger * tl.sqrt_rn(1 + ratio * ratio))
-        place = row * channels + column
-        tl.store(out + place, rho, mask=exists)
+        rstd = tl.div_rn(1.0, larger * tl.sqrt_rn(1 + ratio * ratio))
+        position = row * channels + column
+        tl.store(out + position, rstd, mask=exists)
         if weight is not None:
-            rho *= tl.load(weight + column, mask=exist, other=0).to(dtype)
-        tl.store(out + rows * channels + place, rho, mask=exists)
+            rstd *= tl.load(weight + column, mask=exist, other=0).to(dtype)
+        tl.store(out + rows * channels + position, rstd, mask=exists)
         if running_mean is not None:
             means += _load(mean, mean_stride, row, column, exists)
-            values = _values(n, n_stride, count, row, rows, dtype)
+            values = _values(counts, counts_stride, count, row, rows, dtype)
             less = values - 1
             variances += deviation * deviation * (values / tl.where(less < 1, 1, less))
     if running_mean is not None:
@@ -167,15 +168,15 @@ def _load(rows, stride, row, column, exists):
 
 
 @triton.jit
-def _values(n, n_stride, count, row, rows, dtype: tl.constexpr):
+def _values(counts, counts_stride, count, row, rows, dtype: tl.constexpr):
     """Return the values per channel of rows, ``[ROWS, 1]``, or of all."""
-    if n is not None:
-        count = tl.load(n + row * n_stride, mask=row < rows, other=1)
+    if counts is not None:
+        count = tl.load(counts + row * counts_stride, mask=row < rows, other=1)
     return count.to(dtype)
 
 
 @triton.jit(do_not_specialize=["rows", "channels"])
-def user_rows(
+def param_grads(
     total, total_stride, dot, dot_stride, weight, sums, weighted, rows, channels,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -199,20 +200,22 @@ def user_rows(
             factor = tl.load(weight + column, mask=exist, other=0).to(dtype)
             totals *= factor
             dots *= factor
-        place = weighted + 2 * row * channels + column
-        tl.store(place, totals, mask=exists)
-        tl.store(place + channels, dots, mask=exists)
+        position = weighted + 2 * row * channels + column
+        tl.store(position, totals, mask=exists)
+        tl.store(position + channels, dots, mask=exists)
     _store_sums(sums, weights, biases, channels, column, exist)
 
 
 @triton.jit(do_not_specialize=["count", "rows", "channels"])
-def slopes(
-    total, total_stride, dot, dot_stride, rho, rho_stride, factor, factor_stride,
-    n, n_stride, count, sums, out, rows, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+def dx_coefficients(
+    total, total_stride, dot, dot_stride, rstd, rstd_stride, factor, factor_stride,
+    counts, counts_stride, count, sums, out, rows, channels, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Write each row's slopes, and the sums of `dot` and `total` over all rows.
+    """Write each row's coefficients, and the sums of `dot` and `total` over all rows.
 
-    Slopes are ``-factor dot rho / n`` and ``-factor total / n``, of a row's `n` values or `count`.
+    These are ``-factor dot rstd / n`` and ``-factor total / n``, n the row's number in `counts`, or
+    `count`.
     `out` is ``[2, rows, channels]``, `sums`, if there are any, ``[2, channels]``.
     """
     dtype = out.dtype.element_ty
@@ -225,13 +228,13 @@ def slopes(
         exists = (row < rows) & exist
         totals = _load(total, total_stride, row, column, exists)
         dots = _load(dot, dot_stride, row, column, exists)
-        inverse = _load(rho, rho_stride, row, column, exists)
-        values = _values(n, n_stride, count, row, rows, dtype)
+        inverse = _load(rstd, rstd_stride, row, column, exists)
+        values = _values(counts, counts_stride, count, row, rows, dtype)
         values = tl.where(values < 1, 1, values)
         step = _load(factor, factor_stride, row, column, exists) / -values
-        place = row * channels + column
-        tl.store(out + place, step * dots * inverse, mask=exists)
-        tl.store(out + rows * channels + place, step * totals, mask=exists)
+        position = row * channels + column
+        tl.store(out + position, step * dots * inverse, mask=exists)
+        tl.store(out + rows * channels + position, step * totals, mask=exists)
         weights += dots
         biases += totals
     if sums is not None:

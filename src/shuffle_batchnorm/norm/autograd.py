@@ -1,23 +1,37 @@
 """The normalisation of one rank's batch with given statistics, and its exact gradient."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from shuffle_batchnorm.comm.world import CALL, World
-from shuffle_batchnorm.kernels import select
+from shuffle_batchnorm.comm.world import World
+from shuffle_batchnorm.kernels.select import select
 
-from .mixing import Plan
-from .statistics import Way, find_way, sums_of_sources
+from .mixing import CALL, Plan
+from .statistics import LocalMixing, asks_peers, find_mixing, mix_gradients
+
+
+class Rows(NamedTuple):
+    """Rows of R normalisers.
+
+    Attributes:
+        counts: values per channel, ``[R, 1]`` or a number.
+        mean: ``[R, C]``.
+        rstd: ``1 / sqrt(std**2 + eps)``, ``[R, C]``.
+    """
+
+    counts: Tensor | int
+    mean: Tensor
+    rstd: Tensor
 
 
 class Normalise(torch.autograd.Function):
-    """``y = xhat * w + b``, with ``xhat = (x - mean) / sqrt(std**2 + eps)`` of the normaliser.
+    """``y = xhat * w + b``, with ``xhat = (x - mean) * rstd`` of the normaliser that a sample uses.
 
     Keeps the input and small rows. With ``s0 = sum w dy`` and ``s1 = sum w dy xhat`` over all users
-    of the normaliser S that a block is pooled in, and S's n values per channel:
-    ``dx = w dy rho_used - rho_S / n * (s0 + s1 * xhat_S)``, ``rho = 1 / sqrt(std**2 + eps)``.
+    of the normaliser S that a block joins, and S's n values per channel:
+    ``dx = w dy rstd_used - rstd_S / n * (s0 + s1 * xhat_S)``.
     """
 
     @staticmethod
@@ -26,44 +40,58 @@ class Normalise(torch.autograd.Function):
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        values: Tensor | int,
+        count: Tensor | int,
         mean: Tensor,
-        rho: Tensor,
+        rstd: Tensor,
         scale: Tensor | None,
-        source_values: Tensor | None,
+        source_count: Tensor | None,
         source_mean: Tensor | None,
-        source_rho: Tensor | None,
+        source_rstd: Tensor | None,
         sizes: tuple[int, ...],
         plan: Plan,
         world: World,
     ) -> Tensor:
-        """Return y. `values` and `mean` are `Statistics`, those of sources where these differ."""
-        scale = rho if scale is None else scale
-        sources: tuple[Tensor | None, ...] = ()  # in one process the normalisers
-        if isinstance(values, Tensor):  # of peers: rows for each block
-            way, sources = Way(), (values, mean, rho)
-            if source_values is not None:
-                sources = (source_values, source_mean, source_rho)
-        else:
-            way = find_way(plan)
-        ctx.save_for_backward(x, weight, mean, rho, scale, *sources)
+        """Return y.
+
+        Args:
+            ctx: of autograd.
+            x: ``[N, C, *]``.
+            weight: ``[C]``.
+            bias: ``[C]``.
+            count: `Rows` of the normalisers used: see `Statistics`.
+            mean: likewise.
+            rstd: likewise.
+            scale: ``rstd * weight``; None without a weight.
+            source_count: `Rows` of those that the blocks join, if they are others.
+            source_mean: likewise.
+            source_rstd: likewise.
+            sizes: samples per block.
+            plan: how the ranks mix.
+            world: the ranks.
+        """
+        scale = rstd if scale is None else scale
+        users = None if asks_peers(plan) else find_mixing(plan).users
+        # A number stays out of the tensors to be saved.
+        number, counts = (None, count) if isinstance(count, Tensor) else (count, None)
+        ctx.save_for_backward(
+            x, weight, mean, rstd, scale, counts, source_count, source_mean, source_rstd
+        )
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.call = (0 if sources else values, way, sizes, plan, world)
+        ctx.call = number, sizes, plan, world
         shift = mean.new_zeros(()) if bias is None else bias.to(mean.dtype)
-        shift = shift.expand_as(mean)
-        return select.select(x).block_affine(x, sizes, mean, scale, shift, way.users)
+        return select(x).block_affine(x, sizes, mean, scale, shift.expand_as(mean), users)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of x, weight and bias."""
-        x, weight, mean, rho, scale, *sources = ctx.saved_tensors
+        x, weight, mean, rstd, scale, counts, *of_source = ctx.saved_tensors
+        number, *call = ctx.call
+        source = Rows(number if counts is None else counts, mean, rstd)
+        if of_source[0] is not None:
+            source = Rows(*of_source)
         with torch.no_grad():
             needs_dx = ctx.needs_input_grad[0]
-            values, *call = ctx.call
-            used = _Rows(mean, rho, scale, values)
-            # What arrives from users on other ranks is weighted already.
-            source = _Rows(sources[1], sources[2], sources[2], sources[0]) if sources else used
-            first = _gradients(needs_dx, dy, x, weight, used, source, *call)
+            first = _gradients(needs_dx, dy, x, weight, mean, rstd, scale, source, *call)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # create_graph: the first derivatives are right; a second one must not be wrong.
             first = _FirstDerivative.apply(*first, dy, x, weight)  # type: ignore[no-untyped-call]
@@ -76,56 +104,39 @@ class Normalise(torch.autograd.Function):
         )
 
 
-class _Rows(NamedTuple):
-    """What a backward pass knows of some normalisers.
-
-    Attributes:
-        mean: ``[R, C]``.
-        rho: ``[R, C]``.
-        factor: of ``dy``, ``rho * w``; ``rho`` where ``dy`` has been weighted.
-        values: per channel, ``[R, 1]`` or a number; asked of sources.
-    """
-
-    mean: Tensor
-    rho: Tensor
-    factor: Tensor
-    values: Tensor | int
-
-
 def _gradients(
     needs_dx: bool,
     dy: Tensor,
     x: Tensor,
     weight: Tensor | None,
-    used: _Rows,
-    source: _Rows,
-    way: Way,
+    mean: Tensor,
+    rstd: Tensor,
+    scale: Tensor,
+    source: Rows,
     sizes: tuple[int, ...],
     plan: Plan,
     world: World,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """Return the gradients of input, weight and bias.
 
-    In one process `used` and `source` are all normalisers, which `way` gives to blocks; else they
-    have a row for each block. Always exchanges, even where no gradient of the input is needed: a
-    peer may need one.
+    Always exchanges, even where no gradient of the input is needed: a peer may need one.
     """
-    kernel = select.select(x)
-    total, dot = kernel.block_grad_sums(dy, x, sizes, used.mean, used.rho, way.users)
-    n = source.values
-    if isinstance(n, Tensor):
-        dweight, dbias, weighted = kernel.user_rows(total, dot, weight)
-        total, dot = sums_of_sources(weighted, plan, world)
-        if not needs_dx:
-            return None, dweight, dbias
-        b, c = kernel.slopes(total, dot, source.rho, source.factor, n)
+    kernels = select(x)
+    peers = asks_peers(plan)
+    groups, users = LocalMixing() if peers else find_mixing(plan)
+    total, dot = kernels.block_grad_sums(dy, x, sizes, mean, rstd, users)
+    if peers:
+        dweight, dbias, weighted = kernels.param_grads(total, dot, weight)
+        total, dot = mix_gradients(weighted, plan, world).unbind(dim=1)
+        b = c = total
+        if needs_dx:  # what has arrived is weighted already
+            b, c = kernels.dx_coefficients(total, dot, source.rstd, source.rstd, source.counts)
     else:
-        dweight, dbias, b, c = kernel.gradient_rows(total, dot, source.rho, source.factor, n)
-        if not needs_dx:
-            return None, dweight, dbias
-    dx = kernel.block_grad_affine(
-        dy, x, sizes, used.factor, b, source.mean, c, way.users, way.pools
-    )
+        count = cast(int, source.counts)
+        dweight, dbias, b, c = kernels.backward_rows(total, dot, rstd, scale, count)
+    if not needs_dx:
+        return None, dweight, dbias
+    dx = kernels.block_grad_affine(dy, x, sizes, scale, b, source.mean, c, users, groups)
     return dx, dweight, dbias
 
 

@@ -1,31 +1,29 @@
-"""What a rank checks alone before it communicates, and once with its peers."""
+"""What a call of the layer has to be, what ranks must have in common, and how one refuses."""
 
-import json
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
-from shuffle_batchnorm.comm import collectives, failures
-from shuffle_batchnorm.comm.world import CALL, World
+from shuffle_batchnorm.comm import agreement, failures
+from shuffle_batchnorm.comm.world import World
 from shuffle_batchnorm.kernels.rows import accumulation_dtype
 
-from .mixing import Options
+from .mixing import CALL, Options, Plan, make_plan
+from .statistics import asks_peers, mix, rejection
+
+Parameters = dict[str, Tensor | None]
 
 
-class Wire(NamedTuple):
+class RowFormat(NamedTuple):
     """The form of the rows that ranks exchange."""
 
     channels: int
     dtype: torch.dtype
 
 
-# What the ranks of process groups, by their serial numbers, have found that they have in common.
-Agreed = set[tuple[int, Options, Wire]]
-
-
 def check_input(
-    input: Tensor, parameters: dict[str, Tensor | None], groups: int, num_features: int | None
+    input: Tensor, parameters: Parameters, groups: int, num_features: int | None
 ) -> None:
     """Raise what makes one rank's input unacceptable, whatever its peers have."""
     if not isinstance(input, Tensor) or not input.is_floating_point():
@@ -64,84 +62,63 @@ def check_input(
         )
 
 
-def wire_of(input: Tensor, parameters: dict[str, Tensor | None], num_features: int | None) -> Wire:
-    """Return the form of a call's rows, as well as it can be told from an input that may be bad.
+def agree(options: Options, row_format: RowFormat, error: Exception | None, world: World) -> None:
+    """Compare a call of a new kind with those of all ranks: options, channels and dtype.
 
-    The layer is believed before the input, so that a bad input is rejected in the form that the
-    peers expect.
-    """
-    known = [p for p in parameters.values() if p is not None]
-    dtype = accumulation_dtype(known[0] if known else input) if known or _is_tensor(input) else None
-    channels = num_features or next((p.shape[0] for p in known if p.ndim == 1), 0)
-    if not channels and _is_tensor(input) and input.ndim > 1:
-        channels = input.shape[1]
-    return Wire(channels, dtype or torch.float32)
-
-
-def _is_tensor(input: object) -> bool:
-    return isinstance(input, Tensor)
-
-
-def agree(
-    world: World,
-    options: Options,
-    wire: Wire,
-    dtype: str,
-    error: Exception | None,
-    agreed: Agreed,
-    device: torch.device,
-) -> None:
-    """Check once, at the first training call of a kind, that all ranks call alike.
-
-    Communication: one all_gather of 2 KiB per rank, at the first call in this process group with
-    these options and this form of rows only; none in `local`, which leaves a note in the group's
-    store for peers in another mode.
+    Communication: that of `agreement.agree`, once in a process group.
 
     Raises:
         Exception: `error` on the rank that has one; RuntimeError that quotes it on its peers;
             ValueError on all ranks if they disagree.
     """
-    key = (failures.serial(world), options, wire)
-    if options.mode == "local":
-        failures.note_local(world, wire.channels)
-    else:
-        terms = {"channels": wire.channels, "dtype": dtype, **options._asdict()}
-        refusal = (
-            None if error is None else str(error).encode()[:_QUOTE_BYTES].decode(errors="ignore")
-        )
-        answer = json.dumps([terms, refusal]).encode()
-        answers = collectives.gather_answers(answer, wire.channels, device, world)
-        if error is None:
-            _compare([_parse(text) for text in answers])
-    if error is not None:
-        raise error
-    agreed.add(key)
+    channels, dtype = row_format
+    terms = {"channels": channels, "dtype": dtype, **options._asdict()}
+    agreement.agree(CALL, {name: repr(term) for name, term in terms.items()}, error, world)
+    agreement.remember(world, (CALL, options, row_format), [])
 
 
-def _parse(answer: bytes) -> tuple[dict[str, Any], str | None]:
-    try:
-        terms, refusal = json.loads(answer)
-    except ValueError as error:
-        raise RuntimeError(
-            f"{CALL}: ranks are not at the same call: one compares options, another exchanges "
-            "statistics"
-        ) from error
-    return terms, refusal
+def is_agreed(options: Options, row_format: RowFormat, world: World) -> bool:
+    """Return whether all ranks have compared a call of this kind."""
+    return agreement.recall(world, (CALL, options, row_format)) is not None
 
 
-def _compare(answers: list[tuple[dict[str, Any], str | None]]) -> None:
-    for rank, (_, refusal) in enumerate(answers):
-        if refusal is not None:
-            raise RuntimeError(f"{CALL}: rank {rank} rejected its input: {refusal}")
-    for name in answers[0][0]:
-        values = [terms[name] for terms, _ in answers]
-        other = next((rank for rank, value in enumerate(values) if value != values[0]), None)
-        if other is not None:
-            raise ValueError(
-                f"{CALL}: ranks disagree on {name}: {values[0]!r} on rank 0, "
-                f"{values[other]!r} on rank {other}"
-            )
+def refuse(
+    error: Exception,
+    input: Any,
+    parameters: Parameters,
+    options: Options,
+    world: World,
+    num_features: int | None,
+) -> NoReturn:
+    """Raise why this rank can't accept its input, and let its peers know."""
+    plan = make_plan(options, world.size, world.rank)
+    if asks_peers(plan) and not torch.compiler.is_compiling():
+        row_format = _expected_format(input, parameters, num_features)
+        if not is_agreed(options, row_format, world):
+            agree(options, row_format, error, world)
+        _reject(plan, row_format, input, parameters, world)
+        failures.announce(world, str(error))
+    raise error
 
 
-# At most six bytes of JSON each, which leaves room for the terms in collectives.ANSWER_BYTES.
-_QUOTE_BYTES = 300
+def _reject(
+    plan: Plan, row_format: RowFormat, input: Any, parameters: Parameters, world: World
+) -> None:
+    """Take part in the exchange for which the peers are here, so that they learn of it."""
+    tensors = [t for t in (input, *parameters.values()) if isinstance(t, Tensor)]
+    device = tensors[-1].device if tensors else torch.device("cpu")
+    mix(rejection(plan, *row_format, device), plan, world)
+
+
+def _expected_format(input: Any, parameters: Parameters, num_features: int | None) -> RowFormat:
+    """Return the form of the peers' rows, as well as it can be told from an input that may be bad.
+
+    The layer is believed before the input.
+    """
+    known = [p for p in parameters.values() if p is not None]
+    is_tensor = isinstance(input, Tensor)
+    source = known[0] if known else input if is_tensor else None
+    channels = num_features or next((p.shape[0] for p in known if p.ndim == 1), 0)
+    if not channels and is_tensor and input.ndim > 1:
+        channels = input.shape[1]
+    return RowFormat(channels, torch.float32 if source is None else accumulation_dtype(source))

@@ -93,8 +93,9 @@ def synchronize_running_stats(module: nn.Module, process_group: ProcessGroupLike
         module: a model or layer; every submodule with ``running_mean`` and ``running_var``.
         process_group: None for all ranks, a ProcessGroup or a 1-D DeviceMesh.
     """
-    check_process_group("synchronize_running_stats", process_group)
-    world = resolve(process_group)
+    call = "synchronize_running_stats"
+    check_process_group(call, process_group)
+    world = resolve(process_group, call)
     if world.size == 1:
         return
     named = (getattr(m, n, None) for m in module.modules() for n in ("running_mean", "running_var"))
@@ -105,6 +106,7 @@ def synchronize_running_stats(module: nn.Module, process_group: ProcessGroupLike
             same = [b for b in buffers if (b.dtype, b.device) == kind]
             flat = torch.cat([b.reshape(-1) for b in same])
             # A sum of half-precision variances overflows where their mean does not.
-            mean = collectives.all_sum(flat.to(accumulation_dtype(flat)), world) / world.size
+            flat = flat.to(accumulation_dtype(flat))
+            mean = collectives.all_sum(flat, world, call, "averages statistics") / world.size
             for buffer, new in zip(same, mean.split([b.numel() for b in same]), strict=True):
                 buffer.copy_(new.view_as(buffer))

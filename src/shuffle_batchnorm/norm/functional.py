@@ -1,23 +1,34 @@
 """shuffle_batch_norm: moments of blocks, mix, per-block affine; and its backward."""
 
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shuffle_batchnorm.comm import failures
 from shuffle_batchnorm.comm.recomputation import is_recomputation
-from shuffle_batchnorm.comm.world import CALL, ProcessGroupLike, World, check_process_group, resolve
-from shuffle_batchnorm.kernels import select
-from shuffle_batchnorm.kernels.rows import are_equal, counts, is_known
-from shuffle_batchnorm.kernels.small import Running, move, unbiased_variance
+from shuffle_batchnorm.comm.world import (
+    ProcessGroupLike,
+    World,
+    check_process_group,
+    resolve,
+)
+from shuffle_batchnorm.kernels.rows import (
+    Running,
+    accumulation_dtype,
+    are_equal,
+    counts,
+    is_known,
+    move,
+    unbiased_variance,
+)
+from shuffle_batchnorm.kernels.select import select
 
 from .autograd import Normalise
-from .checks import Agreed, agree, check_input, wire_of
-from .mixing import Options, Plan, check_options, kept, make_plan
-from .statistics import Statistics, check_counts, mix, rejection, statistics_of
+from .checks import RowFormat, agree, check_input, is_agreed, refuse
+from .mixing import CALL, Options, Plan, check_options, make_plan
+from .statistics import Statistics, asks_peers, check_counts, statistics_of
 
 
 def shuffle_batch_norm(
@@ -42,21 +53,21 @@ def shuffle_batch_norm(
 
     where S is the normaliser of the sample. Each rank cuts its batch into `groups` equal virtual
     groups, ``G = W * groups`` in all, numbered ``i = rank * groups + j``. S is: in ``"local"`` the
-    sample's own group i; in ``"sync"`` all groups pooled; in ``"swap"`` group
+    sample's own group i; in ``"sync"`` all samples; in ``"swap"`` group
     ``(i + offset) mod G``; in ``"regroup"`` the new group ``(i + offset * c) mod G``, where c is
     the sample's block among the ``B = min(G, blocks)`` contiguous blocks of its group, and a new
-    group pools the B blocks that join it.
+    group is the B blocks that join it.
 
     In eval mode (``training=False``) this is ``torch.nn.functional.batch_norm``.
 
     Communication:
         Per rank, forward ``[count, mean, std]`` rows of 2C + 1 numbers, backward rows of 2C
-        numbers, in float32 (float64 for float64 input). ``local``: none. ``swap``: `groups` rows
-        to at most two fixed peers. ``regroup``: ``groups * B`` rows to at most B fixed ranks
-        (2 B, if `offset` is more than `groups` and no multiple of it), and as many back; if
-        ``G <= blocks``, these rows to all ranks at once, up to 512 KiB received per rank. ``sync``:
-        one row to all (all_gather) forward, one all_reduce backward.
-        The first training call also compares all ranks' options (2 KiB per rank).
+        numbers, in float32 (float64 for float64 input), in one message. ``local``: none. ``swap``:
+        at most `groups` rows to at most two fixed ranks. ``regroup``: each row to the ranks that
+        use its new group, for ``groups=1`` at most ``B * B - B`` rows to ``min(2 * B - 2, W - 1)``
+        fixed ranks, else at most ``groups * B * (min(B, W) - 1)`` rows. ``sync``: one row to all
+        (all_gather) forward, one all_reduce backward. The first training call with other options,
+        channels or dtype also compares these with all ranks' (2 KiB per rank).
 
     Args:
         input: ``[N, C, *]``, floating point; N, and each space axis, may differ between ranks.
@@ -101,11 +112,27 @@ def shuffle_batch_norm(
         return F.batch_norm(input, running_mean, running_var, weight, bias, False, 0.0, eps)
     return normalise(
         input, running_mean, running_var, weight, bias, momentum, eps, options, process_group,
-        _agreed,
+        _calls,
     ).output  # fmt: skip
 
 
-_agreed: Agreed = set()
+class Call(NamedTuple):
+    """What follows from the shapes, dtypes and options of a training call alone.
+
+    Attributes:
+        plan: how the ranks mix.
+        sizes: samples per block.
+        row_format: of what ranks exchange.
+    """
+
+    plan: Plan
+    sizes: tuple[int, ...]
+    row_format: RowFormat
+
+
+Calls = dict[Any, Call]
+_calls: Calls = {}
+_MOST_CALLS = 256
 
 
 class Normalised(NamedTuple):
@@ -126,92 +153,106 @@ def normalise(
     eps: float,
     options: Options,
     process_group: ProcessGroupLike,
-    agreed: Agreed,
+    calls: Calls,
     num_features: int | None = None,
 ) -> Normalised:
-    """Normalise with batch statistics and update the running ones. See `shuffle_batch_norm`."""
-    check_options(CALL, options)
-    world = resolve(process_group)
-    plan = make_plan(options, world.size, world.rank)
-    _warn_if_nothing_is_shuffled(options, plan)
-    parameters = {
-        "weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var
-    }  # fmt: skip
-    _accept(input, parameters, options, plan, world, agreed, num_features)
+    """Normalise with batch statistics and update the running ones. See `shuffle_batch_norm`.
 
-    plan, sizes = _cut(plan, input.shape[0])
+    What is prepared for a kind of call is kept in `calls`.
+    """
+    world = resolve(process_group, CALL)
+    tensors = input, weight, bias, running_mean, running_var
+    call = _find_call(tensors, options, world, calls, num_features)
+    plan, sizes, row_format = call
+    if (
+        asks_peers(plan)
+        and not torch.compiler.is_compiling()
+        and not is_agreed(options, row_format, world)
+    ):
+        agree(options, row_format, None, world)
+
     with torch.no_grad():
         statistics = statistics_of(input, sizes, plan, world)
         check_counts(statistics, sizes, plan, world, input.shape)
         running = None
         if running_mean is not None and running_var is not None and not is_recomputation():
             running = Running(running_mean, running_var, momentum)
-        rho, scale = _normaliser_rows(statistics, input, weight, eps, running, sizes, plan)
-        sources: tuple[Tensor, ...] | tuple[None, ...] = (None, None, None)
+        rstd, scale = _normaliser_rows(statistics, input, weight, eps, running, sizes, plan)
+        source: tuple[Tensor, ...] | tuple[None, ...] = (None, None, None)
         if statistics.source is not None:
-            n, mean, std = statistics.source
-            rho_of_source, _ = select.select(std).normaliser_rows(mean, std, None, eps, n, None)
-            sources = (n, mean, rho_of_source)
+            count, mean, std = statistics.source
+            source_rstd, _ = select(std).normaliser_rows(mean, std, None, eps, count, None)
+            source = (count, mean, source_rstd)
     output = Normalise.apply(  # type: ignore[no-untyped-call]
-        input, weight, bias, statistics.values, statistics.mean, rho,
+        input, weight, bias, statistics.counts, statistics.mean, rstd,
         None if weight is None else scale,  # a compiler refuses the same tensor twice
-        *sources, sizes, plan, world,
+        *source, sizes, plan, world,
     )  # fmt: skip
     return Normalised(output, statistics, sizes)
 
 
-@kept
-def _cut(plan: Plan, batch: int) -> tuple[Plan, tuple[int, ...]]:
-    """Return the plan for a batch, and the samples in each of its blocks."""
-    if plan.world_size == 1 and is_known(batch // plan.groups < plan.per_group):
+def _find_call(
+    tensors: tuple[Tensor | None, ...],
+    options: Options,
+    world: World,
+    calls: Calls,
+    num_features: int | None,
+) -> Call:
+    """Return what has been prepared for a kind of call, or prepare it."""
+    if torch.compiler.is_compiling():
+        return _prepare(tensors, options, world, num_features)
+    key = options, world.rank, world.size, *map(_form, tensors)
+    call = calls.get(key)
+    if call is None:
+        call = _prepare(tensors, options, world, num_features)
+        if len(calls) >= _MOST_CALLS:
+            calls.clear()
+        calls[key] = call
+    return call
+
+
+def _form(tensor: Any) -> Any:
+    if not isinstance(tensor, Tensor):
+        return type(tensor)
+    return tensor.shape, tensor.dtype, tensor.device
+
+
+def _prepare(
+    tensors: tuple[Tensor | None, ...], options: Options, world: World, num_features: int | None
+) -> Call:
+    """Check a call, and cut its batch into blocks.
+
+    Raises:
+        ValueError: the input doesn't fit the rule; the peers know.
+        TypeError: likewise.
+    """
+    check_options(CALL, options)
+    input: Any = tensors[0]
+    names = "weight", "bias", "running_mean", "running_var"
+    parameters = dict(zip(names, tensors[1:], strict=True))
+    try:
+        check_input(input, parameters, options.groups, num_features)
+    except (TypeError, ValueError) as error:
+        refuse(error, input, parameters, options, world, num_features)
+    plan = make_plan(options, world.size, world.rank)
+    _warn_if_nothing_is_shuffled(options, plan)
+    batch = input.shape[0]
+    if world.size == 1 and is_known(batch // plan.groups < plan.per_group):
         # Ranks keep theirs: a peer with a larger batch has samples in blocks that are empty here.
         # So does a graph for batches of any size.
         plan = plan.without_empty_blocks(batch)
-    return plan, plan.sizes(batch)
+    row_format = RowFormat(input.shape[1], accumulation_dtype(input))
+    return Call(plan, plan.sizes(batch), row_format)
 
 
 def _warn_if_nothing_is_shuffled(options: Options, plan: Plan) -> None:
-    shuffles = options.mode in ("swap", "regroup") and options.offset != 0
-    if torch.compiler.is_compiling():
+    asked = options.mode in ("swap", "regroup") and options.offset != 0
+    if torch.compiler.is_compiling() or not asked or plan.total_groups == 1 or plan.shuffles:
         return
-    if shuffles and plan.total_groups > 1 and not any(plan.shifts):
-        cause = f"offset={options.offset} is a multiple of the {plan.total_groups} groups"
-        if options.offset % plan.total_groups:
-            cause = f"blocks={options.blocks} leaves each group whole"
-        warnings.warn(f"{CALL}: {cause}, so mode {options.mode!r} shuffles nothing", stacklevel=4)
-
-
-def _accept(
-    input: Tensor,
-    parameters: dict[str, Tensor | None],
-    options: Options,
-    plan: Plan,
-    world: World,
-    agreed: Agreed,
-    num_features: int | None,
-) -> None:
-    """Raise if this rank or, at the first call, any rank can't accept its input."""
-    error: Exception | None = None
-    try:
-        check_input(input, parameters, options.groups, num_features)
-    except (TypeError, ValueError) as caught:
-        error = caught
-    if world.size == 1 or torch.compiler.is_compiling():
-        if error is not None:
-            raise error
-        return
-    wire = wire_of(input, parameters, num_features)
-    tensors = [t for t in (input, *parameters.values()) if isinstance(t, Tensor)]
-    device = tensors[-1].device if tensors else torch.device("cpu")
-    if (failures.serial(world), options, wire) not in agreed:
-        dtype = str(getattr(input, "dtype", None))
-        agree(world, options, wire, dtype, error, agreed, device)
-    elif error is not None:
-        # The peers are about to exchange statistics: take part, so that they learn of it.
-        mix(rejection(plan, wire.channels, wire.dtype, device), plan, world)
-        if options.mode != "local":
-            failures.report_failure(world, str(error))
-        raise error
+    cause = f"offset={options.offset} is a multiple of the {plan.total_groups} groups"
+    if options.offset % plan.total_groups:
+        cause = f"blocks={options.blocks} leaves each group whole"
+    warnings.warn(f"{CALL}: {cause}, so mode {options.mode!r} shuffles nothing", stacklevel=6)
 
 
 def _normaliser_rows(
@@ -223,19 +264,19 @@ def _normaliser_rows(
     sizes: tuple[int, ...],
     plan: Plan,
 ) -> tuple[Tensor, Tensor]:
-    """Return ``rho = 1 / sqrt(std**2 + eps)`` and ``rho * weight``; move running statistics."""
-    values, mean, std = statistics[:3]
-    if isinstance(values, Tensor) and running is not None:
+    """Return ``rstd = 1 / sqrt(std**2 + eps)`` and ``rstd * weight``; move running statistics."""
+    count, mean, std = statistics[:3]
+    if isinstance(count, Tensor) and running is not None:
         seen = sizes if input.shape[2:].numel() > 0 else (0,) * len(sizes)
         if not are_equal(seen) or seen[0] == 0:
-            _move_running(running, values, statistics, seen, plan)
+            _move_running(running, count, statistics, seen, plan)
             running = None
     # Else each normaliser has as many blocks here, so their average is that over the blocks.
-    return select.select(input).normaliser_rows(mean, std, weight, eps, values, running)
+    return select(input).normaliser_rows(mean, std, weight, eps, count, running)
 
 
 def _move_running(
-    running: Running, values: Tensor, statistics: Statistics, sizes: tuple[int, ...], plan: Plan
+    running: Running, count: Tensor, statistics: Statistics, sizes: tuple[int, ...], plan: Plan
 ) -> None:
     """Move the running statistics towards those used, averaged over the blocks with samples.
 
@@ -243,15 +284,15 @@ def _move_running(
     is the average over all new groups.
     """
     step = running.step
-    var = unbiased_variance(statistics.std, values)
+    var = unbiased_variance(statistics.std, count)
     pairs = (running.mean, statistics.mean), (running.var, var)
     if not are_equal(sizes):
-        filled = counts(sizes, 1, values) > 0
+        filled = counts(sizes, 1, count) > 0
         for old, batch in pairs:
             move(old, torch.where(filled, batch, 0).sum(dim=0) / filled.sum(), step)
         return
     if plan.mode == "sync":
         # An empty rank learns what the others have seen; if all are empty, nothing.
-        step = step * (values[0, 0] > 0)
+        step = step * (count[0, 0] > 0)
         for old, batch in pairs:
             move(old, batch[0], step)

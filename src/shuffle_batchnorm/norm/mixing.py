@@ -3,6 +3,10 @@
 Rank ``r`` cuts its batch into ``groups`` equal virtual groups, numbered ``i = r * groups + j``
 among all ``G = W * groups``. A group is cut into ``B`` contiguous blocks (``B = 1`` except in
 ``regroup``), so a local batch is ``groups * B`` blocks in a row.
+
+A *normaliser* is the statistics of one or more blocks. There are G of them, numbered like the
+groups (one in ``sync``). Block c of group i *joins* normaliser ``(i + joins[c]) mod G`` and *uses*
+normaliser ``(i + uses[c]) mod G``. The gradient travels the same way, with the two exchanged.
 """
 
 from collections.abc import Callable
@@ -15,22 +19,23 @@ from torch import Tensor
 P = ParamSpec("P")
 T = TypeVar("T")
 
+CALL = "shuffle_batch_norm"
 MODES = ("local", "sync", "swap", "regroup")
 
 
-def kept(function: Callable[P, T]) -> Callable[P, T]:
-    """Keep what a function makes of its arguments, from step to step.
+def cached(function: Callable[P, T]) -> Callable[P, T]:
+    """Cache what a function makes of its arguments, from step to step.
 
     Not of symbols, which have no hash, and not under the compiler, which traces the arithmetic once
     and warns of caches.
     """
-    cached = lru_cache(maxsize=1024)(function)
+    with_cache = lru_cache(maxsize=1024)(function)
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
         if torch.compiler.is_compiling() or torch.SymInt in map(type, args):
             return function(*args, **kwargs)
-        return cached(*args, **kwargs)  # type: ignore[arg-type]  # hashable, which P can't say
+        return with_cache(*args, **kwargs)  # type: ignore[arg-type]  # hashable, which P can't say
 
     return call
 
@@ -59,10 +64,16 @@ def check_options(call: str, options: Options) -> None:
 
 
 class Plan(NamedTuple):
-    """How one rank cuts its batch and where its statistics travel.
+    """How one rank cuts its batch, and which normalisers its blocks join and use.
 
-    Row ``(i, c)``, the statistics of block ``c`` of group ``i``, travels to group
-    ``(i + shifts[c]) mod G``: to its user in `swap`, to the new group that pools it in `regroup`.
+    Attributes:
+        mode: of the layer.
+        world_size: W.
+        rank: of this process among them.
+        groups: virtual groups per rank; 1 in `sync`, whatever the layer's are.
+        per_group: B, blocks per group.
+        joins: for each block of a group, how many groups further its normaliser is.
+        uses: the same of the normaliser that it uses.
     """
 
     mode: str
@@ -70,62 +81,59 @@ class Plan(NamedTuple):
     rank: int
     groups: int
     per_group: int
-    shifts: tuple[int, ...]
+    joins: tuple[int, ...]
+    uses: tuple[int, ...]
 
     @property
     def total_groups(self) -> int:
         """G, the number of groups over all ranks."""
         return self.world_size * self.groups
 
+    @property
+    def shuffles(self) -> bool:
+        """Whether a block uses another normaliser than that of its own group."""
+        return any(self.uses)
+
     def sizes(self, batch: int) -> tuple[int, ...]:
         """Return the samples in each of the ``groups * B`` local blocks of a batch."""
         return block_sizes(batch, self.groups, self.per_group)
 
-    def normaliser(self, group: int, block: int) -> int:
-        """Return the number of the group whose statistics normalise a block (0 in `sync`)."""
-        if self.mode == "sync":
-            return 0
-        sign = -1 if self.mode == "swap" else 1
-        return (group + sign * self.shifts[block]) % self.total_groups
+    def used(self, group: int, block: int) -> int:
+        """Return the normaliser that a block uses (0 in `sync`)."""
+        return 0 if self.mode == "sync" else (group + self.uses[block]) % self.total_groups
 
-    def normalisers(self) -> tuple[int, ...]:
-        """Return the normaliser of each local block, in order."""
-        first = self.rank * self.groups
-        return tuple(
-            self.normaliser(group, block)
-            for group in range(first, first + self.groups)
-            for block in range(self.per_group)
-        )
+    def joined(self, group: int, block: int) -> int:
+        """Return the normaliser that a block joins (0 in `sync`)."""
+        return 0 if self.mode == "sync" else (group + self.joins[block]) % self.total_groups
 
-    def source(self, group: int, block: int) -> int:
-        """Return the number of the group in whose statistics a block is pooled (0 in `sync`)."""
-        return group if self.mode == "swap" else self.normaliser(group, block)
+    def transposed(self) -> "Plan":
+        """Return the plan of the gradient: a block's sums join the normaliser that it used."""
+        return self._replace(joins=self.uses, uses=self.joins)
 
     def without_empty_blocks(self, batch: int) -> "Plan":
         """Return the same plan without the blocks that are empty in every group of this rank."""
         per_group = min(self.per_group, max(1, batch // self.groups))
-        return self._replace(per_group=per_group, shifts=self.shifts[:per_group])
-
-    def of_one_process(self) -> "Plan":
-        """Return the plan of a single process that has the groups of all ranks."""
-        return self._replace(world_size=1, rank=0, groups=self.total_groups)
+        return self._replace(
+            per_group=per_group, joins=self.joins[:per_group], uses=self.uses[:per_group]
+        )
 
 
-@kept
+@cached
 def make_plan(options: Options, world_size: int, rank: int) -> Plan:
     """Return the plan of one rank."""
     mode, groups, offset, blocks = options
     if mode == "sync":
-        groups = 1  # whatever the groups are, all of them are pooled
+        groups = 1  # whatever the groups are, all of them are merged
     total = world_size * groups
     per_group = min(total, blocks) if mode == "regroup" else 1
-    if mode == "swap":
-        shifts: tuple[int, ...] = (-offset % total,)
-    elif mode == "regroup":
-        shifts = tuple(offset * c % total for c in range(per_group))
-    else:
-        shifts = (0,)
-    return Plan(mode, world_size, rank, groups, per_group, shifts)
+    uses: tuple[int, ...] = (offset % total if mode == "swap" else 0,)
+    if mode == "regroup":
+        uses = tuple(offset * c % total for c in range(per_group))
+        if not any(uses):
+            per_group, uses = 1, (0,)  # each group is its own normaliser, whole
+    # A new group is normalised by itself.
+    joins = uses if mode == "regroup" else (0,)
+    return Plan(mode, world_size, rank, groups, per_group, joins, uses)
 
 
 def block_sizes(batch: int, groups: int, per_group: int) -> tuple[int, ...]:
@@ -133,68 +141,6 @@ def block_sizes(batch: int, groups: int, per_group: int) -> tuple[int, ...]:
     n = batch // groups
     # tensor_split's sizes without a branch on n, so that a symbolic batch traces.
     return tuple((n + per_group - 1 - c) // per_group for c in range(per_group)) * groups
-
-
-class Rotation(NamedTuple):
-    """One rank's part in moving every row ``(i, c)`` to group ``(i + shifts[c]) mod G``.
-
-    Attributes:
-        send_order: the local rows ``j * B + c`` in the order in which they leave.
-        send_splits: how many of them go to each rank.
-        place_order: for each local place, which received row lands there.
-        receive_splits: how many rows arrive from each rank.
-    """
-
-    send_order: tuple[int, ...]
-    send_splits: tuple[int, ...]
-    place_order: tuple[int, ...]
-    receive_splits: tuple[int, ...]
-
-    def inverse(self) -> "Rotation":
-        """Return the rotation that moves every row back."""
-        return Rotation(
-            send_order=argsort(self.place_order),
-            send_splits=self.receive_splits,
-            place_order=argsort(self.send_order),
-            receive_splits=self.send_splits,
-        )
-
-
-def rotation(world_size: int, rank: int, groups: int, shifts: tuple[int, ...]) -> Rotation:
-    """Return `rank`'s part in a rotation of the rows of all ranks.
-
-    Both ends order the rows of one message by their place at the destination, so that no index
-    has to travel with them.
-    """
-    total, per_group = world_size * groups, len(shifts)
-    leaving = sorted(
-        (*divmod((rank * groups + j + shift) % total, groups), c, j * per_group + c)
-        for j in range(groups)
-        for c, shift in enumerate(shifts)
-    )
-    arriving = sorted(
-        ((rank * groups + s - shift) % total // groups, s, c, s * per_group + c)
-        for s in range(groups)
-        for c, shift in enumerate(shifts)
-    )
-    return Rotation(
-        send_order=tuple(row[-1] for row in leaving),
-        send_splits=_count(world_size, [row[0] for row in leaving]),
-        place_order=argsort(tuple(row[-1] for row in arriving)),
-        receive_splits=_count(world_size, [row[0] for row in arriving]),
-    )
-
-
-def argsort(order: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the places of the smallest number, of the next, ...: of a permutation, its inverse."""
-    return tuple(sorted(range(len(order)), key=order.__getitem__))
-
-
-def _count(world_size: int, ranks: list[int]) -> tuple[int, ...]:
-    counts = [0] * world_size
-    for rank in ranks:
-        counts[rank] += 1
-    return tuple(counts)
 
 
 def mixing_matrix(
@@ -208,9 +154,9 @@ def mixing_matrix(
 ) -> Tensor:
     """Return which samples' statistics normalise which samples, over all ranks.
 
-    ``M[p, q] = 1 / |S(p)|`` if sample ``q`` is pooled in ``S(p)``, the normaliser of sample ``p``,
-    else 0. The log-scale of the activations against their normaliser evolves from layer to layer
-    as ``I - M``: see `spectral_radius`.
+    ``M[p, q] = 1 / |S(p)|`` if sample ``q`` joins ``S(p)``, the normaliser of sample ``p``, else 0.
+    The log-scale of the activations against their normaliser evolves from layer to layer as
+    ``I - M``: see `spectral_radius`.
 
     Communication: none; every rank computes the same matrix.
 
@@ -248,9 +194,9 @@ def mixing_matrix(
     plan = make_plan(options, world_size, rank=0)
     sizes = torch.tensor(plan.sizes(batch_size) * world_size)
     cells = [(i, c) for i in range(plan.total_groups) for c in range(plan.per_group)]
-    used = torch.tensor([plan.normaliser(i, c) for i, c in cells]).repeat_interleave(sizes)
-    pooled = torch.tensor([plan.source(i, c) for i, c in cells]).repeat_interleave(sizes)
-    members = (used[:, None] == pooled[None, :]).double()
+    used = torch.tensor([plan.used(i, c) for i, c in cells]).repeat_interleave(sizes)
+    joined = torch.tensor([plan.joined(i, c) for i, c in cells]).repeat_interleave(sizes)
+    members = (used[:, None] == joined[None, :]).double()
     return members / members.sum(dim=1, keepdim=True)
 
 

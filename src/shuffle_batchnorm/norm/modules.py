@@ -11,9 +11,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from shuffle_batchnorm.comm.recomputation import is_recomputation
 from shuffle_batchnorm.comm.world import ProcessGroupLike, check_process_group
 
-from .checks import Agreed, check_input
+from .checks import check_input
 from .convert import convert, revert
-from .functional import normalise
+from .functional import Calls, normalise
 from .mixing import Options, check_options
 from .statistics import own_statistics, per_sample_statistics
 
@@ -121,7 +121,7 @@ class ShuffleBatchNorm(_BatchNorm):
 
     def _forget(self) -> None:
         """Drop what belongs to this very object in this process, not to the model."""
-        self._agreed: Agreed = set()
+        self._calls: Calls = {}
         self._sinks: list[tuple[str, list[StatisticsRecord]]] = []
 
     def forward(self, input: Tensor) -> Tensor:
@@ -134,7 +134,7 @@ class ShuffleBatchNorm(_BatchNorm):
         result = normalise(
             input, self.running_mean if tracked else None, self.running_var if tracked else None,
             self.weight, self.bias,
-            self._running_step(), self.eps, options, self.process_group, self._agreed,
+            self._running_step(), self.eps, options, self.process_group, self._calls,
             self.num_features,
         )  # fmt: skip
         if is_recomputation():
@@ -251,13 +251,13 @@ class ShuffleBatchNorm(_BatchNorm):
         """
         return revert(module, cls, cls._OWN_ATTRIBUTES)
 
-    _OWN_ATTRIBUTES = ("process_group", "mode", "groups", "offset", "blocks", "_agreed", "_sinks")
+    _OWN_ATTRIBUTES = ("process_group", "mode", "groups", "offset", "blocks", "_calls", "_sinks")
 
     def __getstate__(self) -> dict[str, Any]:
         return self._portable_state()
 
     def _portable_state(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_agreed", "_sinks")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_calls", "_sinks")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -271,8 +271,6 @@ class ShuffleBatchNorm(_BatchNorm):
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         twin.__setstate__(copy.deepcopy(self._portable_state(), memo))
-        # A copy made on one rank only must not ask the others what they have agreed on.
-        twin._agreed = set(self._agreed)
         return twin
 
     def extra_repr(self) -> str:

@@ -1,97 +1,95 @@
 """The mix: statistics of blocks in, those that normalise each block out, and transposed.
 
-In one process a kernel pools the blocks. Ranks exchange rows of them: ``[count, mean, std]``,
+In one process a kernel merges the blocks. Ranks exchange rows of them: ``[count, mean, std]``,
 ``2 * C + 1`` numbers, and gradient rows ``[sum w dy, sum w dy xhat]``, ``2 * C`` numbers. Rows are
-in float32, or float64 for float64 input, and are pooled in float64 where the device has it.
+in float32, or float64 for float64 input, and are merged in float64 where the device has it.
 """
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from shuffle_batchnorm.comm import collectives, failures
-from shuffle_batchnorm.comm.world import CALL, World
-from shuffle_batchnorm.kernels import select
+from shuffle_batchnorm.comm.world import World
 from shuffle_batchnorm.kernels.rows import (
+    BlockGroups,
     Order,
-    Pools,
     are_equal,
-    constant,
     counts,
     per_sample,
     take,
 )
+from shuffle_batchnorm.kernels.select import select
 
-from .mixing import Plan, argsort, block_sizes, kept
+from .mixing import CALL, Plan, block_sizes, cached
+from .routes import find_route, gather_members
 
-# The count in the rows of a rank that could not accept its input: that of whatever it is pooled in.
+# The count in the rows of a rank that could not accept its input: that of all they are merged with.
 _REJECTED = -math.inf
 
 
 class Moments(NamedTuple):
-    """Count and moments of the values of R groups, as ranks send them.
+    """Count and moments of R groups of values, as ranks send them.
 
     Attributes:
-        values: per channel, ``[R, 1]``.
+        counts: values per channel, ``[R, 1]``.
         mean: ``[R, C]``.
         std: ``[R, C]``.
     """
 
-    values: Tensor
+    counts: Tensor
     mean: Tensor
     std: Tensor
 
 
 class Statistics(NamedTuple):
-    """The R normalisers that a rank has to do with in one call of the layer.
+    """The R normalisers that a rank has to do with in one call.
+
+    In one process row k is normaliser k; across ranks it is the normaliser that local block k uses.
 
     Attributes:
-        values: per channel, ``[R, 1]``; a number, if all have as many and no peer has to be asked.
+        counts: values per channel, ``[R, 1]``; in one process a number, since all have as many.
         mean: ``[R, C]``.
         std: ``[R, C]``.
-        used: the normaliser of each block; None if it is the one of the same number, as it is
-            across ranks.
-        source: across ranks in `swap` the group of each block; else a block is pooled in the
-            normaliser that it uses, or, in one process, `find_way` says in which.
+        used: the row of each block; None if it is the one of the same number.
+        source: the moments of this rank's own blocks, where other ranks use them and the blocks
+            do not: across ranks in `swap`.
     """
 
-    values: Tensor | int
+    counts: Tensor | int
     mean: Tensor
     std: Tensor
     used: Order | None = None
     source: Moments | None = None
 
 
-class Way(NamedTuple):
-    """What becomes of the blocks in one process: see `Statistics`.
+class LocalMixing(NamedTuple):
+    """Who normalises whom in one process.
 
     Attributes:
-        pools: of blocks, each a normaliser; None: each block is one.
-        users: of blocks, by the normaliser that they use; None: each uses its own.
+        groups: of blocks, each group a normaliser; None if each block is one.
+        users: of blocks, by the normaliser that they use; None if each uses its own.
     """
 
-    pools: Pools | None = None
-    users: Pools | None = None
+    groups: BlockGroups | None = None
+    users: BlockGroups | None = None
 
 
-@kept
-def find_way(plan: Plan) -> Way:
-    """Return the way of a plan in one process."""
-    used = plan.normalisers()
-    users = Pools(plan.groups, argsort(used), used)
-    if plan.mode == "swap" and any(plan.shifts):
-        return Way(None, users)
-    if plan.mode == "regroup" and plan.groups > 1 and plan.per_group > 1:
-        return Way(users, users)
-    return Way()
+@cached
+def find_mixing(plan: Plan) -> LocalMixing:
+    """Return who normalises whom by a plan of one process."""
+    if not plan.shuffles:
+        return LocalMixing()
+    cells = ((i, c) for i in range(plan.groups) for c in range(plan.per_group))
+    users = BlockGroups(plan.groups, tuple(plan.used(*cell) for cell in cells))
+    return LocalMixing(users if plan.mode == "regroup" else None, users)
 
 
-def asks_peers(plan: Plan, world: World) -> bool:
+def asks_peers(plan: Plan) -> bool:
     """Return whether the statistics of other ranks are needed, or theirs of this one."""
-    return world.size > 1 and plan.mode != "local"
+    return plan.world_size > 1 and plan.mode != "local"
 
 
 def statistics_of(x: Tensor, sizes: tuple[int, ...], plan: Plan, world: World) -> Statistics:
@@ -99,107 +97,88 @@ def statistics_of(x: Tensor, sizes: tuple[int, ...], plan: Plan, world: World) -
 
     Communication: that of `mix`.
     """
-    kernel = select.select(x)
-    if not asks_peers(plan, world):
-        way = find_way(plan)
-        mean, std = kernel.block_moments(x, sizes, way.pools)
-        # A new group has as many as any.
-        values = x.shape[2:].numel() * (x.shape[0] // plan.groups)
-        return Statistics(values, mean, std, way.users and way.users.owners)
-    mean, std = kernel.block_moments(x, sizes)
+    kernels = select(x)
+    if not asks_peers(plan):
+        groups, users = find_mixing(plan)
+        mean, std = kernels.block_moments(x, sizes, groups)
+        # A group of blocks has as many as any.
+        count = x.shape[2:].numel() * (x.shape[0] // plan.groups)
+        return Statistics(count, mean, std, None if users is None else users.owners)
+    mean, std = kernels.block_moments(x, sizes)
     rows = torch.cat([counts(sizes, x.shape[2:].numel(), mean), mean, std], dim=1)
-    used_rows, source_rows = mix(rows.view(plan.groups, plan.per_group, -1), plan, world)
-    source = None if source_rows is used_rows else _unpack(source_rows)
-    return Statistics(*_unpack(used_rows), source=source)
+    used = _unpack(mix(rows, plan, world))
+    source = _unpack(rows) if plan.mode == "swap" and plan.shuffles else None
+    return Statistics(*used, source=source)
 
 
 def rejection(plan: Plan, channels: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return the rows that a rank sends in place of statistics if it rejects its input."""
-    rows = torch.zeros(plan.groups, plan.per_group, 2 * channels + 1, dtype=dtype, device=device)
-    rows[..., 0] = _REJECTED
+    shape = plan.groups * plan.per_group, 2 * channels + 1
+    rows = torch.zeros(shape, dtype=dtype, device=device)
+    rows[:, 0] = _REJECTED
     return rows
 
 
 def _unpack(rows: Tensor) -> Moments:
-    """Return the moments in rows ``[..., 2 * C + 1]``."""
-    rows = rows.reshape(-1, rows.shape[-1])
+    """Return the moments in rows ``[R, 2 * C + 1]``."""
     channels = rows.shape[1] // 2
     count, mean, std = rows.split_with_sizes((1, channels, channels), dim=1)
     return Moments(count, mean, std)
 
 
-def mix(blocks: Tensor, plan: Plan, world: World) -> tuple[Tensor, Tensor]:
-    """Return the rows of each block's normaliser, and of the one in which the block is pooled.
+def mix(rows: Tensor, plan: Plan, world: World) -> Tensor:
+    """Return for each local block the row of the normaliser that it uses, ``[blocks, 2 * C + 1]``.
 
-    Of two ranks or more. All are ``[groups, B, 2 * C + 1]``.
+    Of two ranks or more.
 
-    Communication: `local` none; `swap` one rotation; `regroup` one rotation to the new groups and
-    one back, or one small message with all rows to all ranks; `sync` one all_gather.
+    Communication: `local` none; `swap` and `regroup` one all_to_all, see `gather_members`; `sync`
+    one all_gather.
     """
-    if plan.mode == "swap" and any(plan.shifts):
-        return collectives.rotate(blocks, plan, world), blocks
-    if plan.mode == "regroup" and plan.per_group > 1:
-        used = _regroup(blocks, plan, world, select.select(blocks).pool)
-        return used, used
     if plan.mode == "sync":
-        used = select.select(blocks).pool(collectives.gather(blocks.view(-1), world)[None])
-        return used, used
-    return blocks, blocks
+        members = collectives.all_gather(rows.view(-1), world, CALL, _doing(rows, plan))[None]
+    elif plan.shuffles:
+        members = gather_members(rows, plan, world, CALL, _doing(rows, plan))
+    else:
+        return rows
+    if members.shape[1] > 1:
+        members = select(rows).merge_moments(members)
+    return _per_block(members, plan)
 
 
 def mix_gradients(sums: Tensor, plan: Plan, world: World) -> Tensor:
-    """Return for each block the sums over all users of the normaliser that it is pooled in.
+    """Return for each local block the sums over all users of the normaliser that it joins.
 
     The transpose of `mix`, with the same messages in the other direction; `sync` takes one
     all_reduce.
 
     Args:
-        sums: ``[groups, B, 2 * C]``, sums over each local block.
+        sums: ``sum w dy`` and ``sum w dy xhat`` over each block, ``[blocks, 2, C]``.
         plan: how the ranks mix.
         world: the ranks.
 
     Returns:
-        Tensor ``[groups, B, 2 * C]``.
+        Tensor ``[blocks, 2, C]``.
     """
-    if plan.mode == "swap":
-        return collectives.rotate(sums, plan, world, inverse=True)
-    if plan.mode == "regroup" and plan.per_group > 1:
-        return _regroup(sums, plan, world, lambda rows: rows.sum(dim=1, keepdim=True))
+    rows = sums.flatten(1)
     if plan.mode == "sync":
-        return collectives.all_sum(sums.view(-1), world).view_as(sums)
-    return sums
+        return collectives.all_sum(sums, world, CALL, _doing(rows, plan))
+    if not plan.shuffles:
+        return sums
+    back = plan.transposed()
+    members = gather_members(rows, back, world, CALL, _doing(rows, plan))
+    if plan.per_group > 1:
+        members = members.sum(dim=1, keepdim=True)
+    return _per_block(members, back).view(sums.shape)
 
 
-def sums_of_sources(sums: Tensor, plan: Plan, world: World) -> tuple[Tensor, Tensor]:
-    """Return for each of this rank's blocks the sums over all users of its source.
-
-    Args:
-        sums: ``sum w dy`` and ``sum w dy xhat`` over each of them, ``[blocks, 2, C]``.
-        plan: how the ranks mix.
-        world: the ranks.
-
-    Returns:
-        The same two, ``[blocks, C]`` each.
-
-    Communication: that of `mix_gradients`.
-    """
-    mixed = mix_gradients(sums.view(plan.groups, plan.per_group, -1), plan, world)
-    mixed = mixed.reshape(sums.shape)
-    return mixed[:, 0], mixed[:, 1]
+def _per_block(normalisers: Tensor, plan: Plan) -> Tensor:
+    """Give each local block its row: ``[R, 1, K]`` to ``[blocks, K]``."""
+    rows = normalisers.flatten(0, 1)
+    return rows if plan.mode == "sync" else take(rows, find_route(plan).used)
 
 
-def _regroup(rows: Tensor, plan: Plan, world: World, combine: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return for each block the rows of its new group, combined: ``[groups, B, K]`` to the same.
-
-    Communication: one rotation to the new groups and one back; or all rows to all ranks, where they
-    fit one message, and then each rank combines the rows of all groups.
-    """
-    if not collectives.fits_one_message(rows, plan):
-        combined = combine(collectives.rotate(rows, plan, world))
-        return collectives.rotate(combined, plan, world, inverse=True)
-    dealt = collectives.rotate(collectives.send_to_all(rows, world), plan.of_one_process(), World())
-    mine = constant(plan.normalisers(), torch.int64, rows)
-    return combine(dealt).flatten(0, 1).index_select(0, mine).view(rows.shape)
+def _doing(rows: Tensor, plan: Plan) -> str:
+    return f"exchanges rows of {rows.shape[1]} numbers in mode {plan.mode!r}"
 
 
 def per_sample_statistics(statistics: Statistics, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -211,7 +190,7 @@ def per_sample_statistics(statistics: Statistics, sizes: tuple[int, ...]) -> tup
 def own_statistics(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """Return the mean and std ``[N, C]`` of each sample's own group, as plain BN has them."""
     sizes = block_sizes(x.shape[0], groups, 1)
-    mean, std = select.select(x).block_moments(x, sizes)
+    mean, std = select(x).block_moments(x, sizes)
     return per_sample(mean, sizes), per_sample(std, sizes)
 
 
@@ -223,40 +202,44 @@ def check_counts(
     On the CPU the error is raised here and names the group. A GPU raises a device-side assertion,
     so that no step has to wait for the counts.
     """
-    values = statistics.values
-    if not isinstance(values, Tensor):
-        if values == 1:
+    count = statistics.counts
+    if not isinstance(count, Tensor):
+        if count == 1:
             raise _count_error(1, 0, plan, shape)
         return
-    count = values[:, 0]
-    valid = count >= 2
-    if not are_equal(sizes) or sizes[0] == 0:
-        valid |= counts(sizes, 1, count)[:, 0] == 0  # nobody is normalised
+    count = count[:, 0]
     if torch.compiler.is_compiling() or count.device.type != "cpu":
         torch._assert_async(
-            valid.all(),
+            _are_valid(count, sizes).all(),
             f"{CALL}: a peer rejected its input, or a normaliser has 1 value per channel",
         )
-    elif not bool(valid.all()):
+    elif not bool((valid := _are_valid(count, sizes)).all()):
         row = int(valid.int().argmin())
         error = _count_error(float(count[row]), row, plan, shape)
-        failures.report_failure(world, str(error))
+        failures.announce(world, str(error))
         raise error
 
 
-def _count_error(n: float, row: int, plan: Plan, shape: torch.Size) -> Exception:
+def _are_valid(count: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    valid = count >= 2
+    if not are_equal(sizes) or sizes[0] == 0:
+        valid |= counts(sizes, 1, count)[:, 0] == 0  # nobody is normalised
+    return valid
+
+
+def _count_error(count: float, row: int, plan: Plan, shape: torch.Size) -> Exception:
     if plan.mode == "sync":  # which has one group per rank
         source, user = "the whole of all ranks", f"rank {plan.rank}"
     else:
         group = plan.rank * plan.groups + row // plan.per_group
-        source = f"group {plan.normaliser(group, row % plan.per_group)}"
+        source = f"group {plan.used(group, row % plan.per_group)}"
         user = f"group {group} on rank {plan.rank}"
-    if n == _REJECTED:
+    if count == _REJECTED:
         return RuntimeError(
             f"{CALL}: a peer of rank {plan.rank} rejected its input in this call, so {source} has "
             f"no statistics to normalise {user} with; see the peer's error"
         )
     return ValueError(
-        f"{CALL}: expected more than 1 value per channel when training, got {n:g} in {source}, "
+        f"{CALL}: expected more than 1 value per channel when training, got {count:g} in {source}, "
         f"which normalises {user} (mode {plan.mode!r}, input shape {tuple(shape)})"
     )
