@@ -85,11 +85,16 @@ def _mix(x: Number) -> Number:
     """Scramble 32 bits, one to one: the two-multiplication hash of C. Wellons' hash-prospector.
 
     Both factors have 31 bits, so an int64 holds every product: no overflow, which C++ leaves
-    undefined.
+    undefined. A tensor is changed in place.
     """
-    x = (x ^ (x >> 16)) * 0x21F0AAAD & _LOW_32
-    x = (x ^ (x >> 15)) * 0x735A2D97 & _LOW_32
-    return x ^ (x >> 15)
+    x ^= x >> 16
+    x *= 0x21F0AAAD
+    x &= _LOW_32
+    x ^= x >> 15
+    x *= 0x735A2D97
+    x &= _LOW_32
+    x ^= x >> 15
+    return x
 
 
 def _send_up(orders: Tensor, device: torch.device) -> Tensor:
@@ -153,9 +158,7 @@ def make_route(key: Key, sizes: Sequence[int], rank: int) -> Route:
     return Route(orders[0], shares, orders[1], shares)
 
 
-def make_route_in_graph(
-    key: Key, sizes: Sequence[int], rank: int, device: torch.device
-) -> Route:
+def make_route_in_graph(key: Key, sizes: Sequence[int], rank: int, device: torch.device) -> Route:
     """Return the same for a key of tensors, in a compiled graph; W divides one common N."""
     shares = (sizes[0] // len(sizes),) * len(sizes)
     orders: Tensor = _permutations_op(
