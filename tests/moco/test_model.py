@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from shuffle_batchnorm import ShuffleBatchNorm
+from shuffle_batchnorm.moco.build import normalise_key, normalise_query
 from shuffle_batchnorm.moco.config import Norm, NormConfig
 from shuffle_batchnorm.moco.model import MoCo, Step, next_offset
-from shuffle_batchnorm.moco.normalisation import normalise_key, normalise_query
 
 
 class _Encoder(nn.Module):

@@ -13,10 +13,8 @@ import torch.distributed as dist
 
 from moco.moco_runs import FLAGS, differences, small_config, started, without_times
 from ranks import run_on_ranks
-from shuffle_batchnorm.moco.config import ConfigError, RunConfig
-from shuffle_batchnorm.moco.ranks.control import StopAgreement, on_rank_0, sum_over_ranks
-from shuffle_batchnorm.moco.ranks.launch import Place, find_device, launch, world_size
-from shuffle_batchnorm.moco.ranks.spawn import StopRequest
+from shuffle_batchnorm.moco.config import ConfigError
+from shuffle_batchnorm.moco.ranks.launch import Rank, find_device, launch, world_size
 from shuffle_batchnorm.moco.trainer import train
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
@@ -65,68 +63,30 @@ def test_torchrun_on_two_nodes_agrees(in_one_group: Any, tmp_path: Path) -> None
 
 
 def test_one_rank_has_no_process_group() -> None:
-    place: Place = launch(lambda place: place, RunConfig(device="cpu", ranks=1))
-    assert (place.rank, place.world_size, place.control) == (0, 1, None)
+    rank: Rank = launch(lambda rank: rank, ranks=1, device="cpu")
+    assert (rank.index, rank.world_size, rank.control) == (0, 1, None)
     assert not dist.is_initialized()
 
 
 def test_number_of_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert world_size(RunConfig(ranks=3)) == 3
-    assert world_size(RunConfig(device="cpu")) == 1
+    assert world_size(3, "auto") == 3
+    assert world_size(None, "cpu") == 1
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    assert world_size(RunConfig()) == 4
-    assert world_size(RunConfig(device="cpu")) == 1
+    assert world_size(None, "auto") == 4
+    assert world_size(None, "cpu") == 1
     for name, value in (("RANK", "1"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "6")):
         monkeypatch.setenv(name, value)
-    assert world_size(RunConfig(ranks=3)) == 6
+    assert world_size(3, "auto") == 6
 
 
 def test_a_gpu_each_or_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert find_device(RunConfig(), 1, 2) == torch.device("cuda", 1)
-    assert find_device(RunConfig(), 1, 3) == torch.device("cpu")
-    assert find_device(RunConfig(device="cpu"), 1, 2) == torch.device("cpu")
+    assert find_device("auto", 1, 2) == torch.device("cuda", 1)
+    assert find_device("auto", 0, 1, [1]) == torch.device("cuda", 1)
+    assert find_device("auto", 0, 2, [1, 2]) == torch.device("cpu")
+    assert find_device("auto", 1, 3) == torch.device("cpu")
+    assert find_device("cpu", 1, 2) == torch.device("cpu")
     with pytest.raises(ConfigError, match="--device cuda: 3 ranks here, but 2 GPUs; each needs"):
-        find_device(RunConfig(device="cuda"), 0, 3)
-
-
-def this_place() -> Place:
-    stop = StopRequest()
-    rank, size = dist.get_rank(), dist.get_world_size()
-    return Place(rank, size, torch.device("cpu"), stop, dist.new_group(backend="gloo"))
-
-
-def ask_until_stopped(signalled_rank: int) -> int:
-    place = this_place()
-    agreement = StopAgreement(place)
-    for step in range(10):
-        if step == 4 and place.rank == signalled_rank:
-            place.stop.signum = 15
-        if agreement.ask():
-            agreement.settle()
-            return step
-    return -1
-
-
-def test_ranks_stop_after_the_same_step() -> None:
-    """A rank that stops when it hears the signal leaves its peers waiting."""
-    assert run_on_ranks(3, ask_until_stopped, 1) == [5, 5, 5]
-
-
-def fail_on_rank_0() -> str:
-    def fail() -> None:
-        raise ConfigError("wrong")
-
-    place = this_place()
-    try:
-        on_rank_0(place, fail)
-    except ConfigError as error:
-        total = sum_over_ranks(place, torch.tensor([1.0 + place.rank]))
-        return f"{error}, {on_rank_0(place, lambda: place.rank)}, {total}"
-    return "no error"
-
-
-def test_all_ranks_learn_of_rank_0s_error() -> None:
-    assert run_on_ranks(3, fail_on_rank_0) == ["wrong, 0, [6.0]"] * 3
+        find_device("cuda", 0, 3)

@@ -20,7 +20,7 @@ from shuffle_batchnorm.moco.ranks.spawn import (
     RankError,
     Stopped,
     StopRequest,
-    listening,
+    noting_signals,
     spawn_ranks,
 )
 
@@ -51,9 +51,12 @@ def fail(rank: int, _stop: StopRequest) -> None:
     time.sleep(600)
 
 
-def die(rank: int, _stop: StopRequest) -> None:
+def die(rank: int, _stop: StopRequest, folder: str) -> None:
     if rank == 1:
+        Path(folder, "dies").touch()
         os.kill(os.getpid(), signal.SIGKILL)
+    while not Path(folder, "dies").exists():
+        time.sleep(0.01)
     time.sleep(0.3)
     raise RuntimeError("lost a peer")  # as gloo does then
 
@@ -107,16 +110,16 @@ def test_one_error_ends_all() -> None:
     assert "on rank 1:\nTraceback" in error.value.__notes__[0]
 
 
-def test_death_is_told_from_its_echo() -> None:
+def test_death_is_told_from_its_echo(tmp_path: Path) -> None:
     with pytest.raises(RankError, match="process of rank 1 died: killed by SIGKILL"):
-        spawn_ranks(die, 2)
+        spawn_ranks(die, 2, str(tmp_path))
 
 
 def test_signal_reaches_the_ranks(tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGINT)
     thread = when_all_run(tmp_path, 2, lambda: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(Stopped, match="train: stopped by SIGINT on rank") as stopped:
-        spawn_ranks(wait_for_stop, 2, str(tmp_path))
+        spawn_ranks(wait_for_stop, 2, str(tmp_path), graceful=True)
     assert stopped.value.signum == signal.SIGINT
     thread.join()
     assert alive(tmp_path) == []
@@ -132,7 +135,7 @@ def test_second_signal_means_it(tmp_path: Path) -> None:
 
     thread = when_all_run(tmp_path, 1, twice)
     with pytest.raises(Stopped, match="stopped by SIGTERM"):
-        spawn_ranks(ignore_stop, 1, str(tmp_path))
+        spawn_ranks(ignore_stop, 1, str(tmp_path), graceful=True)
     thread.join()
     assert alive(tmp_path) == []
 
@@ -157,7 +160,7 @@ def test_second_signal_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """An echo of the first within moments is none: torchrun and a terminal both send one."""
     raised: list[int] = []
     clock = [100.0]
-    with listening() as stop:
+    with noting_signals() as stop:
         handler: Callable[..., Any] = signal.getsignal(signal.SIGTERM)  # type: ignore[assignment]
         monkeypatch.setattr(time, "monotonic", lambda: clock[0])
         monkeypatch.setattr(signal, "raise_signal", raised.append)

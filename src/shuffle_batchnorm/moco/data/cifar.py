@@ -139,7 +139,7 @@ class _Unpickler(pickle.Unpickler):
     """Makes arrays, and refuses to call anything else that a pickle may name."""
 
     def find_class(self, module: str, name: str) -> Any:
-        # numpy has moved its function since the archives were made, and warns of its old place.
+        # numpy has moved its function since the archives were made, and warns of its old name.
         if (module, name) in _RECONSTRUCT:
             return _reconstruct()
         if (module, name) in _HARMLESS:
