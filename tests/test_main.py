@@ -218,6 +218,14 @@ def members(group: int) -> list[int]:
     return found
 
 
+def assert_ended(group: int) -> None:
+    """All processes of a group end within seconds."""
+    until = time.monotonic() + 20
+    while members(group) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert members(group) == []
+
+
 @contextlib.contextmanager
 def training() -> Iterator[subprocess.Popen[str]]:
     """main.py with two workers that have begun to train, and would for long."""
@@ -238,10 +246,7 @@ def test_killed_parent_leaves_no_workers() -> None:
         assert len(members(process.pid)) >= 3
         process.kill()
         process.wait()
-        until = time.monotonic() + 20
-        while members(process.pid) and time.monotonic() < until:
-            time.sleep(0.05)
-        assert members(process.pid) == []
+        assert_ended(process.pid)
 
 
 def test_ctrl_c_prints_no_traceback() -> None:
@@ -250,7 +255,7 @@ def test_ctrl_c_prints_no_traceback() -> None:
         os.killpg(process.pid, signal.SIGINT)
         _, stderr = process.communicate(timeout=60)
         assert (process.returncode, stderr) == (130, "")
-        assert members(process.pid) == []
+        assert_ended(process.pid)
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,7 @@ def _keep(path: Path, keep: Path) -> None:
     try:
         link.unlink(missing_ok=True)
         link.hardlink_to(path)
-    except OSError:  # a file system without links; `find` looks for the new name as well
+    except OSError:  # a file system without links; `find` tries the new name as well
         path.replace(keep)
     else:
         link.replace(keep)
@@ -149,7 +149,7 @@ def load(path: Path) -> State:
         CheckpointError: there is no such file, it is damaged, or something else.
     """
     try:
-        # torch doesn't look at the checksums of its own files.
+        # torch doesn't check the checksums of its own files.
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         if damaged is not None:

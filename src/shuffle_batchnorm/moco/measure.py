@@ -20,7 +20,7 @@ from shuffle_batchnorm.probe.leak import LeakReport, measure_leak, stability
 from . import checkpoint
 from .build import Views, build_model
 from .checkpoint import State
-from .config import LEAK_BATCHES, LEAK_KEYS, Config, ConfigError, Device, from_dict, validate
+from .config import CALL, LEAK_BATCHES, LEAK_KEYS, Config, ConfigError, Device, from_dict, validate
 from .data.images import Images
 from .data.loading import load_data, make_loader, whole_batches
 from .evaluation import extract_features, knn_accuracy, linear_probe
@@ -31,7 +31,6 @@ from .ranks.launch import Rank, launch, world_size
 from .resume import restore_model
 
 EVALUATION_BATCH = 256
-CALL = "train"
 Features = tuple[Tensor, Tensor]
 Figures = dict[str, Any]
 
@@ -153,7 +152,7 @@ def averaged_running_stats(encoder: nn.Module) -> Iterator[None]:
             buffer.copy_(value)
 
 
-def check_pool(config: Config, images: Images, world_size: int, keys: int = LEAK_KEYS) -> None:
+def check_images(config: Config, images: Images, world_size: int, keys: int = LEAK_KEYS) -> None:
     """Refuse a data set that is too small to measure the leak with, before it is trained on.
 
     Raises:
@@ -290,7 +289,7 @@ def _evaluate(measurements: Measurements) -> Figures:
 
 def _probe(measurements: Measurements, batches: int, keys: int) -> Figures:
     config = measurements.config
-    check_pool(config, measurements.images, measurements.rank.world_size, keys)
+    check_images(config, measurements.images, measurements.rank.world_size, keys)
     if keys > config.optim.batch_size:
         raise ConfigError(f"probe: --keys {keys} is more than the batch, {config.optim.batch_size}")
     return {

@@ -7,9 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import NetworkConfig, UserError
+from .config import CALL, NetworkConfig, UserError
 
-CALL = "train"
 _LARGE = 64  # pixels; above it a ResNet begins with the stem for ImageNet
 
 
@@ -90,7 +89,7 @@ def make_backbone(
         network: ``small``, ``resnet18``, ``resnet50``, ``timm/<name>`` or ``torchvision/<name>``.
             The ResNets' parameters have torchvision's names; there is no ``fc``.
         stem: of a ResNet: ``cifar``, a 3x3 convolution; ``imagenet``, 7x7 with stride 2 and a
-            pooling; ``auto``, cifar up to 64 pixels.
+            maximum of 3x3; ``auto``, cifar up to 64 pixels.
         channels: c of the images.
         image_size: H of the images.
 
@@ -191,8 +190,8 @@ class ResNet(nn.Module):
         expansion: how many times wider a block ends.
         blocks: how many there are in each of the four layers.
         channels: c of the images.
-        large_stem: begin with a 7x7 convolution of stride 2 and a pooling, for large images, and
-            not with a 3x3 convolution.
+        large_stem: begin with a 7x7 convolution of stride 2 and a maximum of 3x3, for large images,
+            and not with a 3x3 convolution.
 
     Shape:
         Images ``[N, c, H, H]`` to ``[N, features]``.

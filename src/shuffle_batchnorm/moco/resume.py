@@ -24,7 +24,7 @@ class RunState(NamedTuple):
 
 
 def find_run(config: Config, rank: Rank) -> RunState:
-    """Look for a run in the folder of a configuration, and whether this one may go on with it.
+    """Find the run in the folder of a configuration, and check that this one may go on with it.
 
     Raises:
         ConfigError: there is one, and `resume` isn't set.

@@ -4,6 +4,7 @@ import math
 import signal
 import time
 from contextlib import ExitStack
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from .config import CALL, Config, to_dict, validate
 from .data.images import Images
 from .data.loading import EpochBatches, load_data, make_loader
 from .journal import RECORD
-from .measure import Measurements, check_pool, leak_figures
+from .measure import Measurements, check_images, leak_figures
 from .random_state import get_random_state, own_random_state, set_random_state
 from .ranks.control import StopAgreement, gather_objects, on_rank_0, sum_over_ranks
 from .ranks.launch import Rank, launch, world_size
@@ -62,7 +63,7 @@ def train_on_rank(rank: Rank, config: Config) -> Record:
     with ExitStack() as stack:
         stack.enter_context(own_random_state())
         images = load_data(config.data)
-        check_pool(config, images, rank.world_size)
+        check_images(config, images, rank.world_size)
         on_rank_0(rank, lambda: stack.enter_context(checkpoint.folder_lock(config.run.output)))
         found = on_rank_0(rank, lambda: find_run(config, rank))
         if found.record is not None:
@@ -196,13 +197,10 @@ class Trainer:
         leak = None if diverged else self.measurements.leak()
         scales = {} if diverged else self.measurements.stability()
         record: Record = {
-            "bn": config.norm.bn,
             "seed": config.run.seed,
             "epochs": config.optim.epochs,
             "world_size": self.rank.world_size,
-            "groups": config.norm.groups,
-            "blocks": config.norm.blocks,
-            "offset": config.norm.offset,
+            **asdict(config.norm),
             **leak_figures(leak),
             "knn": last["knn"],
             "pretext_accuracy": last["pretext_accuracy"],

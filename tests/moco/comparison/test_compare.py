@@ -1,9 +1,6 @@
 """Which runs a comparison starts, in which order, and what it keeps; nothing is trained here."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -204,52 +201,6 @@ def test_ranks_of_torchrun_all_ask_the_trainer(
     train = Trainer()
     compare(CONFIG, ["local"], [0], tmp_path, train=train)
     assert train.runs == [("local", 0)]
-
-
-SCRIPT = """
-import sys
-from pathlib import Path
-import torch, torch.distributed as dist
-from moco.comparison.made_up import made_up_record
-from shuffle_batchnorm.moco.checkpoint import CheckpointError
-from shuffle_batchnorm.moco.comparison import compare as module
-from shuffle_batchnorm.moco.config import Config, RunConfig
-from shuffle_batchnorm.moco.ranks.launch import launch
-
-module.write_report = lambda output, *_, **__: output
-
-def work(rank, config):
-    total = torch.ones(1)
-    dist.all_reduce(total)
-    return made_up_record(config.norm.bn, config.run.seed, leak=total.item())
-
-def train(config):
-    return launch(work, config, device="cpu")
-
-config = Config(run=RunConfig(device="cpu"))
-module.compare(config, ["local", "regroup"], [0], Path(sys.argv[1]), command="", train=train)
-"""
-
-
-def test_several_runs_under_torchrun(tmp_path: Path) -> None:
-    """A process group per run meets at the addresses of the one before, and nobody is there."""
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    here = Path(__file__).parents[2]
-    path = os.pathsep.join([str(here), str(here.parent / "src"), os.environ.get("PYTHONPATH", "")])
-    ours = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
-    done = subprocess.run(
-        [sys.executable, *torchrun, str(script), str(tmp_path)],
-        env=os.environ | ours,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert results(tmp_path) == [("local", 0), ("regroup", 0)]
-    assert done.stdout.count("leak 2.000") == 2  # both ranks were there, one spoke
 
 
 def test_a_signal_between_two_runs_is_heard(tmp_path: Path) -> None:

@@ -25,10 +25,6 @@ from shuffle_batchnorm.moco.ranks.spawn import (
 )
 
 
-def multiply(rank: int, _stop: StopRequest, factor: int) -> int:
-    return (rank + 5) * factor
-
-
 class Witness:
     """Tells when Python is taken down, and this object with it."""
 
@@ -96,10 +92,6 @@ def when_all_run(folder: Path, count: int, do: Callable[[], None]) -> threading.
     thread = threading.Thread(target=wait_and_do)
     thread.start()
     return thread
-
-
-def test_returns_what_rank_0_returned() -> None:
-    assert spawn_ranks(multiply, 1, 3) == 15
 
 
 def test_one_error_ends_all() -> None:
@@ -173,25 +165,27 @@ def test_second_signal_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
         assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
 
 
-def close_stdout(_rank: int, _stop: StopRequest, path: str) -> None:
-    read, write = os.pipe()
-    os.close(read)
-    sys.stdout = os.fdopen(write, "w")
-    print("nobody reads this")
-    vars(sys)["witness"] = Witness(path)
+def work(rank: int, stop: StopRequest, folder: str, factor: int) -> int:
+    """Rank 0 is witnessed while it leaves; so is rank 1, whose output nobody reads."""
+    if rank == 1:
+        read, write = os.pipe()
+        os.close(read)
+        sys.stdout = os.fdopen(write, "w")
+    be_witnessed(rank, stop, f"{folder}/{rank}")
+    return (rank + 5) * factor
 
 
-def test_a_rank_that_nobody_reads_leaves_all_the_same(tmp_path: Path) -> None:
-    """Catches a flush that fails, and takes Python down after all."""
-    spawn_ranks(close_stdout, 1, str(tmp_path / "shutdown"))
-    assert not (tmp_path / "shutdown").exists()
-
-
-def test_a_rank_leaves_python_up(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Catches a shutdown that a gloo thread may abort; and what should happen before it."""
-    spawn_ranks(be_witnessed, 1, str(tmp_path))
+def test_ranks_return_and_leave_python_up(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Catches another rank's result; a shutdown that a gloo thread may abort, also where a flush
+    fails; and what should happen before it.
+    """
+    for name in "01":
+        (tmp_path / name).mkdir()
+    assert spawn_ranks(work, 2, str(tmp_path), 3) == 15
     assert capfd.readouterr().out == "worked\n"
-    assert [path.name for path in tmp_path.iterdir()] == ["exit"]
+    assert sorted(path.name for path in tmp_path.glob("*/*")) == ["exit", "exit"]
 
 
 @pytest.mark.parametrize("under_torchrun", [False, True])

@@ -179,7 +179,7 @@ def begin(output: Path, plan: Sequence[Config]) -> list[dict[str, Any]]:
         refuse_changes(CALL, path, before, now, FREE | VARIED)
         seen = before.get("environments", [])
         environments = seen + [one for one in environments if one not in seen]
-    for run in plan:  # a run that has ended is not started, so that the trainer can't look
+    for run in plan:  # a run that has ended is not started, so that the trainer can't check it
         of_run = run.run.output / CONFIG
         if of_run.exists():
             refuse_changes(CALL, of_run, read_json(of_run), now | {"config": to_dict(run)})

@@ -6,10 +6,9 @@ same colour, line and marker in all of them.
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -22,8 +21,7 @@ from .summary import Record, Summary, by_bn, diverged, number, summarise
 from .tables import DIVERGED, interval, written
 
 
-@dataclass(frozen=True)
-class Band:
+class Band(NamedTuple):
     """Values over epochs or layers: mean, smallest and largest over the seeds that have one."""
 
     x: list[float]

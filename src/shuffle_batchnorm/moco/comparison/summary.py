@@ -1,7 +1,7 @@
 """What the runs of a comparison say together: a record is one run, a summary is one `--bn`.
 
 Runs that diverged (a loss or a score that is not finite) are counted and left out of every mean: a
-network that gives NaN has a leak of 0, and that would look like a cure.
+network that gives NaN has a leak of 0, and that would read as a cure.
 """
 
 import math
@@ -19,7 +19,7 @@ from shuffle_batchnorm.moco.config import UserError
 Record: TypeAlias = dict[str, Any]
 
 CONFIDENCE = 0.95
-# With fewer seeds than this a spread says too little; the runs' own errors are pooled instead.
+# With fewer seeds than this a spread says too little; the runs' own errors are joined instead.
 SEEDS_FOR_SPREAD = 3
 SCORES = ("loss", "knn", "pretext_accuracy", "leak")
 
@@ -108,8 +108,8 @@ def combine_leaks(
     """The leak over seeds, with a 95 % interval.
 
     With three seeds or more the error is the seeds' own spread, stdev / sqrt(n), and the interval
-    is Student's with n − 1 degrees of freedom: it holds for a new seed's mean. With fewer it is
-    pooled from the runs' errors, sqrt(Σ error²) / n, and so is each side of the interval from the
+    is Student's with n − 1 degrees of freedom: it holds for a new seed's mean. With fewer the error
+    is that of the runs together, sqrt(Σ error²) / n, and so is each side of the interval from the
     sides of the runs' own intervals, or where these are not known the normal one: it holds for
     these runs alone.
 

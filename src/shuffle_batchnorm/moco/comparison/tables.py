@@ -13,7 +13,7 @@ NOTHING = "–"
 DIVERGED = "diverged"
 INTERVALS = (
     "The leak's interval is Student's t over the seeds where there are three or more; with fewer "
-    "it is pooled from the runs' own probes and says nothing of other seeds."
+    "it joins those of the runs' own probes and says nothing of other seeds."
 )
 ON_A_PAR = (
     "kNN {mark}: the highest mean, and those less than two standard errors of the difference below "
@@ -25,8 +25,8 @@ LEFT_OUT = (
 )
 
 
-def written(value: float | None, places: int = 3) -> str:
-    """A number with its places and a minus sign, or a dash where there is none.
+def written(value: float | None, digits: int = 3) -> str:
+    """A number with so many digits and a minus sign, or a dash where there is none.
 
     Example:
         >>> written(-0.0123), written(None)
@@ -34,17 +34,17 @@ def written(value: float | None, places: int = 3) -> str:
     """
     if value is None:
         return NOTHING
-    text = f"{value:.{places}f}"
+    text = f"{value:.{digits}f}"
     return text.replace("-", "−") if float(text) else text.removeprefix("-")
 
 
-def with_error(estimate: Estimate | None, places: int = 3) -> str:
+def with_error(estimate: Estimate | None, digits: int = 3) -> str:
     """A mean ± its standard error, if it has one."""
     if estimate is None:
         return NOTHING
     if estimate.error is None:
-        return written(estimate.mean, places)
-    return f"{written(estimate.mean, places)} ± {written(estimate.error, places)}"
+        return written(estimate.mean, digits)
+    return f"{written(estimate.mean, digits)} ± {written(estimate.error, digits)}"
 
 
 def interval(low: float | None, high: float | None) -> str:
@@ -77,9 +77,9 @@ def run_row(record: Record) -> tuple[str, ...]:
     """The cells of one run, in the order of RUN_HEADER."""
     bad = diverged(record)
 
-    def cell(key: str, places: int = 3) -> str:
+    def cell(key: str, digits: int = 3) -> str:
         value = number(record, key)
-        return DIVERGED if bad and value is None and key in record else written(value, places)
+        return DIVERGED if bad and value is None and key in record else written(value, digits)
 
     return (
         str(record["bn"]),

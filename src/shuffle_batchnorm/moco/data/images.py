@@ -10,8 +10,6 @@ from torch.utils.data import Dataset
 
 from shuffle_batchnorm.moco.config import UserError
 
-CALL = "train"
-
 
 class DataError(UserError):
     """A data set that isn't there or isn't what it should be."""

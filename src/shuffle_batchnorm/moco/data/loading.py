@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, default_collate
 
-from shuffle_batchnorm.moco.config import DataConfig
+from shuffle_batchnorm.moco.config import CALL, DataConfig
 from shuffle_batchnorm.shuffle.permutations import DATA_SET, Key, permutation
 
 from .cifar import archive_name, read_cifar
 from .folders import FolderImages
-from .images import CALL, ArrayImages, DataError, Images, resized
+from .images import ArrayImages, DataError, Images, resized
 
 _MEAN_AND_STD = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),

@@ -78,11 +78,12 @@ def launch(
             if is_grouped:
                 return _with_control(function, args, rank)
             return _meet(function, args, rank, "env://", local_size)
-    find_device(device, 0, size, gpus)  # refused here, before a process starts
+    # All of them here: what is refused is refused before a process starts.
+    devices = [find_device(device, index, size, gpus) for index in range(size)]
     # They meet at a file in a folder of their own, not at a port: nobody else can have taken it.
     with tempfile.TemporaryDirectory(prefix="ranks-", ignore_cleanup_errors=True) as folder:
         rendezvous = (Path(folder) / "rendezvous").as_uri()
-        work = function, args, size, device, gpus, rendezvous
+        work = function, args, devices, rendezvous
         return spawn_ranks(_be_spawned, size, *work, graceful=graceful)
 
 
@@ -133,13 +134,11 @@ def _be_spawned(
     stop: StopRequest,
     function: Callable[..., Any],
     args: tuple[object, ...],
-    size: int,
-    device: str,
-    gpus: Sequence[int] | None,
+    devices: Sequence[torch.device],
     rendezvous: str,
 ) -> Any:
-    rank = Rank(index, size, find_device(device, index, size, gpus), stop)
-    return _meet(function, args, rank, rendezvous, size)
+    rank = Rank(index, len(devices), devices[index], stop)
+    return _meet(function, args, rank, rendezvous, len(devices))
 
 
 def _meet(
