@@ -76,7 +76,7 @@ def test_interrupted_run_ends_bit_identical(uninterrupted: Path, tmp_path: Path)
         _, stderr = process.communicate(timeout=60)
         assert process.returncode == 130, stderr
         assert re.fullmatch(r"train: stopped by SIGINT after step \d+ of 22.*--resume.*\n", stderr)
-    with started(*command, "--save-every", "2", "--workers", "1") as process:
+    with started(*command, "--save-every", "2") as process:
         wait_until(logged(len(rows(tmp_path / "steps.csv")) + 2), process)
         wait_until(lambda: any(tmp_path.glob("last.pt.*.tmp")), process)
         process.kill()
@@ -109,10 +109,13 @@ def crash_at(steps: Sequence[int], config: Config) -> Record:
                 config = replace(config, run=replace(config.run, resume=True))
 
 
-@pytest.mark.parametrize("bn", ["batch-shuffle", "regroup"])
-def test_crash_on_three_ranks(bn: str, tmp_path: Path) -> None:
-    """At step 0, between checkpoints, at an epoch's first step; ranks' sums have an order here."""
-    config = small_config(tmp_path / "a", bn=bn, groups=2, batch_size=96, save_every=4)
+def test_crash_on_three_ranks(tmp_path: Path) -> None:
+    """At step 0, between checkpoints, at an epoch's first step; ranks' sums have an order here.
+
+    With batch-shuffle, which has a state of its own; regroup is interrupted above.
+    """
+    changes = dict(bn="batch-shuffle", groups=2, batch_size=96, save_every=4)
+    config = small_config(tmp_path / "a", **changes)
     uninterrupted = run_on_ranks(3, crash_at, (), config)
     config = replace(config, run=replace(config.run, output=tmp_path / "b"))
     broken = run_on_ranks(3, crash_at, (0, 6, 14), config)
@@ -124,7 +127,7 @@ def test_crash_without_a_rank_to_ask(tmp_path: Path) -> None:
     """One rank, without a process group, with a symmetric loss and a warm-up."""
     config = small_config(tmp_path / "a", symmetric=True, warmup_epochs=1, save_every=3)
     crash_at((), config)
-    crash_at((1, 10, 21), replace(config, run=replace(config.run, output=tmp_path / "b")))
+    crash_at((1, 14), replace(config, run=replace(config.run, output=tmp_path / "b")))
     assert_same_run(tmp_path / "a", tmp_path / "b")
 
 

@@ -1,4 +1,7 @@
-"""Processes that start and end together. Each test starts its own: that is what it is about."""
+"""Processes that start and end together. Each test starts its own: that is what it is about.
+
+That they end when their parent is killed is in test_main.
+"""
 
 import atexit
 import functools
@@ -14,7 +17,6 @@ from typing import Any
 
 import pytest
 
-from moco.moco_runs import ROOT, started, wait_until
 from shuffle_batchnorm.moco.config import ConfigError
 from shuffle_batchnorm.moco.ranks.spawn import (
     RankError,
@@ -130,22 +132,6 @@ def test_second_signal_means_it(tmp_path: Path) -> None:
         spawn_ranks(ignore_stop, 1, str(tmp_path), graceful=True)
     thread.join()
     assert alive(tmp_path) == []
-
-
-def test_ranks_die_with_their_parent(tmp_path: Path) -> None:
-    code = (
-        "import sys; sys.path.append(sys.argv[2])\n"
-        "from moco.ranks import test_spawn as t\n"
-        "t.spawn_ranks(t.ignore_stop, 1, sys.argv[1])\n"
-    )
-    with started(sys.executable, "-c", code, str(tmp_path), str(ROOT / "tests")) as process:
-        wait_until(lambda: len(alive(tmp_path)) == 1, process)
-        process.kill()
-        process.wait()
-        until = time.monotonic() + 20
-        while alive(tmp_path) and time.monotonic() < until:
-            time.sleep(0.05)
-        assert alive(tmp_path) == []
 
 
 def test_second_signal_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
