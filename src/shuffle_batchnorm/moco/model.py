@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from shuffle_batchnorm.comm import collectives
 from shuffle_batchnorm.comm.world import ProcessGroupLike, World, check_process_group, resolve
 from shuffle_batchnorm.norm.contexts import shuffle_offset
 from shuffle_batchnorm.norm.modules import ShuffleBatchNorm
+
+from .ranks.control import gather_rows
 
 CALL = "MoCo"
 _BUFFERS = ("own", "copy", "momentum")
@@ -193,7 +194,7 @@ class MoCo(nn.Module):
         keys = keys.to(self.queue.dtype)
         if world.size == 1:
             return keys
-        return collectives.gather(keys.reshape(-1), world, CALL).view(-1, keys.shape[1])
+        return gather_rows(keys, world)
 
     @torch.no_grad()
     def _enqueue(self, keys: Tensor) -> None:

@@ -9,6 +9,8 @@ import torch
 from shuffle_batchnorm.comm.world import resolve
 from shuffle_batchnorm.probe.isolation import preserved
 
+from .config import CALL
+
 State = dict[str, Any]
 
 
@@ -49,4 +51,4 @@ def own_random_state() -> AbstractContextManager[None]:
 
     The sample shuffle's state on all ranks is one of them.
     """
-    return preserved([], [resolve(None)])
+    return preserved([], [resolve(None, CALL)])

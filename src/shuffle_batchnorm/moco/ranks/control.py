@@ -1,6 +1,7 @@
-"""What the ranks of a run tell each other besides keys: by gloo, not through the device.
+"""What the ranks of a run send each other; all of them call a function in the same order.
 
-Every function is called by all ranks in the same order. For one rank nothing is sent.
+Keys and gradients travel by the group of the device, all else by gloo and not through the device.
+For one rank nothing is sent.
 """
 
 from collections.abc import Callable
@@ -11,6 +12,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.futures import Future
+
+from shuffle_batchnorm.comm.world import World
 
 from .launch import Rank
 
@@ -92,6 +95,16 @@ class StopAgreement:
         self._work.wait()
         self._work = None
         return int(self._signum)
+
+
+def gather_rows(rows: Tensor, world: World) -> Tensor:
+    """Return the rows of all ranks, ``[N, *]`` to ``[W * N, *]``, in rank order.
+
+    Communication: one all_gather.
+    """
+    everyones = rows.new_empty(world.size, *rows.shape)
+    dist.all_gather(list(everyones), rows.contiguous(), group=world.group)
+    return everyones.flatten(0, 1)
 
 
 def average_in_rank_order(
