@@ -17,24 +17,29 @@ Started by torchrun, on one node or on several:
 import argparse
 import contextlib
 import os
+import signal
 import sys
-import tempfile
-from pathlib import Path
 from typing import NoReturn
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import ProcessException, spawn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
 from shuffle_batchnorm import ShuffleBatchNorm, record_statistics, synchronize_running_stats
+from shuffle_batchnorm.moco.ranks.control import gather_objects
+from shuffle_batchnorm.moco.ranks.launch import (
+    Rank,
+    find_device,
+    launch,
+    under_torchrun,
+    world_size,
+)
+from shuffle_batchnorm.moco.ranks.spawn import Stopped, leave
 
 RULE = "=" * 48
-UNDER_TORCHRUN = {"LOCAL_RANK", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"} <= os.environ.keys()
 
 
 class Options(argparse.Namespace):
@@ -76,7 +81,7 @@ def positive(text: str) -> int:
 
 def read_command_line() -> tuple[Options, TensorDataset, TensorDataset]:
     """The options and their data; what can be refused is refused here, before a worker starts."""
-    here = int(os.environ["LOCAL_WORLD_SIZE"]) if UNDER_TORCHRUN else 2
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "2"))
     modes = ["local", "sync", "swap", "regroup"]
     gpu_help = "a worker for each, on the CPU if not all exist (0,1; torchrun: one per worker)"
     data_help = "handwritten digits, even or odd; or noise with coin-flip labels (digits)"
@@ -97,7 +102,7 @@ def read_command_line() -> tuple[Options, TensorDataset, TensorDataset]:
     for flag in ("mode", "groups", "offset"):
         if getattr(options, flag) != parser.get_default(flag) and not options.shuffle:
             parser.error(f"argument --{flag}: needs --shuffle")
-    if UNDER_TORCHRUN and len(options.gpu) != here:
+    if under_torchrun() and len(options.gpu) != here:
         parser.error(f"argument --gpu: names {len(options.gpu)}, but torchrun starts {here} here")
     size, groups = options.batch_size, options.groups
     if size % groups:
@@ -109,7 +114,7 @@ def read_command_line() -> tuple[Options, TensorDataset, TensorDataset]:
     except ImportError:
         hint = 'pip install "shuffle_batchnorm[demo]", or use --data random'
         parser.error(f"argument --data: digits needs scikit-learn: {hint}")
-    share = len(train) // world_size(options)
+    share = len(train) // world_size(len(options.gpu), "auto")
     if size > share:
         parser.error(f"argument --batch-size: {size} is more than each worker's {share} images")
     return options, train, test
@@ -144,51 +149,21 @@ def make_model() -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 1))
 
 
-def world_size(options: Options) -> int:
-    """How many workers there are, on all nodes."""
-    return int(os.environ["WORLD_SIZE"]) if UNDER_TORCHRUN else len(options.gpu)
-
-
-def gpus_exist(options: Options) -> bool:
-    """Whether this node has every GPU that --gpu names."""
-    return torch.cuda.is_available() and max(options.gpu) < torch.cuda.device_count()
-
-
-def join(local_rank: int, options: Options, rendezvous: str) -> torch.device:
-    """Meet the other workers; returns the device to work on."""
-    rank = int(os.environ["RANK"]) if UNDER_TORCHRUN else local_rank
-    world = world_size(options)
-    if gpus_exist(options):
-        device, backend = torch.device("cuda", options.gpu[local_rank]), "nccl"
-        torch.cuda.set_device(device)
-    else:
-        device, backend = torch.device("cpu"), "gloo"
-        if world > 1:  # they share the cores: more threads each would only wait for one another
-            torch.set_num_threads(1)
-    dist.init_process_group(backend, init_method=rendezvous, rank=rank, world_size=world)
-    return device
-
-
-def work(
-    local_rank: int, options: Options, train: TensorDataset, test: TensorDataset, rendezvous: str
-) -> None:
+def work(rank: Rank, options: Options, train: TensorDataset, test: TensorDataset) -> None:
     """Be one worker: train with the others, then print the accuracy."""
-    device = join(local_rank, options, rendezvous)
-    rank, world = dist.get_rank(), dist.get_world_size()
-
     torch.manual_seed(options.seed)
     model = make_model()
     if options.shuffle:
         model = ShuffleBatchNorm.convert_shuffle_batchnorm(
             model, mode=options.mode, groups=options.groups, offset=options.offset
         )
-    model = model.to(device)
-    parallel = DistributedDataParallel(model)
+    model = model.to(rank.device)
+    parallel = DistributedDataParallel(model) if rank.world_size > 1 else model
     optimizer = torch.optim.SGD(parallel.parameters(), lr=options.lr, momentum=0.9)
     # Disjoint shards of one size, dealt anew every epoch: a worker with more steps than the
     # others would wait for statistics that nobody sends.
     sampler: DistributedSampler[tuple[Tensor, ...]] = DistributedSampler(
-        train, world, rank, shuffle=True, seed=options.seed, drop_last=True
+        train, rank.world_size, rank.index, shuffle=True, seed=options.seed, drop_last=True
     )
     loader = DataLoader(train, options.batch_size, sampler=sampler, drop_last=True)
 
@@ -197,31 +172,17 @@ def work(
         with contextlib.ExitStack() as stack:
             last = epoch == options.epochs - 1
             records = stack.enter_context(record_statistics(model)) if last else []
-            loss = train_epoch(parallel, loader, optimizer, device)
+            loss = train_epoch(parallel, loader, optimizer, rank.device)
         for record in records[:1]:  # the first BN layer, in this epoch's first step
-            print_in_turn(mean_lines("before", record.own_mean, options.groups))
-            print_in_turn(mean_lines("after", record.used_mean, options.groups))
-        print_in_turn([f"[{epoch}/{options.epochs}] Loss {loss:.4f}", RULE])
+            print_in_turn(rank, mean_lines(rank, "before", record.own_mean, options.groups))
+            print_in_turn(rank, mean_lines(rank, "after", record.used_mean, options.groups))
+        print_in_turn(rank, [f"[{epoch}/{options.epochs}] Loss {loss:.4f}", RULE])
 
     synchronize_running_stats(model, process_group=None)
-    if rank == 0:
-        share = accuracy(model, *(tensor.to(device) for tensor in test.tensors))
+    if rank.index == 0:
+        share = accuracy(model, *(tensor.to(rank.device) for tensor in test.tensors))
         remark = "" if options.data == "digits" else ": noise has nothing to learn, expect 0.5"
         print(f"=> Accuracy {share:.4f} on {len(test)} held-out images{remark}", flush=True)
-    dist.destroy_process_group()
-
-
-def work_and_leave(
-    local_rank: int, options: Options, train: TensorDataset, test: TensorDataset, rendezvous: str
-) -> NoReturn:
-    """Work, and end this process without taking Python down.
-
-    A thread of gloo that lets go of its last message would abort the process then.
-    """
-    work(local_rank, options, train, test, rendezvous)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
 
 
 def train_epoch(
@@ -251,41 +212,39 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     return guesses.eq(labels).float().mean().item()
 
 
-def mean_lines(when: str, mean: Tensor, groups: int) -> list[str]:
+def mean_lines(rank: Rank, when: str, mean: Tensor, groups: int) -> list[str]:
     """Four channels of the mean [N, C] of this rank, or of its virtual groups if it has several."""
     rows = mean[:: len(mean) // groups, :4]  # each group's first sample
-    names = [f"{dist.get_rank()}" + (f".{group}" if groups > 1 else "") for group in range(groups)]
+    names = [f"{rank.index}" + (f".{group}" if groups > 1 else "") for group in range(groups)]
     return [f"[{name}]mean {when} shuffle: {row}" for name, row in zip(names, rows, strict=True)]
 
 
-def print_in_turn(lines: list[str]) -> None:
+def print_in_turn(rank: Rank, lines: list[str]) -> None:
     """Print every worker's lines in rank order; one process prints, so that none is cut in two."""
-    everyones: list[list[str]] = [[]] * dist.get_world_size()
-    dist.all_gather_object(everyones, lines)
-    if dist.get_rank() == 0:
-        print("".join(f"{line}\n" for lines in everyones for line in lines), end="", flush=True)
+    everyones = gather_objects(rank, lines)
+    print("".join(f"{line}\n" for lines in everyones for line in lines), end="", flush=True)
 
 
 def main() -> None:
-    """Spawn a worker for each GPU named, or be the one that torchrun has made of this process."""
+    """Start a worker for each GPU named, or be the one that torchrun has made of this process."""
     options, train, test = read_command_line()
-    world = world_size(options)
-    if not UNDER_TORCHRUN or os.environ["RANK"] == "0":
-        verb = "Joining" if UNDER_TORCHRUN else "Spawning"
+    world = world_size(len(options.gpu), "auto")
+    if os.environ.get("RANK", "0") == "0":
+        verb = "Joining" if under_torchrun() else "Spawning"
         print(f"=> {verb} {world} distributed worker{'s' if world > 1 else ''}", flush=True)
-        if not gpus_exist(options):
+        if find_device("auto", 0, len(options.gpu), options.gpu).type == "cpu":
             names = ",".join(map(str, options.gpu))
             print(f"=> GPU {names} not found: the workers run on the CPU, with gloo", flush=True)
-    if UNDER_TORCHRUN:
-        work_and_leave(int(os.environ["LOCAL_RANK"]), options, train, test, "env://")
-    # They meet at a file, not at a port: nobody else can have taken it.
-    with tempfile.TemporaryDirectory() as folder:
-        rendezvous = (Path(folder) / "rendezvous").as_uri()
-        try:
-            spawn(work_and_leave, (options, train, test, rendezvous), world)
-        except ProcessException as error:
-            sys.exit(f"main.py: a worker failed: {error}")
+    launch(work, options, train, test, ranks=world, gpus=options.gpu)
+    if under_torchrun():
+        leave(0)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (KeyboardInterrupt, Stopped):
+        sys.exit(128 + signal.SIGINT)
+    except Exception as error:
+        message = " ".join(str(error).split())
+        sys.exit(f"main.py: a worker failed: {type(error).__name__}: {message}")

@@ -22,8 +22,7 @@ from meters import PeakMemory, received_messages
 from torch import Tensor
 
 from shuffle_batchnorm import batch_shuffle, batch_unshuffle
-from shuffle_batchnorm.moco.config import RunConfig
-from shuffle_batchnorm.moco.ranks.launch import Place, launch
+from shuffle_batchnorm.moco.ranks.launch import Rank, launch
 
 IMAGES, FEATURES = (32, 3, 96, 96), (32, 128)
 
@@ -91,9 +90,9 @@ def _costs(run: Callable[..., None], images: Tensor, features: Tensor) -> dict[s
     }
 
 
-def measure(place: Place, rounds: int) -> dict[str, dict[str, float]]:
+def measure(rank: Rank, rounds: int) -> dict[str, dict[str, float]]:
     """The row of each contestant, on one rank."""
-    bind(place)
+    bind(rank)
     images, features = torch.randn(IMAGES), torch.randn(FEATURES)
     # Between two contestants the ranks wait for each other, so that none pays for the other.
     contestants: dict[str, Callable[[], Any]] = {}
@@ -120,8 +119,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "                   peak batches    received batches"
     )
     for world_size in arguments.world_sizes:
-        run = RunConfig(ranks=world_size, device="cpu")
-        rows = launch(measure, run, arguments.rounds, graceful=False)
+        rows = launch(measure, arguments.rounds, ranks=world_size, device="cpu")
         moco, ours = rows["MoCo"], rows["ours"]
         faster, floor, bare = (
             "{:5.1f} ({:.1f} to {:.1f})".format(

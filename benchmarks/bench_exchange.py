@@ -25,8 +25,7 @@ from meters import received_messages
 from torch import Tensor
 
 from shuffle_batchnorm.comm.world import resolve
-from shuffle_batchnorm.moco.config import RunConfig
-from shuffle_batchnorm.moco.ranks.launch import Place, launch
+from shuffle_batchnorm.moco.ranks.launch import Rank, launch
 from shuffle_batchnorm.norm.mixing import Options, make_plan
 from shuffle_batchnorm.norm.statistics import mix, mix_gradients
 
@@ -114,13 +113,13 @@ def _rows(contestants: Contestants, rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
-def measure(place: Place, channels: list[int], rounds: int) -> list[dict[str, Any]]:
+def measure(rank: Rank, channels: list[int], rounds: int) -> list[dict[str, Any]]:
     """The rows of all layers and directions, on one rank."""
     results = []
     for count in channels:
         forward, backward = _contestants(count)
         for direction, contestants in (("forward", forward), ("backward", backward)):
-            where = {"world_size": place.world_size, "channels": count, "direction": direction}
+            where = {"world_size": rank.world_size, "channels": count, "direction": direction}
             results += [where | row for row in _rows(contestants, rounds)]
     return results
 
@@ -152,8 +151,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "than SyncBatchNorm    messages  received bytes"
     )
     for world_size in arguments.world_sizes:
-        run = RunConfig(ranks=world_size, device="cpu")
-        rows = launch(measure, run, arguments.channels, arguments.rounds, graceful=False)
+        rows = launch(measure, arguments.channels, arguments.rounds, ranks=world_size, device="cpu")
         for row in rows:
             _print(row)
         results += rows

@@ -30,9 +30,7 @@ from targets import Target, print_targets, slowest
 from torch import Tensor, nn
 
 from shuffle_batchnorm import ShuffleBatchNorm
-from shuffle_batchnorm.moco.config import RunConfig
-from shuffle_batchnorm.moco.ranks.launch import Place, launch
-from shuffle_batchnorm.moco.ranks.spawn import StopRequest
+from shuffle_batchnorm.moco.ranks.launch import Rank, launch
 
 Row = dict[str, Any]
 
@@ -86,7 +84,7 @@ def kernels(scale: Scale) -> tuple[list[Row], list[Target]]:
 
 
 def layer(scale: Scale) -> tuple[list[Row], list[Target]]:
-    place = Place(0, 1, torch.device(scale.device), StopRequest(), None)
+    rank = Rank(0, 1, torch.device(scale.device))
     everything, targets = [], []
     for dtype in (torch.float32, torch.bfloat16):
         for channels_last in (False, True):
@@ -96,7 +94,7 @@ def layer(scale: Scale) -> tuple[list[Row], list[Target]]:
             )  # fmt: skip
             how = f"{str(dtype)[6:]}, {'channels_last' if channels_last else 'contiguous'}"
             print(f"\n{how}")
-            rows = bench_layer.measure(place, options)
+            rows = bench_layer.measure(rank, options)
             summary = bench_layer.summarise(rows)
             bench_layer.print_summary(summary)
             worst = slowest(summary, PLAIN)
@@ -131,12 +129,12 @@ def memory(scale: Scale) -> tuple[list[Row], list[Target]]:
 
 
 def step(scale: Scale) -> tuple[list[Row], list[Target]]:
-    place = Place(0, 1, torch.device(scale.device), StopRequest(), None)
+    rank = Rank(0, 1, torch.device(scale.device))
     options = bench_step.Options(
         ["supervised"], ["regroup"], scale.network, scale.step_batch, scale.image_size,
         scale.groups[-1], scale.compiled, True, True, False, 10 * scale.seconds, scale.rounds,
     )  # fmt: skip
-    rows = bench_step.measure(place, options)
+    rows = bench_step.measure(rank, options)
     bench_step.print_rows(rows)
     what = f"step of {scale.network}, regroup / {PLAIN}"
     where = f"batch {scale.step_batch}, bfloat16, channels_last, groups={scale.groups[-1]}"
@@ -213,8 +211,7 @@ def ranks(scale: Scale) -> tuple[list[Row], list[Target]]:
         scale.shapes, scale.batch // 4, [1], torch.float32, False, False,
         scale.seconds, scale.rounds,
     )  # fmt: skip
-    run = RunConfig(ranks=scale.ranks, device="cuda")
-    rows = launch(bench_layer.measure, run, options, graceful=False)
+    rows = launch(bench_layer.measure, options, ranks=scale.ranks, device="cuda")
     bench_layer.print_summary(bench_layer.summarise(rows))
     return rows, []
 

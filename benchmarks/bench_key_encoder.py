@@ -22,9 +22,8 @@ from meters import received_messages
 from torch import Tensor, nn
 
 from shuffle_batchnorm import ShuffleBatchNorm, ShuffledEncoder, batch_shuffle, batch_unshuffle
-from shuffle_batchnorm.moco.config import RunConfig
 from shuffle_batchnorm.moco.networks import make_backbone
-from shuffle_batchnorm.moco.ranks.launch import Place, launch
+from shuffle_batchnorm.moco.ranks.launch import Rank, launch
 
 IMAGES = (16, 3, 64, 64)
 
@@ -56,9 +55,9 @@ def _contestants(network: str) -> dict[str, Callable[[], Any]]:
 
 
 @torch.no_grad()
-def measure(place: Place, network: str, rounds: int) -> list[dict[str, Any]]:
+def measure(rank: Rank, network: str, rounds: int) -> list[dict[str, Any]]:
     """The row of each way, on one rank."""
-    bind(place)
+    bind(rank)
     contestants = _contestants(network)
     together: dict[str, Callable[[], Any]] = {}
     for name, run in contestants.items():
@@ -74,7 +73,7 @@ def measure(place: Place, network: str, rounds: int) -> list[dict[str, Any]]:
         median, p20, p80 = spread(added)
         rows.append(
             {
-                "world_size": place.world_size,
+                "world_size": rank.world_size,
                 "network": network,
                 "name": name,
                 "median": spread(seconds[name]).median,
@@ -100,8 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("ranks  network   way            pass ms  added ms                 messages  received KB")
     for world_size in arguments.world_sizes:
         for network in arguments.networks:
-            run = RunConfig(ranks=world_size, device="cpu")
-            rows = launch(measure, run, network, arguments.rounds, graceful=False)
+            rows = launch(measure, network, arguments.rounds, ranks=world_size, device="cpu")
             for row in rows:
                 points = (1e3 * row[key] for key in ("added", "added_p20", "added_p80"))
                 added = "{:6.1f} ({:.1f} to {:.1f})".format(*points)

@@ -25,9 +25,8 @@ from peers import MODES, NAIVE, PLAIN, SPLIT, check, contestants, staged
 from torch import Tensor, nn
 
 from shuffle_batchnorm import ShuffleBatchNorm
-from shuffle_batchnorm.moco.config import RunConfig
 from shuffle_batchnorm.moco.networks import make_backbone
-from shuffle_batchnorm.moco.ranks.launch import Place, launch
+from shuffle_batchnorm.moco.ranks.launch import Rank, launch
 
 STAGES = ("forward", "backward", "both", "host")  # host: on a GPU, until all is issued
 Row = dict[str, Any]
@@ -65,14 +64,14 @@ def resnet50_shapes() -> dict[tuple[int, int, int], int]:
     return shapes
 
 
-def measure(place: Place, options: Options) -> list[Row]:
+def measure(rank: Rank, options: Options) -> list[Row]:
     """The rows of all shapes, on one rank."""
     rows = []
     for shape in options.shapes:
         torch._dynamo.reset()
-        torch.manual_seed(place.rank)
-        rows += _measure_shape(place, options, shape)
-        if place.rank == 0:
+        torch.manual_seed(rank.index)
+        rows += _measure_shape(rank, options, shape)
+        if rank.index == 0:
             plain = next(
                 row for row in rows if row["name"] == PLAIN and row["shape"][1:] == [*shape]
             )
@@ -81,11 +80,11 @@ def measure(place: Place, options: Options) -> list[Row]:
     return rows
 
 
-def _measure_shape(place: Place, options: Options, shape: tuple[int, int, int]) -> list[Row]:
-    device = place.device.type
+def _measure_shape(rank: Rank, options: Options, shape: tuple[int, int, int]) -> list[Row]:
+    device = rank.device.type
     layout = torch.channels_last if options.channels_last else torch.contiguous_format
     made = [
-        torch.randn(options.batch, *shape, device=place.device, dtype=options.dtype) for _ in "xy"
+        torch.randn(options.batch, *shape, device=rank.device, dtype=options.dtype) for _ in "xy"
     ]
     x, noise = (tensor.contiguous(memory_format=layout) for tensor in made)
     # Noise alone would hide a gradient without the part that goes through the statistics.
@@ -96,8 +95,8 @@ def _measure_shape(place: Place, options: Options, shape: tuple[int, int, int]) 
     )  # fmt: skip
     checked = {}
     for name, contestant in field.items():
-        contestant.layer.to(place.device)
-        contestant.truth.to(place.device)
+        contestant.layer.to(rank.device)
+        contestant.truth.to(rank.device)
         begun = time.perf_counter()
         check(name, contestant, x, dy)
         checked[name] = time.perf_counter() - begun
@@ -239,8 +238,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         arguments.channels_last, arguments.compiled, arguments.seconds, arguments.rounds,
     )  # fmt: skip
     device = "cuda" if torch.cuda.device_count() >= arguments.ranks else "cpu"
-    run = RunConfig(ranks=arguments.ranks, device=device)  # type: ignore[arg-type]
-    rows = launch(measure, run, options, graceful=False)
+    rows = launch(measure, options, ranks=arguments.ranks, device=device)
     summary = summarise(rows)
     print_summary(summary)
     memory = []

@@ -28,11 +28,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from shuffle_batchnorm import ShuffleBatchNorm
-from shuffle_batchnorm.moco.config import NetworkConfig, NormConfig, RunConfig
+from shuffle_batchnorm.moco.build import normalise_key, normalise_query
+from shuffle_batchnorm.moco.config import NetworkConfig, NormConfig
 from shuffle_batchnorm.moco.model import MoCo
 from shuffle_batchnorm.moco.networks import make_backbone, make_encoder
-from shuffle_batchnorm.moco.normalisation import normalise_key, normalise_query
-from shuffle_batchnorm.moco.ranks.launch import Place, launch
+from shuffle_batchnorm.moco.ranks.launch import Rank, launch
 
 CLASSES = 100
 Row = dict[str, Any]
@@ -55,25 +55,25 @@ class Options(NamedTuple):
     rounds: int
 
 
-def measure(place: Place, options: Options) -> list[Row]:
+def measure(rank: Rank, options: Options) -> list[Row]:
     """The rows of all steps, on one rank."""
-    bind(place)
+    bind(rank)
     warnings.simplefilter("ignore")  # swap grows with depth; here only its time matters
     rows = []
     for step in options.steps:
         torch._dynamo.reset()
-        rows += _measure_step(place, options, step)
+        rows += _measure_step(rank, options, step)
     return rows
 
 
-def _measure_step(place: Place, options: Options, step: str) -> list[Row]:
-    device = place.device
-    torch.manual_seed(place.rank)
+def _measure_step(rank: Rank, options: Options, step: str) -> list[Row]:
+    device = rank.device
+    torch.manual_seed(rank.index)
     layout = torch.channels_last if options.channels_last else torch.contiguous_format
     shape = options.batch, 3, options.size, options.size
     views = [torch.randn(shape, device=device).contiguous(memory_format=layout) for _ in "12"]
     labels = torch.randint(CLASSES, (options.batch,), device=device)
-    names = options.bn if step == "moco" else _layers(options, place)
+    names = options.bn if step == "moco" else _layers(options, rank)
     runs: dict[str, Callable[[], None]] = {}
     first_call: dict[str, float] = {}
     peaks: dict[str, int] = {}
@@ -86,7 +86,7 @@ def _measure_step(place: Place, options: Options, step: str) -> list[Row]:
             model = _classifier(options, bn)
             loss = lambda model: F.cross_entropy(model(views[0]), labels)  # noqa: E731
         model.to(memory_format=layout)  # type: ignore[call-overload]
-        runs[bn] = partial(_train_once, *_ready(model, place), loss, options.bf16)
+        runs[bn] = partial(_train_once, *_ready(model, rank), loss, options.bf16)
         begun = time.perf_counter()
         runs[bn]()
         first_call[bn] = time.perf_counter() - begun
@@ -95,7 +95,7 @@ def _measure_step(place: Place, options: Options, step: str) -> list[Row]:
         # A compiled graph's own tensors can't be seen on the CPU.
         if device.type == "cuda" or not options.compiled:
             peaks[bn] = peak_memory(runs[bn], device.type)
-        if place.rank == 0:
+        if rank.index == 0:
             print(f"{step}, {bn}: first call {first_call[bn]:.1f} s", flush=True)
     laps = laps_of(
         {name: partial(one_stage, run) for name, run in runs.items()},
@@ -107,7 +107,7 @@ def _measure_step(place: Place, options: Options, step: str) -> list[Row]:
             "step": step,
             "bn": bn,
             "compiled": options.compiled,
-            "ranks": place.world_size,
+            "ranks": rank.world_size,
             "network": options.network,
             "images": list(shape),
             "groups": options.groups,
@@ -124,8 +124,8 @@ def _measure_step(place: Place, options: Options, step: str) -> list[Row]:
     ]
 
 
-def _layers(options: Options, place: Place) -> list[str]:
-    peers = [PLAIN, IN_STEP] if options.floor and place.world_size > 1 else [PLAIN]
+def _layers(options: Options, rank: Rank) -> list[str]:
+    peers = [PLAIN, IN_STEP] if options.floor and rank.world_size > 1 else [PLAIN]
     return peers + [bn for bn in options.bn if bn != "batch-shuffle"]
 
 
@@ -153,13 +153,13 @@ def _classifier(options: Options, bn: str) -> nn.Module:
     return model
 
 
-def _ready(model: nn.Module, place: Place) -> tuple[nn.Module, torch.optim.Optimizer]:
+def _ready(model: nn.Module, rank: Rank) -> tuple[nn.Module, torch.optim.Optimizer]:
     """The model where it trains, and its optimizer."""
-    model.to(place.device)
+    model.to(rank.device)
     learns = [parameter for parameter in model.parameters() if parameter.requires_grad]
     # So slow that swap, whose activations grow, stays finite.
     optimizer = torch.optim.SGD(learns, lr=1e-6, momentum=0.9, weight_decay=1e-4)
-    if place.world_size == 1:
+    if rank.world_size == 1:
         return model, optimizer
     # Running statistics are each rank's own. torch 2.13 has another name for it.
     names = inspect.signature(DistributedDataParallel).parameters
@@ -223,8 +223,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         arguments.floor, arguments.seconds, arguments.rounds,
     )  # fmt: skip
     device = "cuda" if torch.cuda.device_count() >= arguments.ranks else "cpu"
-    run = RunConfig(ranks=arguments.ranks, device=device)  # type: ignore[arg-type]
-    rows = launch(measure, run, options, graceful=False)
+    rows = launch(measure, options, ranks=arguments.ranks, device=device)
     print_rows(rows)
     if arguments.save is not None:
         name = arguments.save or ("step_compiled" if arguments.compiled else "step")

@@ -23,29 +23,29 @@ import torch
 from shuffle_batchnorm.moco.config import Config, MoCoConfig, NormConfig, OptimConfig, RunConfig
 from shuffle_batchnorm.moco.data.loading import load_data
 from shuffle_batchnorm.moco.random_state import own_random_state
-from shuffle_batchnorm.moco.ranks.launch import Place, launch
+from shuffle_batchnorm.moco.ranks.launch import Rank, launch
 from shuffle_batchnorm.moco.trainer import Trainer
 
 PARTS = ("augmentation", "forward", "backward", "optimizer")
 
 
-def measure(place: Place, config: Config) -> list[dict[str, float]]:
+def measure(rank: Rank, config: Config) -> list[dict[str, float]]:
     """Milliseconds per step of every epoch but the first, on one rank."""
     seconds: dict[str, float] = defaultdict(float)
 
     def timed(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            begun = now(place)
+            begun = now(rank)
             result = function(*args, **kwargs)
-            seconds[part] += now(place) - begun
+            seconds[part] += now(rank) - begun
             return result
 
         return call
 
     rows = []
     with ExitStack() as stack:
-        stack.enter_context(own_random_state(place.device))
-        trainer: Any = Trainer(place, config, load_data(config.data), None)
+        stack.enter_context(own_random_state())
+        trainer: Any = Trainer(rank, config, load_data(config.data), None)
         stack.callback(trainer.close)
         trainer.views.of_step = timed("augmentation", trainer.views.of_step)
         trainer.parallel.forward = timed("forward", trainer.parallel.forward)
@@ -54,19 +54,19 @@ def measure(place: Place, config: Config) -> list[dict[str, float]]:
         torch.Tensor.backward = timed("backward", torch.Tensor.backward)  # type: ignore[method-assign]
         for epoch in range(config.optim.epochs):
             seconds.clear()
-            begun = now(place)
+            begun = now(rank)
             trainer.train_epoch(epoch)
-            whole = now(place) - begun
+            whole = now(rank) - begun
             steps = trainer.batches.steps
             row = {part: 1000 * seconds[part] / steps for part in PARTS}
             rows.append(row | {"step": 1000 * whole / steps})
             trainer.epoch, trainer.step_in_epoch = epoch + 1, 0
-        trainer.stop.settle()
+        trainer.stop.answer()
     return rows[1:]
 
 
-def now(place: Place) -> float:
-    if place.device.type == "cuda":
+def now(rank: Rank) -> float:
+    if rank.device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
@@ -87,7 +87,7 @@ def main() -> None:
             optim=OptimConfig(epochs=options.epochs, batch_size=options.batch_size),
             run=RunConfig(output=Path(folder), ranks=options.ranks, device=options.device),
         )
-        rows = launch(measure, config.run, config)
+        rows = launch(measure, config, ranks=options.ranks, device=options.device)
     for row in rows:
         row["overhead"] = row["step"] - sum(row[part] for part in PARTS)
         work = row["step"] - row["overhead"]

@@ -18,22 +18,23 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from shuffle_batchnorm.moco.ranks.launch import Place
+from shuffle_batchnorm.moco.journal import processor
+from shuffle_batchnorm.moco.ranks.launch import Rank
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 BRIEF = 3  # rounds of a slow contestant
 
 
-def bind(place: Place) -> None:
+def bind(rank: Rank) -> None:
     """Bind a rank, with all its threads, to a core of its own, as mpirun does; on the CPU only.
 
     Unbound, two ranks may share a core for a while, and what one of them computes the other waits
     for: Python's share of a step then counts twice or not, by luck. Not for bare collectives of
     microseconds, whose threads then wait for the scheduler now and then, for 4 ms.
     """
-    if place.device.type == "cpu" and _have_a_core_each(place.world_size):
-        core = sorted(os.sched_getaffinity(0))[place.rank]
+    if rank.device.type == "cpu" and _have_a_core_each(rank.world_size):
+        core = sorted(os.sched_getaffinity(0))[rank.index]
         for thread in Path("/proc/self/task").iterdir():
             os.sched_setaffinity(int(thread.name), {core})
 
@@ -251,7 +252,7 @@ def _circumstances(on_ranks: bool, on_gpu: bool | None) -> dict[str, Any]:
     if on_gpu is None:
         on_gpu = torch.cuda.is_available()
     return {
-        "device": torch.cuda.get_device_name() if on_gpu else _processor(),
+        "device": torch.cuda.get_device_name() if on_gpu else processor(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": 1 if on_ranks and not on_gpu else torch.get_num_threads(),
         "torch": torch.__version__,
@@ -279,10 +280,3 @@ def _git(*words: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     except FileNotFoundError:
         return ""
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.machine()

@@ -32,8 +32,7 @@ from torch import Tensor, nn
 from ranks import run_on_ranks
 from shuffle_batchnorm import ShuffleBatchNorm
 from shuffle_batchnorm.kernels import cpu
-from shuffle_batchnorm.moco.ranks.launch import Place
-from shuffle_batchnorm.moco.ranks.spawn import StopRequest
+from shuffle_batchnorm.moco.ranks.launch import Rank
 
 LAYER = ["--batch=8", "--groups", "1", "4", "--shapes", "4x5x6", "6x3x3", "--memory-batch=0"]
 STEP = ["--ranks=1", "--network=small", "--size=16", "--batch=8"]
@@ -99,9 +98,9 @@ def test_resnet50_has_53_layers_of_12_shapes() -> None:
 
 
 def _layers_on_ranks() -> list[dict[str, Any]]:
-    place = Place(dist.get_rank(), 2, torch.device("cpu"), StopRequest(), None)
+    rank = Rank(dist.get_rank(), 2, torch.device("cpu"))
     options = bench_layer.Options([(4, 5, 6)], 8, [1], torch.float32, False, False, 0.0, 3)
-    return bench_layer.measure(place, options)
+    return bench_layer.measure(rank, options)
 
 
 def test_layer_on_ranks() -> None:
@@ -235,12 +234,12 @@ def test_ranks_take_as_many_rounds() -> None:
 
 
 def _steps_on_ranks() -> list[str]:
-    place = Place(dist.get_rank(), 2, torch.device("cpu"), StopRequest(), None)
+    rank = Rank(dist.get_rank(), 2, torch.device("cpu"))
     options = bench_step.Options(
         ["moco", "supervised"], ["local", "regroup", "batch-shuffle"], "small", 8, 16, 2,
         False, False, False, True, 0.0, 3,
     )  # fmt: skip
-    rows = bench_step.measure(place, options)
+    rows = bench_step.measure(rank, options)
     assert {row["rounds"] for row in rows} == {3}
     return [row["bn"] for row in rows]
 

@@ -1,16 +1,21 @@
 """main.py from the outside: what a newcomer types, and what is printed."""
 
+import contextlib
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
 import main
+from shuffle_batchnorm.moco.cli import EXTRA
 
 ROOT = Path(__file__).resolve().parents[1]
 MAIN = str(ROOT / "main.py")
@@ -23,13 +28,16 @@ Means = dict[str, tuple[float, ...]]
 
 
 def start(command: Sequence[str], first_path: Path = ROOT / "src") -> subprocess.Popen[str]:
-    """Start a command on the CPU."""
+    """Start a command on the CPU, in a process group of its own, as a terminal does."""
     # Two cores have to do for every worker, and a torchrun around pytest is not ours.
     ours = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    path = os.pathsep.join([str(first_path), os.environ.get("PYTHONPATH", "")])
+    paths = [str(first_path), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
+    path = os.pathsep.join(paths)
     ours |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, env=ours, text=True, stdout=pipe, stderr=pipe)
+    return subprocess.Popen(
+        command, env=ours, text=True, stdout=pipe, stderr=pipe, start_new_session=True
+    )
 
 
 def finish(processes: Sequence[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
@@ -44,9 +52,9 @@ def finish(processes: Sequence[subprocess.Popen[str]]) -> list[tuple[int, str, s
                 process.communicate()
 
 
-def run(*command: str) -> str:
+def run(*command: str, first_path: Path = ROOT / "src") -> str:
     """The stdout of a command that has to succeed, without a warning."""
-    [(status, stdout, stderr)] = finish([start(command)])
+    [(status, stdout, stderr)] = finish([start(command, first_path)])
     assert status == 0, stderr
     assert not re.search(r"\wWarning: ", stderr), stderr  # Python's; gloo may speak of hostnames
     return stdout
@@ -74,10 +82,19 @@ def seeds_run() -> str:
     return run(*PYTHON, "--gpu", "0,1", "--shuffle", "--epochs", "10")
 
 
+BLOCKER = f"import sys; sys.modules |= dict.fromkeys({sorted(EXTRA - {'numpy'})})\n"
+
+
 @pytest.fixture(scope="module")
-def spawned_run() -> str:
-    """A short run that this file spawned itself, for torchrun's to be compared with."""
-    return run(*PYTHON, "--gpu", "0,1", *QUICK)
+def spawned_run(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A short run that this file spawned itself, for torchrun's to be compared with.
+
+    Where the packages of the extra `train` can't be imported, for to start ranks needs none of
+    them; NumPy stays, with which torch sends objects.
+    """
+    folder = tmp_path_factory.mktemp("without_extra")
+    (folder / "sitecustomize.py").write_text(BLOCKER)
+    return run(*PYTHON, "--gpu", "0,1", *QUICK, first_path=folder)
 
 
 def test_seeds_command_swaps_between_two_processes(seeds_run: str) -> None:
@@ -112,19 +129,33 @@ def test_digits_are_learnt(seeds_run: str) -> None:
     assert float(accuracy[1]) > 0.94
 
 
-def test_without_shuffle_nothing_is_swapped() -> None:
+def in_this_process(
+    flags: Sequence[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> str:
+    """The stdout of a run with one worker, which is this process."""
+    monkeypatch.setattr(sys, "argv", ["main.py", "--gpu", "0", *flags])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    main.main()
+    return capsys.readouterr().out
+
+
+def test_without_shuffle_nothing_is_swapped(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Catches a model that is converted, or a check that is printed, without being asked for."""
-    stdout = run(*PYTHON, "--gpu", "0,1", "--epochs", "1", "--data", "random")
+    stdout = in_this_process(["--epochs", "1", "--data", "random"], monkeypatch, capsys)
     assert "shuffle" not in stdout
-    assert stdout.count("[0/1] Loss 0.") == 2
+    assert stdout.count("[0/1] Loss 0.") == 1
     assert "noise has nothing to learn" in stdout
 
 
-def test_groups_swap_inside_one_device() -> None:
+def test_groups_swap_inside_one_device(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Catches virtual groups that are not printed, or rows of the wrong group."""
-    stdout = run(*PYTHON, "--gpu", "0", *QUICK, "--groups", "2")
+    stdout = in_this_process([*QUICK, "--groups", "2"], monkeypatch, capsys)
     before, after = means(stdout)
-    assert "=> Spawning 1 distributed worker\n" in stdout
+    assert stdout.startswith("=> Spawning 1 distributed worker\n=> GPU 0 not found")
     assert after == {"0.0": before["0.1"], "0.1": before["0.0"]}
 
 
@@ -135,7 +166,7 @@ def test_three_workers_rotate() -> None:
 
 
 def test_torchrun_prints_the_same(spawned_run: str) -> None:
-    """Catches workers that spawn workers of their own, or take their rank from the wrong place."""
+    """Catches workers that spawn workers of their own, or take another one's rank."""
     stdout = run(*TORCHRUN, "--standalone", "--nproc-per-node", "2", MAIN, *QUICK)
     assert "=> Joining 2 distributed workers\n" in stdout
     assert after_the_greeting(stdout) == after_the_greeting(spawned_run)
@@ -165,18 +196,66 @@ def test_torchrun_on_two_nodes_prints_the_same(spawned_run: str) -> None:
 
 def test_failing_worker_fails_the_command(tmp_path: Path) -> None:
     """Catches a worker's error that is swallowed, and peers that are left waiting for it."""
-    (tmp_path / "shuffle_batchnorm.py").write_text(
-        "import time, torch.distributed as dist\n"
-        "class ShuffleBatchNorm:\n"
-        "    def convert_shuffle_batchnorm(model, **_):\n"
-        "        if dist.get_rank() == 1: raise RuntimeError('rank 1 gives up')\n"
-        "        time.sleep(600)\n"
-        "record_statistics = synchronize_running_stats = None\n"
-    )
-    [(status, _, stderr)] = finish([start((*PYTHON, *QUICK), first_path=tmp_path)])
+    text = Path(MAIN).read_text()
+    line = "    model = make_model()\n"
+    assert line in text
+    broken = tmp_path / "main.py"
+    raising = '    if rank.index == 1:\n        raise RuntimeError("rank 1 gives up\\nfor good")\n'
+    broken.write_text(text.replace(line, line + raising))
+    [(status, _, stderr)] = finish([start((sys.executable, str(broken), *QUICK))])
     assert status == 1
-    assert "main.py: a worker failed: " in stderr
-    assert "RuntimeError: rank 1 gives up" in stderr
+    assert stderr == "main.py: a worker failed: RuntimeError: rank 1 gives up for good\n"
+
+
+def members(group: int) -> list[int]:
+    """The processes of a process group that have not ended."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has just ended
+            state, _, its_group = path.read_text().rpartition(")")[2].split()[:3]
+            if int(its_group) == group and state != "Z":
+                found.append(int(path.parent.name))
+    return found
+
+
+def assert_ended(group: int) -> None:
+    """All processes of a group end within seconds."""
+    until = time.monotonic() + 20
+    while members(group) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert members(group) == []
+
+
+@contextlib.contextmanager
+def training() -> Iterator[subprocess.Popen[str]]:
+    """main.py with two workers that have begun to train, and would for long."""
+    process = start((*PYTHON, "--gpu", "0,1", "--data", "random", "--epochs", "100000"))
+    try:
+        assert process.stdout is not None
+        assert any("Loss" in line for line in process.stdout)
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def test_killed_parent_leaves_no_workers() -> None:
+    """Catches workers that train on, or wait for ever, when nobody is there to end them."""
+    with training() as process:
+        assert len(members(process.pid)) >= 3
+        process.kill()
+        process.wait()
+        assert_ended(process.pid)
+
+
+def test_ctrl_c_prints_no_traceback() -> None:
+    """Catches a KeyboardInterrupt in the parent, in a worker, or in none of them."""
+    with training() as process:
+        os.killpg(process.pid, signal.SIGINT)
+        _, stderr = process.communicate(timeout=60)
+        assert (process.returncode, stderr) == (130, "")
+        assert_ended(process.pid)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from shuffle_batchnorm.moco.config import (
     OptimConfig,
     RunConfig,
 )
-from shuffle_batchnorm.moco.measure import find_leak
+from shuffle_batchnorm.moco.measure import Measurements
 from shuffle_batchnorm.moco.trainer import Record
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,9 +55,10 @@ def small_config(output: Path, **changes: Any) -> Config:
 
 
 def train_quickly(config: Config) -> Record:
-    """Train, but look at few keys when the leak is measured at the end."""
+    """Train, but measure the leak with few keys at the end."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "find_leak", functools.partial(find_leak, batches=2, keys=4))
+        few = functools.partialmethod(Measurements.leak, batches=2, keys=4)
+        patch.setattr(Measurements, "leak", few)
         return trainer.train(config)
 
 
@@ -126,8 +127,8 @@ def without_times(value: Any) -> Any:
 def timeless_rows(path: Path) -> list[list[str]]:
     """The cells of a CSV file, without the columns that depend on the clock."""
     header, *lines = (line.split(",") for line in path.read_text().splitlines())
-    keep = [place for place, name in enumerate(header) if name not in TIMED]
-    return [[line[place] for place in keep] for line in [header, *lines]]
+    columns = [column for column, name in enumerate(header) if name not in TIMED]
+    return [[line[column] for column in columns] for line in [header, *lines]]
 
 
 def differences(a: Any, b: Any, where: str = "") -> list[str]:

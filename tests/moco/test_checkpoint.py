@@ -1,18 +1,30 @@
 """Checkpoints: whole or not there, and an error that says what to do."""
 
 import errno
+import fcntl
 import os
 import resource
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 import torch
 
 from shuffle_batchnorm.moco import checkpoint
-from shuffle_batchnorm.moco.checkpoint import PARTS, CheckpointError, folder_lock, load, save
+from shuffle_batchnorm.moco.checkpoint import (
+    FREE,
+    PARTS,
+    CheckpointError,
+    State,
+    folder_lock,
+    load,
+    read_json,
+    refuse_changes,
+    save,
+    write_json,
+)
 
 
 def state(value: float) -> dict[str, Any]:
@@ -85,8 +97,8 @@ def cut(data: bytes) -> bytes:
 
 
 def flip(data: bytes) -> bytes:
-    place = data.index(torch.full((4,), 2.0).numpy().tobytes())
-    return data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
+    at = data.index(torch.full((4,), 2.0).numpy().tobytes())
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
 
 
 @pytest.mark.parametrize(
@@ -99,7 +111,7 @@ def test_damaged(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(CheckpointError) as refusal:
         load(path)
-    advice = "to go on from last.previous.pt, put that in its place"
+    advice = "to go on from last.previous.pt, rename that to last.pt"
     assert str(refusal.value) == f"checkpoint: {path} is damaged; {advice}"
     assert weight(tmp_path / "last.previous.pt") == 1.0
 
@@ -148,5 +160,66 @@ def test_one_run_per_folder(tmp_path: Path) -> None:
             folder_lock(tmp_path, patience=0.1),
         ):
             pass
+        assert (tmp_path / ".lock").exists()
     with folder_lock(tmp_path):
         pass
+
+
+def test_a_lock_that_was_removed_meanwhile_locks_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches two runs in a folder, one with the lock that an ended run has just removed."""
+    really_lock = fcntl.flock
+    calls: list[int] = []
+
+    def lock(file: IO[str], flags: int) -> None:
+        really_lock(file, flags)
+        calls.append(flags)
+        if len(calls) == 1:
+            (tmp_path / ".lock").unlink()
+
+    monkeypatch.setattr(fcntl, "flock", lock)
+    with folder_lock(tmp_path):
+        with pytest.raises(CheckpointError), folder_lock(tmp_path, patience=0.1):
+            pass
+        assert (tmp_path / ".lock").exists()
+
+
+def test_a_run_that_is_refused_leaves_no_folder(tmp_path: Path) -> None:
+    """Neither its lock, nor folders made for it; one with a file in it stays, as do others'."""
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(ZeroDivisionError), folder_lock(tmp_path / "mine" / "runs" / "moco"):
+        1 / 0  # noqa: B018
+    assert list(tmp_path.rglob("*")) == [tmp_path / "mine"]
+    with folder_lock(tmp_path / "runs" / "moco"):
+        (tmp_path / "runs" / "moco" / "last.pt").touch()
+    assert names(tmp_path / "runs" / "moco") == {"last.pt"}
+
+
+def test_json_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "file.json"
+    with pytest.raises(CheckpointError, match=r"can't read .*file\.json: No such file"):
+        read_json(path)
+    write_json(path, {"a": [1, None]})
+    assert read_json(path) == {"a": [1, None]}
+    for content in (b"{", b"\xff"):
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"file\.json is not JSON"):
+            read_json(path)
+
+
+def test_all_changes_are_named() -> None:
+    before: State = {"config": {"a": {"lr": 1, "output": "x"}}, "world_size": 2}
+    now: State = {"config": {"a": {"lr": 2, "output": "y"}}, "world_size": 3, "device": "cpu"}
+    expected = (
+        r"call: file was begun with another --lr \(was 1, is 2\), number of ranks \(was 2, is 3\)"
+    )
+    with pytest.raises(CheckpointError, match=expected):
+        refuse_changes("call", Path("file"), before, now)
+    with pytest.raises(CheckpointError, match=r"another device \(was cuda, is cpu\)"):
+        refuse_changes(
+            "call", Path("file"), before | {"device": "cuda"}, before | {"device": "cpu"}
+        )
+    refuse_changes("call", Path("file"), before, now | {"world_size": 2}, FREE | {"lr"})
+    with pytest.raises(CheckpointError, match="does not say what was begun"):
+        refuse_changes("call", Path("file"), {}, now)

@@ -14,7 +14,7 @@ import tyro
 
 from moco.moco_runs import small_config, train_quickly
 from ranks import run_on_ranks
-from shuffle_batchnorm.moco import commands, examine, trainer
+from shuffle_batchnorm.moco import commands, measure, trainer
 from shuffle_batchnorm.moco.checkpoint import PARTS
 from shuffle_batchnorm.moco.cli import main
 from shuffle_batchnorm.moco.comparison import compare
@@ -185,15 +185,11 @@ def test_evaluate_and_probe(checkpoint: Path, capsys: pytest.CaptureFixture[str]
     assert probed.startswith(f"probe: {checkpoint}, epoch 1: leak ")
 
 
-def test_all_groups_are_kept_on_other_ranks(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_all_groups_stay_on_other_ranks(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Config] = []
-    monkeypatch.setattr(
-        examine, "launch", lambda _at, _run, _what, config, *_, **__: seen.append(config)
-    )
+    monkeypatch.setattr(measure, "launch", lambda _at, _what, config, *_, **__: seen.append(config))
     for ranks in (None, 1, 4):
-        examine.evaluate_checkpoint(checkpoint, ranks)
+        measure.evaluate_checkpoint(checkpoint, ranks)
     assert [(c.run.ranks, c.norm.groups) for c in seen] == [(2, 16), (1, 32), (4, 8)]
 
 
@@ -203,7 +199,7 @@ def test_all_groups_are_kept_on_other_ranks(
         (Stopped(signal.SIGTERM, "train: stopped by SIGTERM"), 143, "train: stopped by SIGTERM"),
         (Stopped(signal.SIGINT, "train: stopped by SIGINT"), 130, "train: stopped by SIGINT"),
         (KeyboardInterrupt(), 130, "stopped"),
-        (RankError("train: the process of rank 1 died"), 1, "train: the process of rank 1 died"),
+        (RankError("the process of rank 1 died"), 1, "the process of rank 1 died"),
     ],
 )
 def test_exit_codes(

@@ -1,4 +1,4 @@
-"""kNN and the linear probe, and that to look at an encoder does not change it."""
+"""kNN and the linear probe, and that to evaluate an encoder does not change it."""
 
 import pytest
 import torch

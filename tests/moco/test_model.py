@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from shuffle_batchnorm import ShuffleBatchNorm
+from shuffle_batchnorm.moco.build import normalise_key, normalise_query
 from shuffle_batchnorm.moco.config import Norm, NormConfig
 from shuffle_batchnorm.moco.model import MoCo, Step, next_offset
-from shuffle_batchnorm.moco.normalisation import normalise_key, normalise_query
 
 
 class _Encoder(nn.Module):
@@ -117,7 +117,7 @@ def test_buffers(buffers: str, bn: Norm) -> None:
     mean, old = query.running_mean.clone(), key.running_mean.clone()
     moco(one, 3 + 2 * two)
     if buffers == "own":
-        # A tenth of its own batch's mean, pooled from the groups: they are of one size.
+        # A tenth of its own batch's mean, averaged over the groups: they are of one size.
         convolution: Any = moco.encoder_k.get_submodule("layers.0")
         batch = convolution(3 + 2 * two).mean((0, 2, 3))
         expected = 0.9 * old + 0.1 * batch
@@ -132,11 +132,11 @@ def test_buffers(buffers: str, bn: Norm) -> None:
 
 def test_queue_of_any_length_wraps_around() -> None:
     moco, expected = _moco(queue=11), list(_moco(queue=11).queue)
-    place = 0
+    slot = 0
     for seed in range(4):
         for key in moco(*_views(seed=seed)).keys:
-            expected[place % 11] = key
-            place += 1
+            expected[slot % 11] = key
+            slot += 1
         torch.testing.assert_close(moco.queue, torch.stack(expected))
     assert int(moco.queue_pointer) == 32 % 11
     torch.testing.assert_close(moco.queue.norm(dim=1), torch.ones(11))

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ranks import outcomes_on_ranks, run_on_ranks
+from shuffle_batchnorm.moco.build import normalise_key, normalise_query
 from shuffle_batchnorm.moco.config import NetworkConfig, Norm, NormConfig
 from shuffle_batchnorm.moco.model import MoCo
 from shuffle_batchnorm.moco.networks import make_encoder
-from shuffle_batchnorm.moco.normalisation import normalise_key, normalise_query
 
 _GROUPS, _BATCH, _STEPS = 6, 36, 3
 

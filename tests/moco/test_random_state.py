@@ -10,9 +10,9 @@ from shuffle_batchnorm import get_shuffle_state, set_shuffle_state
 from shuffle_batchnorm.moco.random_state import (
     get_random_state,
     own_random_state,
-    seed_all,
     set_random_state,
 )
+from shuffle_batchnorm.probe.isolation import seed_all
 
 CPU = torch.device("cpu")
 
@@ -33,19 +33,11 @@ def test_goes_on_where_it_was_after_a_checkpoint() -> None:
     assert draw() == expected
 
 
-def test_ranks_and_seeds_differ() -> None:
-    seen = []
-    for seed, rank in ((0, 0), (0, 1), (1, 0)):
-        seed_all(seed, rank, CPU)
-        seen.append(tuple(draw()))
-    assert all(len({numbers[k] for numbers in seen}) == 3 for k in range(4))
-
-
 def test_borrowed_states_come_back() -> None:
     set_shuffle_state((5, 6))
     before = get_random_state(CPU)
-    with own_random_state(CPU):
-        seed_all(3, 0, CPU)
+    with own_random_state():
+        seed_all(3)
         set_shuffle_state((7, 0))
     expected = draw()
     set_random_state(before, CPU)

@@ -1,5 +1,6 @@
 """The training loop: a run that is killed and goes on, on one rank or several, is the same run."""
 
+import functools
 import json
 import math
 import os
@@ -13,13 +14,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from moco.moco_runs import (
     COMMAND,
     FLAGS,
     differences,
     rows,
-    run,
     small_config,
     started,
     timeless_rows,
@@ -31,10 +32,13 @@ from ranks import run_on_ranks
 from shuffle_batchnorm.moco import checkpoint
 from shuffle_batchnorm.moco.checkpoint import CheckpointError
 from shuffle_batchnorm.moco.comparison.summary import check_records, summarise
-from shuffle_batchnorm.moco.config import Config, ConfigError
-from shuffle_batchnorm.moco.examine import probe_checkpoint
+from shuffle_batchnorm.moco.config import Config, ConfigError, OptimConfig
+from shuffle_batchnorm.moco.data.loading import EpochBatches
+from shuffle_batchnorm.moco.measure import probe_checkpoint
+from shuffle_batchnorm.moco.networks import NetworkError
+from shuffle_batchnorm.moco.ranks.launch import Rank
 from shuffle_batchnorm.moco.ranks.spawn import Stopped
-from shuffle_batchnorm.moco.trainer import Record, Trainer, train
+from shuffle_batchnorm.moco.trainer import Progress, Record, Trainer, learning_rate
 
 
 def assert_same_run(a: Path, b: Path) -> None:
@@ -48,14 +52,14 @@ def assert_same_run(a: Path, b: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two ranks that nothing has interrupted."""
-    folder = tmp_path_factory.mktemp("unbroken")
-    run_on_ranks(2, train, small_config(folder))
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    run_on_ranks(2, train_quickly, small_config(folder))
     return folder
 
 
-def test_interrupted_run_ends_bit_identical(unbroken: Path, tmp_path: Path) -> None:
+def test_interrupted_run_ends_bit_identical(uninterrupted: Path, tmp_path: Path) -> None:
     """Ctrl-C, then SIGKILL while a checkpoint is written, each after some more steps.
 
     Forgets: a random state, the queue's pointer, a rank's running statistics, SGD's momentum, a row
@@ -72,12 +76,12 @@ def test_interrupted_run_ends_bit_identical(unbroken: Path, tmp_path: Path) -> N
         _, stderr = process.communicate(timeout=60)
         assert process.returncode == 130, stderr
         assert re.fullmatch(r"train: stopped by SIGINT after step \d+ of 22.*--resume.*\n", stderr)
-    with started(*command, "--save-every", "2", "--workers", "1") as process:
+    with started(*command, "--save-every", "2") as process:
         wait_until(logged(len(rows(tmp_path / "steps.csv")) + 2), process)
         wait_until(lambda: any(tmp_path.glob("last.pt.*.tmp")), process)
         process.kill()
-    run(*command, "--save-every", "5")
-    assert_same_run(unbroken, tmp_path)
+    run_on_ranks(2, train_quickly, small_config(tmp_path, resume=True, save_every=5))
+    assert_same_run(uninterrupted, tmp_path)
 
 
 class Crash(Exception):
@@ -105,14 +109,17 @@ def crash_at(steps: Sequence[int], config: Config) -> Record:
                 config = replace(config, run=replace(config.run, resume=True))
 
 
-@pytest.mark.parametrize("bn", ["batch-shuffle", "regroup"])
-def test_crash_on_three_ranks(bn: str, tmp_path: Path) -> None:
-    """At step 0, between checkpoints, at an epoch's first step; ranks' sums have an order here."""
-    config = small_config(tmp_path / "a", bn=bn, groups=2, batch_size=96, save_every=4)
-    unbroken = run_on_ranks(3, crash_at, (), config)
+def test_crash_on_three_ranks(tmp_path: Path) -> None:
+    """At step 0, between checkpoints, at an epoch's first step; ranks' sums have an order here.
+
+    With batch-shuffle, which has a state of its own; regroup is interrupted above.
+    """
+    changes = dict(bn="batch-shuffle", groups=2, batch_size=96, save_every=4)
+    config = small_config(tmp_path / "a", **changes)
+    uninterrupted = run_on_ranks(3, crash_at, (), config)
     config = replace(config, run=replace(config.run, output=tmp_path / "b"))
     broken = run_on_ranks(3, crash_at, (0, 6, 14), config)
-    assert differences(without_times(unbroken), without_times(broken)) == []
+    assert differences(without_times(uninterrupted), without_times(broken)) == []
     assert_same_run(tmp_path / "a", tmp_path / "b")
 
 
@@ -120,7 +127,7 @@ def test_crash_without_a_rank_to_ask(tmp_path: Path) -> None:
     """One rank, without a process group, with a symmetric loss and a warm-up."""
     config = small_config(tmp_path / "a", symmetric=True, warmup_epochs=1, save_every=3)
     crash_at((), config)
-    crash_at((1, 10, 21), replace(config, run=replace(config.run, output=tmp_path / "b")))
+    crash_at((1, 14), replace(config, run=replace(config.run, output=tmp_path / "b")))
     assert_same_run(tmp_path / "a", tmp_path / "b")
 
 
@@ -142,7 +149,7 @@ def test_signal_in_this_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert checkpoint.load(tmp_path / "last.pt")["step"] == 6
 
 
-@pytest.mark.parametrize("bn", ["local", "sync", "swap", "regroup"])
+@pytest.mark.parametrize("bn", ["sync", "regroup"])
 def test_two_ranks_train_as_one(bn: str, tmp_path: Path) -> None:
     """2 ranks x 16 groups and 1 rank x 32 groups, in float64, on the same images in one order."""
     same = dict(bn=bn, augment="none", precision="float64", epochs=1, symmetric=True)
@@ -172,9 +179,9 @@ def test_evaluation_changes_nothing(tmp_path: Path) -> None:
     assert [row["knn"] is None for row in other["curve"]] == [True, False]
 
 
-def test_ranks_keep_their_own_running_statistics(unbroken: Path) -> None:
+def test_ranks_keep_their_own_running_statistics(uninterrupted: Path) -> None:
     """A trainer that saves rank 0's for all would resume otherwise, but not here and now."""
-    ranks = checkpoint.load(unbroken / "last.pt")["ranks"]
+    ranks = checkpoint.load(uninterrupted / "last.pt")["ranks"]
     name = "encoder_q.backbone.layers.1.running_mean"
     assert not torch.equal(*(rank["buffers"][name] for rank in ranks))
 
@@ -188,8 +195,11 @@ def test_callers_random_state_stays(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")  # of torch's own compiler
 def test_compiled_agrees_with_eager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Without what is measured at the end, for which it would be compiled again.
+    # Without what is measured at the end, for which it would be compiled again; and without
+    # generated code, which the layer's own tests compile.
     monkeypatch.setattr(Trainer, "finish", lambda trainer: trainer.curve[-1])
+    traced = functools.partialmethod(nn.Module.compile, backend="aot_eager")
+    monkeypatch.setattr(nn.Module, "compile", traced)
     same = dict(augment="none", precision="float64", epochs=1, groups=4)
     eager, compiled = (
         train_quickly(small_config(tmp_path / str(choice), compile=choice, **same))
@@ -208,16 +218,16 @@ def test_variants_train(tmp_path: Path) -> None:
         assert all(map(math.isfinite, variant["leak_interval"]))
 
 
-def test_finished_run_is_not_run_again(unbroken: Path) -> None:
-    before = (unbroken / "last.pt").stat().st_mtime_ns
-    config = small_config(unbroken, resume=True, groups=16)
+def test_finished_run_is_not_run_again(uninterrupted: Path) -> None:
+    before = (uninterrupted / "last.pt").stat().st_mtime_ns
+    config = small_config(uninterrupted, resume=True, groups=16)
     [record, _] = run_on_ranks(2, train_quickly, config)
-    assert record == json.loads((unbroken / "record.json").read_text())
-    assert (unbroken / "last.pt").stat().st_mtime_ns == before
+    assert record == json.loads((uninterrupted / "record.json").read_text())
+    assert (uninterrupted / "last.pt").stat().st_mtime_ns == before
 
 
-def test_record_has_what_the_report_wants(unbroken: Path) -> None:
-    record = json.loads((unbroken / "record.json").read_text())
+def test_record_has_what_the_report_wants(uninterrupted: Path) -> None:
+    record = json.loads((uninterrupted / "record.json").read_text())
     names = "bn seed epochs world_size groups blocks offset leak leak_standard_error knn"
     assert set(names.split()) | {"pretext_accuracy", "loss", "seconds"} <= record.keys()
     assert record["world_size"] == 2
@@ -230,18 +240,21 @@ def test_record_has_what_the_report_wants(unbroken: Path) -> None:
     ("changes", "message"),
     [
         ({}, "there is a run in .*: go on with it with --resume"),
-        ({"resume": True, "lr": 0.1}, r"another --lr \(was 0.12, is 0.1\)$"),
-        ({"resume": True, "bn": "local", "epochs": 3}, r"--bn \(.*\), --epochs \(was 2, is 3\)$"),
-        ({"resume": True, "groups": 32}, r"another --groups \(was 16, is 32\)$"),
+        ({"resume": True, "lr": 0.1}, r"another --lr \(was 0.12, is 0.1\), number of ranks"),
+        (
+            {"resume": True, "bn": "local", "epochs": 3},
+            r"--bn \(.*\), --epochs \(was 2, is 3\), num",
+        ),
+        ({"resume": True, "groups": 32}, r"another --groups \(was 16, is 32\), number"),
     ],
 )
-def test_begun_otherwise(unbroken: Path, changes: dict[str, Any], message: str) -> None:
+def test_begun_otherwise(uninterrupted: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises((ConfigError, CheckpointError), match=message):
-        train_quickly(small_config(unbroken, **changes))
+        train_quickly(small_config(uninterrupted, **changes))
 
 
-def test_another_number_of_ranks(unbroken: Path, tmp_path: Path) -> None:
-    (tmp_path / "last.pt").write_bytes((unbroken / "last.pt").read_bytes())
+def test_another_number_of_ranks(uninterrupted: Path, tmp_path: Path) -> None:
+    (tmp_path / "last.pt").write_bytes((uninterrupted / "last.pt").read_bytes())
     with pytest.raises(CheckpointError, match=r"another number of ranks \(was 2, is 1\)"):
         train_quickly(small_config(tmp_path, resume=True))
 
@@ -261,3 +274,34 @@ def test_a_run_that_diverges_has_a_record_and_is_said_to(tmp_path: Path) -> None
     assert (summary.runs, summary.diverged) == (1, 1)
     with pytest.raises(ConfigError, match="the model has diverged"):
         probe_checkpoint(tmp_path / "last.pt", batches=2, keys=4)
+
+
+def test_a_refused_run_leaves_nothing_behind(tmp_path: Path) -> None:
+    """Catches a lock, or a folder, of a configuration that was never trained."""
+    with pytest.raises(NetworkError):
+        train_quickly(small_config(tmp_path / "runs" / "moco", network="alexnet"))
+    with pytest.raises(ConfigError):
+        train_quickly(small_config(tmp_path / "runs" / "moco", batch_size=1024, queue=1024))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_learning_rate_rises_and_falls_step_by_step() -> None:
+    config = Config(optim=OptimConfig(lr=1.0, epochs=4, warmup_epochs=1))
+    rates = [learning_rate(config, step, 4) for step in range(16)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[4] == 1.0
+    assert rates[10] == pytest.approx(0.5)
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert 0 < rates[15] < 0.02
+
+
+def test_rows_are_means_over_steps_and_ranks() -> None:
+    """Catches a sum over ranks that is not divided by them, and a speed of one rank."""
+    trainer: Any = object.__new__(Trainer)
+    trainer.rank, trainer.step = Rank(0, 2, torch.device("cpu")), 6
+    trainer.config = Config(optim=OptimConfig(batch_size=32))
+    trainer.batches = EpochBatches(64, 32)
+    row = trainer.figures_since(Progress(2, 10.0, 1.0, 3.0), Progress(6, 26.0, 3.0, 5.0))
+    assert (row["loss"], row["pretext_accuracy"]) == (2.0, 0.25)
+    assert row["samples_per_second"] == 64.0
+    assert row["lr"] == learning_rate(trainer.config, 5, 2)

@@ -4,22 +4,19 @@ import inspect
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
-from shuffle_batchnorm.comm import collectives
-from shuffle_batchnorm.comm.world import World, resolve
+from shuffle_batchnorm.norm.modules import ShuffleBatchNorm
+from shuffle_batchnorm.shuffle.encoder import ShuffledEncoder
 
-from .config import CALL, Config
+from .config import CALL, Config, NormConfig
 from .data.augmentation import make_augmentation, step_random_state
 from .data.images import Images
 from .model import MoCo
-from .networks import make_encoder
-from .normalisation import normalise_key, normalise_query
-from .ranks.launch import Place
+from .networks import NetworkError, make_encoder
+from .ranks.control import average_in_rank_order
+from .ranks.launch import Rank
 
 
 def build_model(config: Config, images: Images, device: torch.device) -> MoCo:
@@ -63,48 +60,84 @@ def build_model(config: Config, images: Images, device: torch.device) -> MoCo:
     return model
 
 
-def parallelise(model: MoCo, place: Place) -> nn.Module:
+def normalise_query(encoder: nn.Module, norm: NormConfig) -> nn.Module:
+    """Give the query encoder its batch norm: of each group, or ``sync`` if the keys have it too.
+
+    Communication: none here; that of mode ``sync`` in its layers.
+
+    Args:
+        encoder: with ``nn.BatchNorm`` layers; changed in rank.
+        norm: the mode of the keys, and how many groups there are on each rank.
+
+    Returns:
+        The encoder.
+
+    Raises:
+        NetworkError: a kind of batch norm that can't be converted, or none at all.
+
+    Example:
+        >>> normalise_query(nn.BatchNorm2d(3), NormConfig(bn="regroup", groups=16)).mode
+        'local'
+    """
+    return _convert(encoder, norm, "sync" if norm.bn == "sync" else "local")
+
+
+def normalise_key(encoder: nn.Module, norm: NormConfig) -> nn.Module:
+    """Give the key encoder the batch norm that ``--bn`` names.
+
+    Communication: none here. ``batch-shuffle`` moves samples and features at every call, the
+    others rows of statistics in every layer, ``local`` nothing.
+
+    Args:
+        encoder: with ``nn.BatchNorm`` layers; changed in rank.
+        norm: mode, groups on each rank, blocks and offset.
+
+    Returns:
+        The encoder; for ``batch-shuffle`` inside a `ShuffledEncoder`, with groups of its own, so
+        that one rank can shuffle among its virtual groups.
+
+    Raises:
+        NetworkError: a kind of batch norm that can't be converted, or none at all.
+
+    Example:
+        >>> normalise_key(nn.BatchNorm2d(3), NormConfig(bn="regroup", groups=16)).mode
+        'regroup'
+    """
+    if norm.bn == "batch-shuffle":
+        return ShuffledEncoder(_convert(encoder, norm, "local"))
+    return _convert(encoder, norm, norm.bn)
+
+
+def _convert(encoder: nn.Module, norm: NormConfig, mode: str) -> nn.Module:
+    try:
+        converted = ShuffleBatchNorm.convert_shuffle_batchnorm(
+            encoder, mode=mode, groups=norm.groups, offset=norm.offset, blocks=norm.blocks
+        )
+    except TypeError as error:
+        raise NetworkError(f"{CALL}: --bn {norm.bn}: {error}") from error
+    if not any(isinstance(module, ShuffleBatchNorm) for module in converted.modules()):
+        raise NetworkError(f"{CALL}: --network has no batch norm layer, so --bn would do nothing")
+    return converted
+
+
+def parallelise(model: MoCo, rank: Rank) -> nn.Module:
     """Return the model, for several ranks in DistributedDataParallel.
 
     Communication: one broadcast of all weights and buffers; in every backward pass an all_reduce
     of the gradients.
     """
-    if place.world_size == 1:
+    if rank.world_size == 1:
         return model
     # Running statistics are each rank's own. torch 2.13 has another name for it.
     names = inspect.signature(DistributedDataParallel).parameters
     new, old = "forward_sync_buffers", "broadcast_buffers"
     options: dict[str, Any] = {new if new in names else old: False}
-    if place.device.type == "cuda":
-        options["device_ids"] = [place.device]
+    if rank.device.type == "cuda":
+        options["device_ids"] = [rank.device]
     parallel = DistributedDataParallel(model, gradient_as_bucket_view=True, **options)
-    if place.device.type == "cpu" and place.world_size > 2:
-        parallel.register_comm_hook(resolve(None), _average_in_rank_order)
+    if rank.device.type == "cpu" and rank.world_size > 2:
+        parallel.register_comm_hook(None, average_in_rank_order)
     return parallel
-
-
-def _average_in_rank_order(
-    world: World,
-    bucket: dist.GradBucket,  # type: ignore[name-defined]
-) -> Future[Tensor]:
-    """Average a bucket of gradients ``[K]`` over the ranks, always in the same order.
-
-    gloo adds up in another order at every place of a bucket, and DistributedDataParallel deals the
-    gradients to other buckets after the first step: a resumed run would differ in the last bits.
-
-    Communication: each rank sends 1 / W of the bucket to every other, and gets as much back.
-    """
-    gradients, size = bucket.buffer(), world.size
-    padded = F.pad(gradients, (0, -len(gradients) % size)).view(size, -1)
-    ones = (1,) * size
-    first, *others = collectives.exchange_samples(padded, ones, ones, world, CALL)
-    total = first.clone()
-    for other in others:
-        total += other
-    everyones = collectives.gather(total / size, world, CALL).view(-1)
-    done: Future[Tensor] = Future()
-    done.set_result(everyones[: len(gradients)])
-    return done
 
 
 class Views:
@@ -113,15 +146,15 @@ class Views:
     Args:
         config: the run.
         images: its data set.
-        place: this rank.
+        rank: this rank.
     """
 
-    def __init__(self, config: Config, images: Images, place: Place) -> None:
-        self.config, self.place = config, place
+    def __init__(self, config: Config, images: Images, rank: Rank) -> None:
+        self.config, self.rank = config, rank
 
         def make(policy: str) -> nn.Module:
             name, size = config.data.dataset, images.image_size
-            return make_augmentation(name, size, policy, images.mean, images.std).to(place.device)
+            return make_augmentation(name, size, policy, images.mean, images.std).to(rank.device)
 
         self.augmentation, self.plain = make(config.data.augment), make("none")
 
@@ -131,10 +164,10 @@ class Views:
 
     def of_step(self, images: Tensor, epoch: int, step: int) -> tuple[Tensor, Tensor]:
         """Return the two views of a training step, which follow from its number alone."""
-        seed, rank, device = self.config.run.seed, self.place.rank, self.place.device
+        seed, index, device = self.config.run.seed, self.rank.index, self.rank.device
         views = []
         for number in (0, 1):
-            with step_random_state(seed, epoch, step, rank, number, device):
+            with step_random_state(seed, epoch, step, index, number, device):
                 views.append(self.augmented(images))
         return views[0], views[1]
 
@@ -152,4 +185,4 @@ class Views:
     def autocast(self) -> Any:
         """Return a context for the networks' arithmetic, as --precision wants it."""
         is_bf16 = self.config.run.precision == "bf16"
-        return torch.autocast(self.place.device.type, torch.bfloat16, enabled=is_bf16)
+        return torch.autocast(self.rank.device.type, torch.bfloat16, enabled=is_bf16)

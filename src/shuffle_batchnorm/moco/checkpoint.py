@@ -1,4 +1,4 @@
-"""Checkpoints that a crash can't spoil: written aside, then put in place in one step.
+"""Checkpoints that a crash can't spoil: written aside, then renamed in one step.
 
 A folder holds ``last.pt``, the one before it as ``last.previous.pt``, and ``best.pt``. Each is what
 ``torch.save`` writes, of tensors and plain values only.
@@ -6,60 +6,54 @@ A folder holds ``last.pt``, the one before it as ``last.previous.pt``, and ``bes
 
 import fcntl
 import io
+import json
 import os
 import time
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
 
-from .config import CALL, flag
+from .config import CALL, UserError, flag
 
 LAST, PREVIOUS, BEST = "last.pt", "last.previous.pt", "best.pt"
 FORMAT = 1
-# What a checkpoint has to have; see `trainer.py` for what is in it.
-PARTS = {
-    "format",
-    "config",
-    "versions",
-    "world_size",
-    "device",
-    "epoch",
-    "step_in_epoch",
-    "step",
-    "model",
-    "optimizer",
-    "ranks",
-    "shuffle",
-    "curve",
-    "best_knn",
-}
+# Without these it is no checkpoint; see `Trainer.save` for all that is in it.
+PARTS = {"format", "config", "world_size", "step", "model", "optimizer", "ranks"}
 # Flags that may change when a run goes on: they say where and how fast, not what is trained.
-# The number of ranks counts as it is, not as the flag says: torchrun doesn't look at the flag.
-FREE = {"data_path", "workers", "output", "ranks", "device", "resume"} | {
-    "save_every",
-    "log_every",
-    "tensorboard",
-}
+# The number of ranks counts as it is, not as the flag says: torchrun ignores the flag.
+FREE = frozenset(
+    [
+        "data_path",
+        "workers",
+        "output",
+        "ranks",
+        "device",
+        "resume",
+        "save_every",
+        "log_every",
+        "tensorboard",
+    ]
+)
 
 State = dict[str, Any]
 
 
-class CheckpointError(RuntimeError):
-    """A file of a run can't be written, or can't be gone on from; the message is one line."""
+class CheckpointError(UserError):
+    """A file of a run can't be written, or can't be gone on from."""
 
 
 def save(path: Path, state: State) -> None:
-    """Write a checkpoint; the one that was there stays whole until the new one is on the disk.
+    """Write a checkpoint; the existing one stays whole until the new one is on the disk.
 
     Args:
-        path: ``last.pt`` or ``best.pt`` in the run's folder; what was ``last.pt`` is kept as
+        path: ``last.pt`` or ``best.pt`` in the run's folder; what was ``last.pt`` becomes
             ``last.previous.pt``.
-        state: `PARTS`, of tensors and plain values.
+        state: with `PARTS`, of tensors and plain values.
 
     Raises:
         CheckpointError: the disk is full, say; nothing has changed then.
@@ -100,12 +94,12 @@ def write_atomically(path: Path, data: bytes, keep: Path | None = None) -> None:
 
 
 def _keep(path: Path, keep: Path) -> None:
-    """Give a file a second name, in the place of what had it; the file is never without a name."""
+    """Give a file a second name, taken from what had it; the file is never without a name."""
     link = keep.with_name(f"{keep.name}.{os.getpid()}.tmp")
     try:
         link.unlink(missing_ok=True)
         link.hardlink_to(path)
-    except OSError:  # a file system without links; `find` looks for the new name as well
+    except OSError:  # a file system without links; `find` tries the new name as well
         path.replace(keep)
     else:
         link.replace(keep)
@@ -117,6 +111,29 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a value as JSON, in one step.
+
+    Raises:
+        CheckpointError: the disk is full, say; the old file is as it was.
+    """
+    write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Return what `write_json` has written.
+
+    Raises:
+        CheckpointError: there is no such file, or it is damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{CALL}: can't read {path}: {error.strerror}") from error
+    except ValueError as error:  # what is not UTF-8, and what is not JSON
+        raise CheckpointError(f"{CALL}: {path} is not JSON: {error}") from error
 
 
 def find(folder: Path) -> Path | None:
@@ -132,7 +149,7 @@ def load(path: Path) -> State:
         CheckpointError: there is no such file, it is damaged, or something else.
     """
     try:
-        # torch doesn't look at the checksums of its own files.
+        # torch doesn't check the checksums of its own files.
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         if damaged is not None:
@@ -142,7 +159,7 @@ def load(path: Path) -> State:
         raise CheckpointError(f"checkpoint: {path} does not exist") from None
     except OSError as error:
         raise CheckpointError(f"checkpoint: can't read {path}: {error.strerror}") from error
-    except Exception as error:  # a byte in the wrong place can mean anything to a parser
+    except Exception as error:  # a wrong byte can mean anything to a parser
         raise CheckpointError(f"checkpoint: {path} is damaged; {_advice(path)}") from error
     if not isinstance(state, dict) or not state.keys() >= PARTS:
         raise CheckpointError(f"checkpoint: {path} is not one of this trainer")
@@ -157,43 +174,41 @@ def _advice(path: Path) -> str:
     others = [n for n in (PREVIOUS, BEST) if n != path.name and path.with_name(n).exists()]
     if not others:
         return "remove it to start from the beginning"
-    return f"to go on from {others[0]}, put that in its place"
+    return f"to go on from {others[0]}, rename that to {path.name}"
 
 
-def check_flags(
-    path: Path, before: Mapping[str, Mapping[str, Any]], now: Mapping[str, Mapping[str, Any]]
+def refuse_changes(
+    call: str, path: Path, before: State, now: State, free: frozenset[str] = FREE
 ) -> None:
-    """Refuse to go on with another configuration than a run was begun with.
+    """Refuse to go on with another configuration than a run, or a comparison, was begun with.
 
     Args:
+        call: for the message.
         path: the file that says how it was begun, for the message.
-        before: the configuration in it, as `config.to_dict` made it.
-        now: the one to go on with.
+        before: what is in it: ``config``, as `config.to_dict` made it, ``world_size``, ``device``.
+        now: the same to go on with; what `before` lacks is not compared.
+        free: flags that may differ.
 
     Raises:
-        CheckpointError: names all flags that differ.
+        CheckpointError: names all flags that differ, the number of ranks and the device.
     """
-    old = {name: value for part in before.values() for name, value in part.items()}
-    new = {name: value for part in now.values() for name, value in part.items()}
-    names = [n for n in {**new, **old} if n not in FREE and old.get(n) != new.get(n)]
-    if names:
-        changes = ", ".join(f"{flag(n)} (was {old.get(n)}, is {new.get(n)})" for n in names)
-        raise CheckpointError(f"{CALL}: --resume: {path} was begun with another {changes}")
-
-
-def check_place(path: Path, state: State, world_size: int, device: str) -> None:
-    """Refuse to go on with another number of ranks, or on another kind of device.
-
-    Raises:
-        CheckpointError: says which.
-    """
-    for name, now in (("world_size", world_size), ("device", device)):
-        if state[name] != now:
-            what = {"world_size": "number of ranks", "device": "device"}[name]
-            raise CheckpointError(
-                f"{CALL}: --resume: {path} was begun with another {what} (was {state[name]}, "
-                f"is {now})"
-            )
+    if not isinstance(before, dict) or not before.keys() >= {"config", "world_size"}:
+        raise CheckpointError(
+            f"{call}: {path} does not say what was begun; choose another --output"
+        )
+    old, new = (
+        {name: value for part in side["config"].values() for name, value in part.items()}
+        for side in (before, now)
+    )
+    pairs = [(flag(n), old.get(n), new.get(n)) for n in {**new, **old} if n not in free]
+    for name, words in (("world_size", "number of ranks"), ("device", "device")):
+        if name in before and name in now:
+            pairs.append((words, before[name], now[name]))
+    changes = [f"{name} (was {was}, is {value})" for name, was, value in pairs if was != value]
+    if changes:
+        raise CheckpointError(
+            f"{call}: {path} was begun with another {', '.join(changes)}; choose another --output"
+        )
 
 
 def to_cpu(value: Any) -> Any:
@@ -209,30 +224,49 @@ def to_cpu(value: Any) -> Any:
 
 @contextmanager
 def folder_lock(folder: Path, patience: float = 10.0) -> Iterator[None]:
-    """Keep other runs out of a folder; a rank that was killed may take a moment to let go.
+    """Keep other runs out of a folder inside a block; made for it, the folder goes if left empty.
+
+    A rank that was killed may take a moment to release it.
 
     Raises:
         CheckpointError: another run is in it, or it can't be made.
     """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    lock = folder / ".lock"
+    until = time.monotonic() + patience
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("w")
+        while not (file := _locked(lock)):
+            if time.monotonic() > until:
+                message = f"{CALL}: another run is writing to {folder}; choose another --output"
+                raise CheckpointError(message)
+            time.sleep(0.1)
     except OSError as error:
         raise CheckpointError(f"{CALL}: can't write to {folder}: {error.strerror}") from error
-    until = time.monotonic() + patience
     with file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() > until:
-                    message = f"{CALL}: another run is writing to {folder}; choose another --output"
-                    raise CheckpointError(message) from None
-                time.sleep(0.1)
-            except OSError:
-                break  # a file system without locks
-            else:
-                break
         for left in folder.glob("*.tmp"):  # of a run that was killed while it wrote
             left.unlink(missing_ok=True)
-        yield
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+            with suppress(OSError):  # not empty
+                for path in made:
+                    path.rmdir()
+
+
+def _locked(lock: Path) -> IO[str] | None:
+    """Return the open lock, in a folder made if missing; None while another process has it."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    file = lock.open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    except OSError:
+        return file  # a file system without locks
+    # Whoever had it before may have removed it since: then others would lock a new one.
+    if lock.exists() and lock.stat().st_ino == os.fstat(file.fileno()).st_ino:
+        return file
+    file.close()
+    return None

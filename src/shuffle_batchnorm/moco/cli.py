@@ -9,9 +9,9 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from .config import ConfigError
+from .config import UserError
 from .ranks.launch import is_first, under_torchrun
-from .ranks.spawn import leave
+from .ranks.spawn import RankError, Stopped, leave
 
 PROGRAM = "shuffle-batchnorm"
 FAILURE, USER_ERROR = 1, 2
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: what follows the command's name; by default, what this process was given.
 
     Returns:
-        The exit code: 0; 2 for what the user can mend, after one line on stderr; 1 if a rank died;
+        The exit code: 0; 2 for what the user can fix, after one line on stderr; 1 if a rank died;
         130 after SIGINT and 143 after SIGTERM.
     """
     try:
@@ -73,16 +73,9 @@ def _parse(arguments: list[str]) -> Callable[[], None] | int:
 
 
 def _do(act: Callable[[], None]) -> int:
-    # Not before the flags are read: --help needs none of it.
-    from .checkpoint import CheckpointError
-    from .comparison.summary import ResultsError
-    from .data.images import DataError
-    from .networks import NetworkError
-    from .ranks.spawn import RankError, Stopped
-
     try:
         act()
-    except (ConfigError, DataError, NetworkError, CheckpointError, ResultsError) as error:
+    except UserError as error:
         return _refuse(str(error))
     except Stopped as stopped:
         return _refuse(str(stopped), 128 + stopped.signum)
@@ -92,7 +85,7 @@ def _do(act: Callable[[], None]) -> int:
 
 
 def _refuse(message: str, code: int = USER_ERROR) -> int:
-    """Say in one line why there is no result, once on a machine; return the exit code."""
+    """Print in one line why there is no result, once per machine; return the exit code."""
     if is_first():
         print(" ".join(message.split()), file=sys.stderr, flush=True)
     return code

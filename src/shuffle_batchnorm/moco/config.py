@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 Norm = Literal["local", "sync", "swap", "regroup", "batch-shuffle"]
 Dataset = Literal["digits", "cifar10", "cifar100", "imagefolder"]
@@ -18,12 +18,16 @@ Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["fp32", "bf16", "float64"]
 
 CALL = "train"
-LEAK_BATCHES, LEAK_KEYS = 32, 32  # batches that the leak is measured with; keys looked at in each
+LEAK_BATCHES, LEAK_KEYS = 32, 32  # batches that the leak is measured with; keys in each
 IMAGE_SIZES = {"digits": 16, "cifar10": 32, "cifar100": 32, "imagefolder": 224}
 
 
-class ConfigError(ValueError):
-    """A configuration that can't be trained; the message is one line that names the flag."""
+class UserError(ValueError):
+    """What a user can fix; the message is one line."""
+
+
+class ConfigError(UserError):
+    """A configuration that can't be trained; the message names the flag."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ class NormConfig:
     groups: int = 8
     """Virtual groups in each rank's batch; 1 is one group per rank, as in MoCo."""
     blocks: int = 8
-    """Blocks that regroup cuts each group into: 1 / BLOCKS of the old company stays together."""
+    """Blocks that regroup cuts each group into: 1 / BLOCKS of a group stays together."""
     offset: int = 1
     """Groups that statistics travel, in swap and regroup."""
 
@@ -136,7 +140,7 @@ class RunConfig:
     eval_every: int = 5
     """Epochs between kNN evaluations; the last epoch has one."""
     log_every: int = 10
-    """Steps between rows of steps.csv, and between looks at the loss."""
+    """Steps between rows of steps.csv, for each of which the loss is read."""
     tensorboard: bool = True
     """Also write TensorBoard's files, where it is installed."""
 
@@ -202,15 +206,13 @@ _RANGES = {
     "eval_every": _Range(1),
     "log_every": _Range(1),
 }
+_PARTS = get_type_hints(Config)
 # Choices are checked here too: a configuration need not come from the command line.
 _CHOICES = {
-    "dataset": get_args(Dataset),
-    "augment": get_args(Augment),
-    "stem": get_args(Stem),
-    "bn": get_args(Norm),
-    "buffers": get_args(Buffers),
-    "device": get_args(Device),
-    "precision": get_args(Precision),
+    name: get_args(hint)
+    for part in _PARTS.values()
+    for name, hint in get_type_hints(part).items()
+    if get_origin(hint) is Literal
 }
 
 
@@ -320,20 +322,15 @@ def from_dict(values: Mapping[str, Mapping[str, Any]]) -> Config:
     Raises:
         ConfigError: a name that is no flag.
     """
-    parts = {part.name: type(getattr(_DEFAULT, part.name)) for part in fields(Config)}
     made: dict[str, Any] = {}
     for part, given in values.items():
-        if part not in parts:
+        if part not in _PARTS:
             raise ConfigError(f"{CALL}: a configuration has no part {part!r}")
-        known = {f.name for f in fields(parts[part])}
-        unknown = sorted(set(given) - known)
+        unknown = sorted(set(given) - {field.name for field in fields(_PARTS[part])})
         if unknown:
             raise ConfigError(f"{CALL}: a configuration has no field {unknown[0]!r} in {part!r}")
-        made[part] = parts[part](**{name: _as_path(name, value) for name, value in given.items()})
+        made[part] = _PARTS[part](**{name: _as_path(name, value) for name, value in given.items()})
     return Config(**made)
-
-
-_DEFAULT = Config()
 
 
 def _as_path(name: str, value: Any) -> Any:

@@ -8,7 +8,6 @@ written after it.
 import csv
 import importlib.metadata
 import io
-import json
 import os
 import platform
 import shlex
@@ -22,7 +21,7 @@ from typing import Any
 import torch
 
 from . import config as configuration
-from .checkpoint import CheckpointError, write_atomically
+from .checkpoint import CheckpointError, read_json, write_atomically, write_json
 from .config import CALL, Config
 
 Row = Mapping[str, Any]
@@ -118,8 +117,8 @@ class Journal:
             self._bar.set_description_str(f"epoch {row['epoch']}/{self.epochs}", refresh=False)
             return
         left = (self.steps - row["step"]) * row["seconds"] / row["step"]
-        place = f"[{row['epoch']:>{len(str(self.epochs))}}/{self.epochs}]"
-        self.say(f"{place} {_figures(row)}, {_clock(left)} left")
+        which = f"[{row['epoch']:>{len(str(self.epochs))}}/{self.epochs}]"
+        self.say(f"{which} {_figures(row)}, {_clock(left)} left")
 
     def say(self, text: str) -> None:
         """Print a line, past the bar."""
@@ -128,34 +127,11 @@ class Journal:
         print(text, flush=True)
 
     def close(self) -> None:
-        """Let go of the screen and the files."""
+        """Close the bar and the files."""
         if self._bar is not None:
             self._bar.close()
         if self._board is not None:
             self._board.close()
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write a value as JSON, in one step.
-
-    Raises:
-        CheckpointError: the disk is full, say; the old file is as it was.
-    """
-    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
-
-
-def read_json(path: Path) -> Any:
-    """Return what `write_json` has written.
-
-    Raises:
-        CheckpointError: there is no such file, or it is damaged.
-    """
-    try:
-        return json.loads(path.read_text())
-    except OSError as error:
-        raise CheckpointError(f"{CALL}: can't read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise CheckpointError(f"{CALL}: {path} is damaged; remove it") from error
 
 
 def versions() -> dict[str, str]:
@@ -169,25 +145,17 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _describe(config: Config, world_size: int, path: Path) -> dict[str, Any]:
-    """Return what `config.json` holds; the starts of a run that goes on are kept."""
-    start = {
-        "command": shlex.join(sys.argv),
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": versions(),
-        "commit": _commit(),
-        "processor": platform.processor() or platform.machine(),
-        "cpus": os.cpu_count(),
-    }
-    starts = read_json(path).get("starts", []) if config.run.resume and path.exists() else []
-    return {
-        "config": configuration.to_dict(config),
-        "world_size": world_size,
-        "starts": [*starts, start],
-    }
+def processor() -> str:
+    """Return the processor's name, where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """Return the git commit of the library's source, with a plus if it was changed since."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
@@ -196,6 +164,24 @@ def _commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip() or None
+
+
+def _describe(config: Config, world_size: int, path: Path) -> dict[str, Any]:
+    """Return what `config.json` holds; a run that goes on adds to the list of its starts."""
+    start = {
+        "command": shlex.join(sys.argv),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "commit": commit(),
+        "processor": processor(),
+        "cpus": os.cpu_count(),
+    }
+    starts = read_json(path).get("starts", []) if config.run.resume and path.exists() else []
+    return {
+        "config": configuration.to_dict(config),
+        "world_size": world_size,
+        "starts": [*starts, start],
+    }
 
 
 def _read_steps(path: Path, step: int) -> list[Row]:

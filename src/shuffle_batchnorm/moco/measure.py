@@ -4,83 +4,140 @@ All ranks call these together; the model is afterwards what it was.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import Dataset
 
 from shuffle_batchnorm.norm.contexts import synchronize_running_stats
 from shuffle_batchnorm.probe.leak import LeakReport, measure_leak, stability
 
-from .build import Views
-from .config import LEAK_BATCHES, LEAK_KEYS, Config, ConfigError
+from . import checkpoint
+from .build import Views, build_model
+from .checkpoint import State
+from .config import CALL, LEAK_BATCHES, LEAK_KEYS, Config, ConfigError, Device, from_dict, validate
 from .data.images import Images
-from .data.loading import make_loader, whole_batches
+from .data.loading import load_data, make_loader, whole_batches
 from .evaluation import extract_features, knn_accuracy, linear_probe
 from .model import MoCo
+from .random_state import own_random_state
 from .ranks.control import broadcast_object, gather_objects
-from .ranks.launch import Place
+from .ranks.launch import Rank, launch, world_size
+from .resume import restore_model
 
 EVALUATION_BATCH = 256
-CALL = "train"
 Features = tuple[Tensor, Tensor]
+Figures = dict[str, Any]
 
 
-class Evaluation:
-    """kNN and linear probe of a query encoder, by images that every rank encodes a share of.
-
-    Communication: the running statistics are averaged; features go to rank 0, the result back.
+class Measurements:
+    """The measurements of a model.
 
     Args:
         config: the run.
+        model: its model, in training mode.
         images: its data set.
         views: prepares the images.
-        place: this rank.
+        rank: this rank.
     """
 
-    def __init__(self, config: Config, images: Images, views: Views, place: Place) -> None:
-        self.images, self.views, self.place = images, views, place
-        self.workers = config.data.workers
+    def __init__(
+        self, config: Config, model: MoCo, images: Images, views: Views, rank: Rank
+    ) -> None:
+        self.config, self.model, self.images = config, model, images
+        self.views, self.rank = views, rank
 
-    def knn(self, model: MoCo) -> float:
-        """Return the share of held-out images whose nearest neighbours give them their label."""
-        parts = self._features(model)
-        accuracy = -1.0
-        if parts is not None:
-            accuracy = knn_accuracy(*parts[0], *parts[1], classes=self.images.classes)
-        return broadcast_object(self.place, accuracy)
+    def is_finite(self) -> bool:
+        """Whether all weights and keys are finite; the same on all ranks. Waits for the device."""
+        tensors = [*self.model.parameters(), self.model.queue]
+        return bool(torch.stack([torch.isfinite(tensor).all() for tensor in tensors]).all())
 
-    def linear(self, model: MoCo) -> float:
-        """Return the share of held-out images that a linear classifier gives their label."""
-        parts = self._features(model)
-        return broadcast_object(
-            self.place, -1.0 if parts is None else linear_probe(*parts[0], *parts[1])
-        )
+    def knn(self) -> float:
+        """Return the share of held-out images whose nearest neighbours give them their label.
 
-    def _loader(self, part: Any) -> DataLoader[Any]:
-        share = range(self.place.rank, len(part), self.place.world_size)
+        Communication: that of the running statistics' average; features to rank 0, the result back.
+        """
+
+        def classify(train: Features, test: Features) -> float:
+            return knn_accuracy(*train, *test, classes=self.images.classes)
+
+        return self._classified(classify)
+
+    def linear(self) -> float:
+        """Return the share of held-out images that a linear classifier gives their label.
+
+        Communication: see `knn`.
+        """
+        return self._classified(lambda train, test: linear_probe(*train, *test))
+
+    def leak(self, batches: int = LEAK_BATCHES, keys: int = LEAK_KEYS) -> LeakReport:
+        """Measure the leak of the model against its queue; see `measure_leak`.
+
+        Args:
+            batches: how many batches are drawn.
+            keys: how many keys are measured in each.
+        """
+        config, device = self.config, self.rank.device
+        keys = min(keys, config.optim.batch_size)
+
+        def augment(pixels: Tensor) -> Tensor:
+            with torch.autocast(device.type, enabled=False):  # as in training
+                return self.views.augmented(pixels.to(device))
+
+        with self.views.autocast():
+            return measure_leak(
+                self.model.encoder_q,
+                self.model.encode_key,
+                self.images.train,
+                augment,
+                self.model.queue,
+                batch_size=config.optim.batch_size,
+                batches=batches,
+                keys_per_batch=keys,
+                keys_per_pass=keys_per_pass(config, self.rank.world_size, keys),
+                modules=(self.model,),
+                generator=torch.Generator().manual_seed(config.run.seed),
+            )
+
+    def stability(self) -> Figures:
+        """Compare the scale of the key encoder's layers with mode `local`; see `stability`."""
+        share = self.config.optim.batch_size // self.rank.world_size
+        first = range(self.rank.index * share, (self.rank.index + 1) * share)
+        pixels = torch.stack([self.images.train[index][0] for index in first])
+        with self.views.autocast():
+            views = self.views.as_they_are(pixels.to(self.rank.device))
+            report = stability(self.model.encoder_k, views)
+        return {
+            "layers": list(report.layers),
+            "ratio": list(report.ratio),
+            "spectral_radius": report.spectral_radius,
+        }
+
+    def _classified(self, classify: Callable[[Features, Features], float]) -> float:
+        """Return on all ranks what comes of the features of both parts, which rank 0 has."""
+        with averaged_running_stats(self.model.encoder_q), self.views.autocast():
+            train, test = (self._features(part) for part in (self.images.train, self.images.test))
+        accuracy = classify(train, test) if train is not None and test is not None else -1.0
+        return broadcast_object(self.rank, accuracy)
+
+    def _features(self, part: Dataset[Any]) -> Features | None:
+        """Return features and labels of a part on rank 0; every rank encodes a share of it."""
+        rank, encoder = self.rank, self.model.encoder_q
+        share = range(rank.index, len(part), rank.world_size)  # type: ignore[arg-type]
         batches = [[share[i] for i in b] for b in whole_batches(len(share), EVALUATION_BATCH)]
         # Made anew each time, or its workers would stay beside those of the training.
-        return make_loader(part, batches, self.workers)
-
-    def _features(self, model: MoCo) -> tuple[Features, Features] | None:
-        """Return features and labels of both parts on rank 0, None elsewhere."""
-        encoder, device = model.encoder_q, self.place.device
-        prepare = self.views.as_they_are
-        parts = []
-        with averaged_running_stats(encoder), self.views.autocast():
-            for images in (self.images.train, self.images.test):
-                part = extract_features(encoder, self._loader(images), device, prepare=prepare)
-                everyones = gather_objects(self.place, tuple(t.cpu() for t in part))
-                if everyones:
-                    features, labels = (
-                        torch.cat(list(t)).to(device) for t in zip(*everyones, strict=True)
-                    )
-                    parts.append((features, labels))
-        return (parts[0], parts[1]) if parts else None
+        loader = make_loader(part, batches, self.config.data.workers)
+        own = extract_features(encoder, loader, rank.device, prepare=self.views.as_they_are)
+        everyones = gather_objects(rank, (own[0].cpu(), own[1].cpu()))
+        if not everyones:
+            return None
+        features, labels = zip(*everyones, strict=True)
+        return torch.cat(features).to(rank.device), torch.cat(labels).to(rank.device)
 
 
 @contextmanager
@@ -95,17 +152,11 @@ def averaged_running_stats(encoder: nn.Module) -> Iterator[None]:
             buffer.copy_(value)
 
 
-def is_finite(model: MoCo) -> bool:
-    """Whether all weights and keys are finite; the same on all ranks. Waits for the device."""
-    tensors = [*model.parameters(), model.queue]
-    return bool(torch.stack([torch.isfinite(tensor).all() for tensor in tensors]).all())
-
-
-def check_pool(config: Config, images: Images, world_size: int, keys: int = LEAK_KEYS) -> None:
+def check_images(config: Config, images: Images, world_size: int, keys: int = LEAK_KEYS) -> None:
     """Refuse a data set that is too small to measure the leak with, before it is trained on.
 
     Raises:
-        ConfigError: a batch and its fresh company are more than there is.
+        ConfigError: a batch and a fresh one are more than there is.
     """
     batch, count = config.optim.batch_size, len(images.train)  # type: ignore[arg-type]
     if 2 * batch - keys_per_pass(config, world_size, min(keys, batch)) > count:
@@ -126,51 +177,7 @@ def keys_per_pass(config: Config, world_size: int, keys: int) -> int:
     return math.gcd(world_size * config.norm.groups, keys)
 
 
-def find_leak(
-    config: Config,
-    model: MoCo,
-    images: Images,
-    views: Views,
-    place: Place,
-    *,
-    batches: int = LEAK_BATCHES,
-    keys: int = LEAK_KEYS,
-) -> LeakReport:
-    """Measure the leak of a model against its queue; see `measure_leak`.
-
-    Args:
-        config: the run.
-        model: its model, in training mode.
-        images: its data set.
-        views: prepares the images.
-        place: this rank.
-        batches: how many batches are drawn.
-        keys: how many keys are looked at in each.
-    """
-    keys = min(keys, config.optim.batch_size)
-
-    def augment(pixels: Tensor) -> Tensor:
-        with torch.autocast(place.device.type, enabled=False):  # as in training
-            return views.augmented(pixels.to(place.device))
-
-    generator = torch.Generator().manual_seed(config.run.seed)
-    with views.autocast():
-        return measure_leak(
-            model.encoder_q,
-            model.encode_key,
-            images.train,
-            augment,
-            model.queue,
-            batch_size=config.optim.batch_size,
-            batches=batches,
-            keys_per_batch=keys,
-            keys_per_pass=keys_per_pass(config, place.world_size, keys),
-            modules=(model,),
-            generator=generator,
-        )
-
-
-def leak_figures(report: LeakReport | None) -> dict[str, Any]:
+def leak_figures(report: LeakReport | None) -> Figures:
     """Return a report as plain values, as they are in a record; all None if there is none."""
     return {
         "leak": report and report.leak,
@@ -181,17 +188,111 @@ def leak_figures(report: LeakReport | None) -> dict[str, Any]:
     }
 
 
-def find_stability(
-    config: Config, model: MoCo, images: Images, views: Views, place: Place
-) -> dict[str, Any]:
-    """Compare the scale of the key encoder's layers with mode `local`; see `stability`."""
-    share = config.optim.batch_size // place.world_size
-    first = range(place.rank * share, (place.rank + 1) * share)
-    pixels = torch.stack([images.train[index][0] for index in first]).to(place.device)
-    with views.autocast():
-        report = stability(model.encoder_k, views.as_they_are(pixels))
+def evaluate_checkpoint(
+    path: Path, ranks: int | None = None, device: Device = "auto", data_path: Path | None = None
+) -> Figures:
+    """Return kNN and linear-probe accuracy of the query encoder in a checkpoint.
+
+    Args:
+        path: of the checkpoint; the rest of the configuration is in it.
+        ranks: processes to start; as many as trained it, by default.
+        device: where to compute.
+        data_path: of the data set, if it has moved.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+        ConfigError: `ranks` does not divide its groups.
+        DataError: no such data set.
+    """
+    return _launch(_evaluate, "evaluate", path, ranks, device, data_path)
+
+
+def probe_checkpoint(
+    path: Path,
+    ranks: int | None = None,
+    device: Device = "auto",
+    data_path: Path | None = None,
+    *,
+    batches: int = LEAK_BATCHES,
+    keys: int = LEAK_KEYS,
+) -> Figures:
+    """Return the leak and the stability of a checkpoint; see `measure_leak`.
+
+    Args:
+        path: see `evaluate_checkpoint`, as for the next three.
+        ranks: processes to start.
+        device: where to compute.
+        data_path: of the data set.
+        batches: how many batches are drawn, 2 or more.
+        keys: how many keys are measured in each.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+        ConfigError: `ranks` does not divide its groups, or a number is out of range.
+        DataError: no such data set.
+    """
+    for name, value, least in (("--batches", batches, 2), ("--keys", keys, 1)):
+        if value < least:
+            raise ConfigError(f"probe: {name} must be at least {least}, got {value}")
+    return _launch(_probe, "probe", path, ranks, device, data_path, batches, keys)
+
+
+def _launch(
+    function: Callable[..., Figures],
+    call: str,
+    path: Path,
+    ranks: int | None,
+    device: Device,
+    data_path: Path | None,
+    *args: int,
+) -> Figures:
+    """Call ``function(measurements, *args)`` on ranks that have the model of a checkpoint."""
+    state = checkpoint.load(path)
+    config = from_dict(state["config"])
+    total = state["world_size"] * config.norm.groups
+    size = world_size(state["world_size"] if ranks is None else ranks, device)
+    if size < 1 or total % size:
+        raise ConfigError(f"{call}: --ranks {size} does not divide the {total} groups of the run")
+    data = config.data if data_path is None else replace(config.data, data_path=data_path)
+    norm = replace(config.norm, groups=total // size)
+    # Compiling takes longer than measuring.
+    run = replace(config.run, ranks=size, device=device, compile=False)
+    config = replace(config, run=run, data=data, norm=norm)
+    validate(config, size)
+    work = function, config, state, args
+    figures: Figures = launch(_measure, *work, ranks=size, device=device)
+    return figures
+
+
+def _measure(
+    rank: Rank,
+    function: Callable[..., Figures],
+    config: Config,
+    state: State,
+    args: tuple[int, ...],
+) -> Figures:
+    with own_random_state():
+        images = load_data(config.data)
+        model = build_model(config, images, rank.device)
+        restore_model(model, state, rank)
+        views = Views(config, images, rank)
+        measurements = Measurements(config, model, images, views, rank)
+        if not measurements.is_finite():
+            raise ConfigError("the model has diverged: not all of its numbers are finite")
+        figures = function(measurements, *args)
+    return {"epoch": state["epoch"], "step": state["step"], "bn": config.norm.bn, **figures}
+
+
+def _evaluate(measurements: Measurements) -> Figures:
+    return {"knn": measurements.knn(), "linear": measurements.linear()}
+
+
+def _probe(measurements: Measurements, batches: int, keys: int) -> Figures:
+    config = measurements.config
+    check_images(config, measurements.images, measurements.rank.world_size, keys)
+    if keys > config.optim.batch_size:
+        raise ConfigError(f"probe: --keys {keys} is more than the batch, {config.optim.batch_size}")
     return {
-        "layers": list(report.layers),
-        "ratio": list(report.ratio),
-        "spectral_radius": report.spectral_radius,
+        **leak_figures(measurements.leak(batches, keys)),
+        "stability": measurements.stability(),
     }

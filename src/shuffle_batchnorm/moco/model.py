@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from shuffle_batchnorm.comm import collectives
 from shuffle_batchnorm.comm.world import ProcessGroupLike, World, check_process_group, resolve
 from shuffle_batchnorm.norm.contexts import shuffle_offset
 from shuffle_batchnorm.norm.modules import ShuffleBatchNorm
+
+from .ranks.control import gather_rows
 
 CALL = "MoCo"
 _BUFFERS = ("own", "copy", "momentum")
@@ -44,8 +45,8 @@ class MoCo(nn.Module):
 
     with queries q of the first view, keys k of the second and the queue u. Before the keys are
     encoded, the key encoder's parameters move by :math:`\theta_k \leftarrow m \theta_k +
-    (1 - m) \theta_q`; after the loss, the keys of all ranks take the places of the oldest in the
-    queue, rank by rank, so that the queue is the same on all of them.
+    (1 - m) \theta_q`; after the loss, the keys of all ranks replace the oldest in the queue, rank
+    by rank, so that the queue is the same on all of them.
 
     ``symmetric`` also takes queries of the second view and keys of the first, against the same
     queue, and enqueues both sets of keys; the second pass of the keys has another offset.
@@ -193,18 +194,18 @@ class MoCo(nn.Module):
         keys = keys.to(self.queue.dtype)
         if world.size == 1:
             return keys
-        return collectives.gather(keys.reshape(-1), world, CALL).view(-1, keys.shape[1])
+        return gather_rows(keys, world)
 
     @torch.no_grad()
     def _enqueue(self, keys: Tensor) -> None:
         length, count = len(self.queue), len(keys)
-        # Places by arithmetic on the device: the pointer's value is never asked for.
-        places = (self.queue_pointer + torch.arange(count, device=keys.device)) % length
-        self.queue.index_copy_(0, places, keys)
+        # Slots by arithmetic on the device: the pointer's value is never read by the host.
+        slots = (self.queue_pointer + torch.arange(count, device=keys.device)) % length
+        self.queue.index_copy_(0, slots, keys)
         self.queue_pointer.copy_((self.queue_pointer + count) % length)
 
     def _another_offset(self, world: World) -> AbstractContextManager[None]:
-        """Give the second keys other company than the first, where the mode has an offset."""
+        """Normalise the second keys with other groups than the first, if the mode has an offset."""
         layers = [m for m in self.encoder_k.modules() if isinstance(m, ShuffleBatchNorm)]
         moving = [layer for layer in layers if layer.mode in ("swap", "regroup")]
         if not moving:

@@ -2,20 +2,18 @@
 
 import importlib
 from itertools import pairwise
-from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import NetworkConfig
+from .config import CALL, NetworkConfig, UserError
 
-CALL = "train"
 _LARGE = 64  # pixels; above it a ResNet begins with the stem for ImageNet
 
 
-class NetworkError(ValueError):
-    """A network that doesn't exist, isn't installed or doesn't fit the images, in one line."""
+class NetworkError(UserError):
+    """A network that doesn't exist, isn't installed or doesn't fit the images."""
 
 
 class Encoder(nn.Module):
@@ -91,7 +89,7 @@ def make_backbone(
         network: ``small``, ``resnet18``, ``resnet50``, ``timm/<name>`` or ``torchvision/<name>``.
             The ResNets' parameters have torchvision's names; there is no ``fc``.
         stem: of a ResNet: ``cifar``, a 3x3 convolution; ``imagenet``, 7x7 with stride 2 and a
-            pooling; ``auto``, cifar up to 64 pixels.
+            maximum of 3x3; ``auto``, cifar up to 64 pixels.
         channels: c of the images.
         image_size: H of the images.
 
@@ -107,10 +105,8 @@ def make_backbone(
         512
     """
     library, _, name = network.rpartition("/")
-    if library == "timm":
-        return _from_timm(name, channels, image_size)
-    if library == "torchvision":
-        return _from_torchvision(name, channels, image_size)
+    if library in ("timm", "torchvision"):
+        return _from_library(library, name, channels, image_size)
     if network == "small":
         return SmallNet(channels), SmallNet.FEATURES
     if network in _RESNETS:
@@ -149,18 +145,15 @@ class SmallNet(nn.Module):
 
 
 class _Block(nn.Module):
-    """A residual block of convolutions, each with batch norm; its widths follow from `EXPANSION`.
+    """A residual block of convolutions, each with batch norm, from `width` to `outputs` channels.
 
     `convN`, `bnN` and `downsample` are torchvision's names.
     """
 
-    EXPANSION = 1
-
-    def __init__(self, inputs: int, width: int, stride: int) -> None:
+    def __init__(self, inputs: int, width: int, outputs: int, stride: int) -> None:
         super().__init__()
-        outputs = width * self.EXPANSION
         # Kernel, stride and width of the convolutions: two 3x3, or 1x1, 3x3, 1x1 as a bottleneck.
-        if self.EXPANSION == 1:
+        if outputs == width:
             shapes = [(3, stride, width), (3, 1, outputs)]
         else:
             shapes = [(1, 1, width), (3, stride, width), (1, 1, outputs)]
@@ -186,30 +179,19 @@ class _Block(nn.Module):
         return F.relu(y + shortcut)
 
 
-class _Bottleneck(_Block):
-    EXPANSION = 4
-
-
-class _Shape(NamedTuple):
-    block: type[_Block]
-    blocks: tuple[int, int, int, int]
-
-
-_RESNETS = {
-    "resnet18": _Shape(_Block, (2, 2, 2, 2)),
-    "resnet50": _Shape(_Bottleneck, (3, 4, 6, 3)),
-}
+# How many times wider a block ends, and how many blocks there are in each of the four layers.
+_RESNETS = {"resnet18": (1, (2, 2, 2, 2)), "resnet50": (4, (3, 4, 6, 3))}
 
 
 class ResNet(nn.Module):
     """A residual network without its classifier, with torchvision's names of parameters.
 
     Args:
-        block: the class of its blocks.
+        expansion: how many times wider a block ends.
         blocks: how many there are in each of the four layers.
         channels: c of the images.
-        large_stem: begin with a 7x7 convolution of stride 2 and a pooling, for large images, and
-            not with a 3x3 convolution.
+        large_stem: begin with a 7x7 convolution of stride 2 and a maximum of 3x3, for large images,
+            and not with a 3x3 convolution.
 
     Shape:
         Images ``[N, c, H, H]`` to ``[N, features]``.
@@ -221,7 +203,7 @@ class ResNet(nn.Module):
 
     def __init__(
         self,
-        block: type[_Block],
+        expansion: int,
         blocks: tuple[int, int, int, int],
         *,
         channels: int,
@@ -240,8 +222,8 @@ class ResNet(nn.Module):
             width, layer = 32 * 2**number, nn.Sequential()
             for position in range(count):
                 stride = 2 if number > 1 and position == 0 else 1
-                layer.append(block(inputs, width, stride))
-                inputs = width * block.EXPANSION
+                layer.append(_Block(inputs, width, expansion * width, stride))
+                inputs = expansion * width
             self.add_module(f"layer{number}", layer)
         self.features = inputs
         self._initialise()
@@ -266,41 +248,28 @@ def _convolution(inputs: int, outputs: int, kernel: int, stride: int) -> nn.Conv
     return nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
 
 
-def _from_timm(name: str, channels: int, image_size: int) -> tuple[nn.Module, int]:
-    timm = _library("timm", name)
+def _from_library(library: str, name: str, channels: int, image_size: int) -> tuple[nn.Module, int]:
+    network = f"{library}/{name}"
     try:
-        model: nn.Module = timm.create_model(
-            name, pretrained=False, num_classes=0, in_chans=channels
-        )
-    except Exception as error:
-        raise NetworkError(f"{CALL}: --network timm/{name}: {_first_line(error)}") from error
-    return model, _features(model, f"timm/{name}", channels, image_size)
-
-
-def _from_torchvision(name: str, channels: int, image_size: int) -> tuple[nn.Module, int]:
-    models = _library("torchvision", name).models
-    try:
-        model: nn.Module = models.get_model(name, weights=None)
-    except Exception as error:
-        raise NetworkError(f"{CALL}: --network torchvision/{name}: {_first_line(error)}") from error
-    for head in ("fc", "classifier", "heads", "head"):
-        if hasattr(model, head):
-            setattr(model, head, nn.Identity())
-            break
-    return model, _features(model, f"torchvision/{name}", channels, image_size)
-
-
-def _library(library: str, name: str) -> Any:
-    try:
-        module = importlib.import_module(library)
-        if library == "torchvision":
-            importlib.import_module("torchvision.models")
+        models = importlib.import_module("timm" if library == "timm" else "torchvision.models")
     except ImportError as error:
         raise NetworkError(
-            f"{CALL}: --network {library}/{name} needs {library}, which is not installed: "
+            f"{CALL}: --network {network} needs {library}, which is not installed: "
             f"pip install {library}"
         ) from error
-    return module
+    model: nn.Module
+    try:
+        if library == "timm":
+            model = models.create_model(name, pretrained=False, num_classes=0, in_chans=channels)
+        else:
+            model = models.get_model(name, weights=None)
+    except Exception as error:
+        raise NetworkError(f"{CALL}: --network {network}: {_first_line(error)}") from error
+    if library == "torchvision":
+        heads = [head for head in ("fc", "classifier", "heads", "head") if hasattr(model, head)]
+        for head in heads[:1]:
+            setattr(model, head, nn.Identity())
+    return model, _features(model, network, channels, image_size)
 
 
 @torch.no_grad()

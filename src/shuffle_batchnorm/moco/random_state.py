@@ -1,13 +1,15 @@
-"""The state of all random number generators of a process: saved, restored, and borrowed."""
+"""The state of all random number generators of a process, as a checkpoint holds it."""
 
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
-from shuffle_batchnorm.shuffle.state import get_shuffle_state, set_shuffle_state
+from shuffle_batchnorm.comm.world import resolve
+from shuffle_batchnorm.probe.isolation import isolated
+
+from .config import CALL
 
 State = dict[str, Any]
 
@@ -38,36 +40,15 @@ def set_random_state(state: State, device: torch.device) -> None:
     if state["cuda"] is not None:
         torch.cuda.set_rng_state(state["cuda"], device)
     numpy = state["numpy"]
-    numpy = {
-        **numpy,
-        "state": {**numpy["state"], "key": numpy["state"]["key"].numpy().astype("uint32")},
-    }
-    np.random.set_state(numpy)  # noqa: NPY002
+    keys = numpy["state"]["key"].numpy().astype("uint32")
+    np.random.set_state({**numpy, "state": {**numpy["state"], "key": keys}})  # noqa: NPY002
     version, numbers, gauss_next = state["python"]
     random.setstate((version, tuple(numbers.tolist()), gauss_next))
 
 
-@contextmanager
-def own_random_state(device: torch.device) -> Iterator[None]:
+def own_random_state() -> AbstractContextManager[None]:
     """Give a block random states that are its own to seed; the caller's come back afterwards.
 
     The sample shuffle's state on all ranks is one of them.
     """
-    before, shuffle = get_random_state(device), get_shuffle_state()
-    try:
-        yield
-    finally:
-        set_random_state(before, device)
-        set_shuffle_state(shuffle)
-
-
-def seed_all(seed: int, rank: int, device: torch.device) -> None:
-    """Seed every generator of this process, differently on every rank."""
-    import numpy as np
-
-    number = seed * 1000003 + rank
-    torch.default_generator.manual_seed(number)
-    if device.type == "cuda":
-        torch.cuda.manual_seed(number)
-    np.random.seed(number % 2**32)  # noqa: NPY002
-    random.seed(number)
+    return isolated([], [resolve(None, CALL)])

@@ -1,4 +1,4 @@
-"""A run's folder at the start of a session: nothing, something to go on from, or a whole run."""
+"""A run's folder when it is started: empty, a checkpoint to go on from, or a whole run."""
 
 from typing import Any, NamedTuple
 
@@ -6,25 +6,25 @@ import torch
 from torch import Tensor
 
 from . import checkpoint
-from .checkpoint import State
+from .checkpoint import State, read_json, refuse_changes
 from .config import CALL, Config, ConfigError, to_dict
-from .journal import CONFIG, RECORD, read_json
+from .journal import CONFIG, RECORD
 from .model import MoCo
-from .ranks.launch import Place
+from .ranks.launch import Rank
 
 # The same on all ranks; other buffers are each rank's own.
 _COMMON = ("queue", "queue_pointer")
 
 
-class Begun(NamedTuple):
-    """What a folder holds: a checkpoint, or the record of a run that is at its end."""
+class RunState(NamedTuple):
+    """What a folder holds: a checkpoint, the record of a run that is at its end, or neither."""
 
-    state: State | None = None
+    checkpoint: State | None = None
     record: dict[str, Any] | None = None
 
 
-def find_run(config: Config, place: Place) -> Begun:
-    """Look for a run in the folder of a configuration, and whether this one may go on with it.
+def find_run(config: Config, rank: Rank) -> RunState:
+    """Find the run in the folder of a configuration, and check that this one may go on with it.
 
     Raises:
         ConfigError: there is one, and `resume` isn't set.
@@ -38,19 +38,20 @@ def find_run(config: Config, place: Place) -> Begun:
                 f"{CALL}: there is a run in {folder}: go on with it with --resume, or choose "
                 "another --output"
             )
-        return Begun()
+        return RunState()
+    now = {
+        "config": to_dict(config),
+        "world_size": rank.world_size,
+        "device": rank.device.type,
+    }
     if record.exists():
-        described = folder / CONFIG
-        before = read_json(described)
-        checkpoint.check_flags(described, before["config"], to_dict(config))
-        if before["world_size"] == place.world_size:
-            return Begun(record=read_json(record))
+        refuse_changes(CALL, folder / CONFIG, read_json(folder / CONFIG), now)
+        return RunState(record=read_json(record))
     if path is None:
-        return Begun()
+        return RunState()
     state = checkpoint.load(path)
-    checkpoint.check_flags(path, state["config"], to_dict(config))
-    checkpoint.check_place(path, state, place.world_size, place.device.type)
-    return Begun(state=state)
+    refuse_changes(CALL, path, state, now)
+    return RunState(checkpoint=state)
 
 
 def own_buffers(model: MoCo) -> dict[str, Tensor]:
@@ -59,7 +60,7 @@ def own_buffers(model: MoCo) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def restore_model(model: MoCo, state: State, place: Place) -> None:
+def restore_model(model: MoCo, state: State, rank: Rank) -> None:
     """Give a model the weights, queue and running statistics of a checkpoint.
 
     On another number of ranks than it was written by, every rank gets the mean of their running
@@ -68,8 +69,8 @@ def restore_model(model: MoCo, state: State, place: Place) -> None:
     model.load_state_dict(state["model"])
     everyones = [part["buffers"] for part in state["ranks"]]
     for name, buffer in own_buffers(model).items():
-        if len(everyones) == place.world_size:
-            buffer.copy_(everyones[place.rank][name])
+        if len(everyones) == rank.world_size:
+            buffer.copy_(everyones[rank.index][name])
         else:
             values = torch.stack([buffers[name] for buffers in everyones])
             mean = values.mean(0) if values.is_floating_point() else values[0]

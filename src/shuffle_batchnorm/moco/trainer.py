@@ -4,11 +4,13 @@ import math
 import signal
 import time
 from contextlib import ExitStack
-from typing import Any
+from dataclasses import asdict
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from shuffle_batchnorm.probe.isolation import seed_all
 from shuffle_batchnorm.shuffle.state import get_shuffle_state, set_shuffle_state
 
 from . import checkpoint, journal
@@ -18,13 +20,12 @@ from .config import CALL, Config, to_dict, validate
 from .data.images import Images
 from .data.loading import EpochBatches, load_data, make_loader
 from .journal import RECORD
-from .measure import Evaluation, check_pool, find_leak, find_stability, is_finite, leak_figures
-from .random_state import get_random_state, own_random_state, seed_all, set_random_state
-from .ranks import launch
+from .measure import Measurements, check_images, leak_figures
+from .random_state import get_random_state, own_random_state, set_random_state
 from .ranks.control import StopAgreement, gather_objects, on_rank_0, sum_over_ranks
-from .ranks.launch import Place, Stopped
+from .ranks.launch import Rank, launch, world_size
+from .ranks.spawn import Stopped
 from .resume import find_run, own_buffers, restore_model
-from .schedule import Mark, learning_rate
 
 Record = dict[str, Any]
 
@@ -49,22 +50,25 @@ def train(config: Config) -> Record:
         CheckpointError: nothing to go on with, another configuration, or a full disk.
         Stopped: SIGTERM or SIGINT; a checkpoint is written.
     """
-    validate(config, launch.world_size(config.run))
-    record: Record = launch.launch(train_on_rank, config.run, config)
+    run = config.run
+    validate(config, world_size(run.ranks, run.device))
+    record: Record = launch(
+        train_on_rank, config, ranks=run.ranks, device=run.device, graceful=True
+    )
     return record
 
 
-def train_on_rank(place: Place, config: Config) -> Record:
+def train_on_rank(rank: Rank, config: Config) -> Record:
     """Train on one rank of several, or the only one."""
     with ExitStack() as stack:
-        stack.enter_context(own_random_state(place.device))
+        stack.enter_context(own_random_state())
         images = load_data(config.data)
-        check_pool(config, images, place.world_size)
-        on_rank_0(place, lambda: stack.enter_context(checkpoint.folder_lock(config.run.output)))
-        begun = on_rank_0(place, lambda: find_run(config, place))
-        if begun.record is not None:
-            return begun.record
-        trainer = Trainer(place, config, images, begun.state)
+        check_images(config, images, rank.world_size)
+        on_rank_0(rank, lambda: stack.enter_context(checkpoint.folder_lock(config.run.output)))
+        found = on_rank_0(rank, lambda: find_run(config, rank))
+        if found.record is not None:
+            return found.record
+        trainer = Trainer(rank, config, images, found.checkpoint)
         stack.callback(trainer.close)
         return trainer.run()
 
@@ -73,67 +77,63 @@ class Trainer:
     """One rank's part in a run.
 
     Args:
-        place: this rank.
+        rank: this rank.
         config: the run.
         images: its data set.
         state: the checkpoint to go on from; None at the beginning.
     """
 
-    def __init__(self, place: Place, config: Config, images: Images, state: State | None) -> None:
-        self.place, self.config, self.images = place, config, images
-        self.folder, optim = config.run.output, config.optim
-        self.model = build_model(config, images, place.device)
-        self.parallel = parallelise(self.model, place)
+    def __init__(self, rank: Rank, config: Config, images: Images, state: State | None) -> None:
+        self.rank, self.config, self.folder = rank, config, config.run.output
+        optim = config.optim
+        self.model = build_model(config, images, rank.device)
+        self.parallel = parallelise(self.model, rank)
         self.optimizer = torch.optim.SGD(
             self.model.encoder_q.parameters(),
             lr=optim.lr,
             momentum=optim.sgd_momentum,
             weight_decay=optim.weight_decay,
         )
-        self.views = Views(config, images, place)
         self.batches = EpochBatches(
             len(images.train),  # type: ignore[arg-type]
             optim.batch_size,
-            rank=place.rank,
-            world_size=place.world_size,
+            rank=rank.index,
+            world_size=rank.world_size,
             seed=config.run.seed,
         )
         self.loader = make_loader(images.train, self.batches, config.data.workers)
-        self.evaluation = Evaluation(config, images, self.views, place)
-        self.stop = StopAgreement(place)
+        self.views = Views(config, images, rank)
+        self.measurements = Measurements(config, self.model, images, self.views, rank)
+        self.stop = StopAgreement(rank)
 
         self.epoch = self.step_in_epoch = self.step = 0  # how many are done
         self.steps = optim.epochs * self.batches.steps
         self.curve: list[Record] = []
         self.best_knn = -1.0
-        # Sums of loss and accuracy over all steps of this rank, which stay on the device; and what
-        # they were, over all ranks, when the epoch and the row of steps.csv began.
-        self.totals = torch.zeros(2, dtype=torch.float64, device=place.device)
-        self.at_epoch, self.at_row = Mark(), Mark()
+        # Sums of loss and accuracy over all steps of this rank, which stay on the device; and the
+        # progress of all ranks when the epoch and the row of steps.csv began.
+        self.totals = torch.zeros(2, dtype=torch.float64, device=rank.device)
+        self.at_epoch = self.at_row = Progress()
         self.seconds = 0.0  # of training, without evaluation
-        seed_all(config.run.seed, place.rank, place.device)
+        seed_all(config.run.seed * 1000003 + rank.index)
         set_shuffle_state((config.run.seed, 0))
         if state is not None:
             self.restore(state)
         self.journal: journal.Journal | None = None
-        if place.rank == 0:
-            self.journal = journal.Journal(
-                config, place.world_size, self.steps, self.step, self.curve
-            )
-            device = f"{place.device.type}, {place.world_size} rank(s)"
-            begun = f"from step {self.step}" if self.step else "from the beginning"
-            self.journal.say(f"{CALL}: {begun} of {self.steps}, on {device}, to {self.folder}")
+        if rank.index == 0:
+            done = self.step, self.curve
+            self.journal = journal.Journal(config, rank.world_size, self.steps, *done)
+            where = f"{rank.device.type}, {rank.world_size} rank(s), to {self.folder}"
+            start = f"from step {self.step}" if self.step else "from the beginning"
+            self.journal.say(f"{CALL}: {start} of {self.steps}, on {where}")
 
     def run(self) -> Record:
         """Train to the end, and return the record."""
         for epoch in range(self.epoch, self.config.optim.epochs):
             self.train_epoch(epoch)
             self.finish_epoch(epoch)
-            if epoch + 1 == self.config.optim.epochs:
-                self.save(LAST)
-        signum = self.stop.settle()
-        if signum:
-            self.leave(signum)
+        self.save(LAST)
+        self.stop_if(self.stop.answer())
         return self.finish()
 
     def train_epoch(self, epoch: int) -> None:
@@ -141,27 +141,24 @@ class Trainer:
         run = self.config.run
         self.batches.set_epoch(epoch, self.step_in_epoch)
         self.model.train()
-        resumed_at = time.perf_counter() - self.seconds
+        self.begun = time.perf_counter() - self.seconds
         for images, _ in self.loader if len(self.batches) else ():
             self.train_step(images, epoch, self.step_in_epoch)
             self.step, self.step_in_epoch = self.step + 1, self.step_in_epoch + 1
             if self.step % run.log_every == 0:
-                mark = self.read(time.perf_counter() - resumed_at)
-                self.log_row(mark, epoch)
+                self.log_row(epoch)
             if self.journal is not None:
                 self.journal.on_step()
             signum = self.stop.ask()
             if signum or self.step % run.save_every == 0:
-                self.seconds = time.perf_counter() - resumed_at
+                self.seconds = time.perf_counter() - self.begun
                 self.save(LAST)
-            if signum:
-                self.leave(signum)
-        self.at_end = self.read(time.perf_counter() - resumed_at)
-        self.seconds = self.at_end.seconds
+            self.stop_if(signum)
+        self.at_end = self.progress()
 
     def train_step(self, images: Tensor, epoch: int, step_in_epoch: int) -> None:
         """Take one step; nothing in it waits for the device."""
-        images = images.to(self.place.device, non_blocking=True)
+        images = images.to(self.rank.device, non_blocking=True)
         view_1, view_2 = self.views.of_step(images, epoch, step_in_epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.step, self.batches.steps)
@@ -176,16 +173,12 @@ class Trainer:
         """Evaluate if it is time, and add the epoch to the curve."""
         run, optim = self.config.run, self.config.optim
         is_due = (epoch + 1) % run.eval_every == 0 or epoch + 1 == optim.epochs
-        knn = self.evaluation.knn(self.model) if is_due else None
-        loss, accuracy = self.at_end.means_since(self.at_epoch, self.place.world_size)
+        knn = self.measurements.knn() if is_due else None
         row = {
             "epoch": epoch + 1,
             "step": self.step,
-            "loss": loss,
-            "pretext_accuracy": accuracy,
+            **self.figures_since(self.at_epoch, self.at_end),
             "knn": knn,
-            "lr": learning_rate(self.config, self.step - 1, self.batches.steps),
-            "samples_per_second": self.at_end.speed_since(self.at_epoch, optim.batch_size),
             "seconds": self.seconds,
         }
         self.curve.append(row)
@@ -199,19 +192,15 @@ class Trainer:
     def finish(self) -> Record:
         """Measure the trained model, and write and return the record."""
         config, last = self.config, self.curve[-1]
-        measured = config, self.model, self.images, self.views, self.place
-        diverged = not (math.isfinite(last["loss"]) and is_finite(self.model))
+        diverged = not (math.isfinite(last["loss"]) and self.measurements.is_finite())
         # What has no finite features has no leak that could be measured.
-        leak = None if diverged else find_leak(*measured)
-        scales = {} if diverged else find_stability(*measured)
+        leak = None if diverged else self.measurements.leak()
+        scales = {} if diverged else self.measurements.stability()
         record: Record = {
-            "bn": config.norm.bn,
             "seed": config.run.seed,
             "epochs": config.optim.epochs,
-            "world_size": self.place.world_size,
-            "groups": config.norm.groups,
-            "blocks": config.norm.blocks,
-            "offset": config.norm.offset,
+            "world_size": self.rank.world_size,
+            **asdict(config.norm),
             **leak_figures(leak),
             "knn": last["knn"],
             "pretext_accuracy": last["pretext_accuracy"],
@@ -224,28 +213,34 @@ class Trainer:
             "diverged": diverged,
             "complete": True,
         }
-        on_rank_0(self.place, lambda: journal.write_json(self.folder / RECORD, record))
+        on_rank_0(self.rank, lambda: checkpoint.write_json(self.folder / RECORD, record))
         if self.journal is not None:
             self.journal.say(f"{CALL}: kNN {last['knn']:.4f}, {leak or 'it has diverged'}")
         return record
 
-    def read(self, seconds: float) -> Mark:
+    def progress(self) -> "Progress":
         """Return how far the run is; waits for the device and for all ranks."""
-        loss, accuracy = sum_over_ranks(self.place, self.totals)
-        return Mark(self.step, loss, accuracy, seconds)
+        loss, accuracy = sum_over_ranks(self.rank, self.totals)
+        self.seconds = time.perf_counter() - self.begun
+        return Progress(self.step, loss, accuracy, self.seconds)
 
-    def log_row(self, mark: Mark, epoch: int) -> None:
-        """Add a row to steps.csv."""
-        loss, accuracy = mark.means_since(self.at_row, self.place.world_size)
-        row = {
-            "step": self.step,
-            "epoch": epoch + 1,
-            "loss": loss,
-            "pretext_accuracy": accuracy,
+    def figures_since(self, earlier: "Progress", now: "Progress") -> Record:
+        """Return what a row of the log says of the steps between two states."""
+        steps = now.step - earlier.step
+        count = max(1, steps) * self.rank.world_size
+        samples = steps * self.config.optim.batch_size
+        return {
+            "loss": (now.loss - earlier.loss) / count,
+            "pretext_accuracy": (now.accuracy - earlier.accuracy) / count,
             "lr": learning_rate(self.config, self.step - 1, self.batches.steps),
-            "samples_per_second": mark.speed_since(self.at_row, self.config.optim.batch_size),
+            "samples_per_second": samples / max(1e-9, now.seconds - earlier.seconds),
         }
-        self.at_row = mark
+
+    def log_row(self, epoch: int) -> None:
+        """Add a row to steps.csv."""
+        now = self.progress()
+        row = {"step": self.step, "epoch": epoch + 1, **self.figures_since(self.at_row, now)}
+        self.at_row = now
         if self.journal is not None:
             self.journal.on_window(row)
 
@@ -253,18 +248,18 @@ class Trainer:
         """Write a checkpoint of all ranks; all of them learn if it can't be written."""
         own = {
             "buffers": own_buffers(self.model),
-            "random": get_random_state(self.place.device),
+            "random": get_random_state(self.rank.device),
             "totals": self.totals,
         }
-        everyones = gather_objects(self.place, to_cpu(own))
+        everyones = gather_objects(self.rank, to_cpu(own))
 
         def write() -> None:
             state = {
                 "format": checkpoint.FORMAT,
                 "config": to_dict(self.config),
                 "versions": journal.versions(),
-                "world_size": self.place.world_size,
-                "device": self.place.device.type,
+                "world_size": self.rank.world_size,
+                "device": self.rank.device.type,
                 "epoch": self.epoch,
                 "step_in_epoch": self.step_in_epoch,
                 "step": self.step,
@@ -279,35 +274,70 @@ class Trainer:
             }
             checkpoint.save(self.folder / name, to_cpu(state))
 
-        on_rank_0(self.place, write)
+        on_rank_0(self.rank, write)
 
     def restore(self, state: State) -> None:
         """Take everything from a checkpoint."""
-        restore_model(self.model, state, self.place)
+        restore_model(self.model, state, self.rank)
         self.optimizer.load_state_dict(state["optimizer"])
-        own = state["ranks"][self.place.rank]
+        own = state["ranks"][self.rank.index]
         self.totals.copy_(own["totals"])
         self.epoch, self.step_in_epoch = state["epoch"], state["step_in_epoch"]
         self.step, self.curve = state["step"], state["curve"]
         self.best_knn, self.seconds = state["best_knn"], state["seconds"]
-        self.at_epoch, self.at_row = (Mark(*mark) for mark in state["marks"])
+        self.at_epoch, self.at_row = (Progress(*numbers) for numbers in state["marks"])
         set_shuffle_state(state["shuffle"])
-        set_random_state(own["random"], self.place.device)
+        set_random_state(own["random"], self.rank.device)
 
-    def leave(self, signum: int) -> None:
-        """Stop where a checkpoint has just been written.
+    def stop_if(self, signum: int) -> None:
+        """Stop if a signal asked for it, where a checkpoint has just been written.
 
         Raises:
-            Stopped: always.
+            Stopped: `signum` is not 0.
         """
-        name = signal.Signals(signum).name
-        raise Stopped(
-            signum,
-            f"{CALL}: stopped by {name} after step {self.step} of {self.steps}, which is saved; "
-            f"--resume --output {self.folder} goes on",
-        )
+        if signum:
+            raise Stopped(
+                signum,
+                f"{CALL}: stopped by {signal.Signals(signum).name} after step {self.step} of "
+                f"{self.steps}, which is saved; --resume --output {self.folder} goes on",
+            )
 
     def close(self) -> None:
-        """Let go of the screen and of log files."""
+        """Release the screen and the log files."""
         if self.journal is not None:
             self.journal.close()
+
+
+class Progress(NamedTuple):
+    """How far a run is: steps, sums of loss and accuracy over steps and ranks, seconds."""
+
+    step: int = 0
+    loss: float = 0.0
+    accuracy: float = 0.0
+    seconds: float = 0.0
+
+
+def learning_rate(config: Config, step: int, steps_per_epoch: int) -> float:
+    r"""Return the learning rate of a step: up along a line, then down along a cosine.
+
+    .. math:: \text{lr}(s) = \text{lr} \cdot \min\left(\frac{s + 1}{S_w},
+        \frac{1 + \cos(\pi (s - S_w) / (S - S_w))}{2}\right)
+
+    with the cosine from step :math:`S_w` on, the end of the warm-up, to S, the end of the run.
+
+    Args:
+        config: the run.
+        step: s, counted from 0.
+        steps_per_epoch: of all ranks together.
+
+    Example:
+        >>> config = Config()
+        >>> learning_rate(config, 0, 5), learning_rate(config, 150, 5)
+        (0.12, 0.06)
+    """
+    optim = config.optim
+    warmup = optim.warmup_epochs * steps_per_epoch
+    if step < warmup:
+        return optim.lr * (step + 1) / warmup
+    done = (step - warmup) / (optim.epochs * steps_per_epoch - warmup)
+    return optim.lr * (1 + math.cos(math.pi * done)) / 2

@@ -1,11 +1,9 @@
 """Which runs a comparison starts, in which order, and what it keeps; nothing is trained here."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,8 +11,8 @@ import pytest
 import torch
 
 from moco.comparison.made_up import Record, diverged_record, made_up_record
+from shuffle_batchnorm.moco.checkpoint import CheckpointError
 from shuffle_batchnorm.moco.comparison import compare as module
-from shuffle_batchnorm.moco.comparison.compare import compare, written_command
 from shuffle_batchnorm.moco.comparison.summary import ResultsError
 from shuffle_batchnorm.moco.config import (
     Config,
@@ -25,12 +23,13 @@ from shuffle_batchnorm.moco.config import (
     RunConfig,
     to_dict,
 )
-from shuffle_batchnorm.moco.ranks.launch import Place, Stopped
-from shuffle_batchnorm.moco.ranks.spawn import StopRequest
+from shuffle_batchnorm.moco.ranks.launch import Rank
+from shuffle_batchnorm.moco.ranks.spawn import Stopped
 
 CONFIG = Config(norm=NormConfig(groups=16), run=RunConfig(ranks=2, device="cpu"))
 ROUND = replace(CONFIG, norm=NormConfig(groups=16, offset=32))
 Change = Callable[[Record], Record]
+compare = partial(module.compare, command="the command")
 
 
 class Trainer:
@@ -81,7 +80,7 @@ def as_rank(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     def become(rank: int) -> None:
         for name, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", 2)):
             monkeypatch.setenv(name, str(value))
-        monkeypatch.setattr(module, "launch", lambda function, _, *args: function(None, *args))
+        monkeypatch.setattr(module, "launch", lambda function, *args, **_: function(None, *args))
 
     return become
 
@@ -130,10 +129,10 @@ def test_another_configuration_is_refused(tmp_path: Path) -> None:
     other = replace(CONFIG, optim=OptimConfig(lr=0.1))
     bns: list[Norm] = ["local", "regroup"]
     for bn in bns:  # one that was run, and one that has no run yet
-        with pytest.raises(ConfigError, match=r"another --lr \(was 0.12, is 0.1\); choose another"):
+        with pytest.raises(CheckpointError, match=r"another --lr \(was 0.12, is 0.1\); choose"):
             compare(other, [bn], [0], tmp_path, train=train)
     other = replace(CONFIG, run=replace(CONFIG.run, ranks=4))
-    with pytest.raises(ConfigError, match=r"another number of ranks \(was 2, is 4\)"):
+    with pytest.raises(CheckpointError, match=r"another number of ranks \(was 2, is 4\)"):
         compare(other, ["local"], [0], tmp_path, train=train)
     assert train.asked == []
     free = replace(CONFIG, run=replace(CONFIG.run, save_every=7, log_every=7))
@@ -146,7 +145,7 @@ def test_a_run_of_another_configuration_is_refused(tmp_path: Path) -> None:
     compare(CONFIG, ["local"], [0], tmp_path, train=Trainer())
     (tmp_path / "comparison.json").unlink()
     other = replace(CONFIG, optim=OptimConfig(lr=0.1))
-    with pytest.raises(ConfigError, match=r"local-seed0/config\.json was begun with another --lr"):
+    with pytest.raises(CheckpointError, match=r"seed0/config\.json was begun with another --lr"):
         compare(other, ["local"], [0], tmp_path, train=Trainer())
 
 
@@ -204,63 +203,18 @@ def test_ranks_of_torchrun_all_ask_the_trainer(
     assert train.runs == [("local", 0)]
 
 
-SCRIPT = """
-import sys
-from pathlib import Path
-import torch, torch.distributed as dist
-from moco.comparison.made_up import made_up_record
-from shuffle_batchnorm.moco.comparison import compare as module
-from shuffle_batchnorm.moco.config import Config, RunConfig
-from shuffle_batchnorm.moco.ranks.launch import launch
-
-module.write_report = lambda output, *_, **__: output
-
-def work(place, config):
-    total = torch.ones(1)
-    dist.all_reduce(total)
-    return made_up_record(config.norm.bn, config.run.seed, leak=total.item())
-
-def train(config):
-    return launch(work, config.run, config)
-
-config = Config(run=RunConfig(device="cpu"))
-module.compare(config, ["local", "regroup"], [0], Path(sys.argv[1]), train=train)
-"""
-
-
-def test_several_runs_under_torchrun(tmp_path: Path) -> None:
-    """A process group per run meets at the addresses of the one before, and nobody is there."""
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    here = Path(__file__).parents[2]
-    path = os.pathsep.join([str(here), str(here.parent / "src"), os.environ.get("PYTHONPATH", "")])
-    ours = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
-    done = subprocess.run(
-        [sys.executable, *torchrun, str(script), str(tmp_path)],
-        env=os.environ | ours,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert results(tmp_path) == [("local", 0), ("regroup", 0)]
-    assert done.stdout.count("leak 2.000") == 2  # both ranks were there, one spoke
-
-
 def test_a_signal_between_two_runs_is_heard(tmp_path: Path) -> None:
     """Under torchrun it is noted for the trainer, which isn't there at that moment."""
-    place = Place(0, 2, torch.device("cpu"), StopRequest(), None)
+    rank = Rank(0, 2, torch.device("cpu"))
 
     def change(record: Record) -> Record:
-        place.stop.signum = 15
+        rank.stop.signum = 15
         return record
 
     plan = module.planned(CONFIG, ["local", "regroup"], [0], tmp_path)
     train = Trainer(change)
     with pytest.raises(Stopped, match="compare: stopped after run 1 of 2") as caught:
-        module.run_all(place, plan, tmp_path, train)
+        module.run_all(rank, plan, tmp_path, train)
     assert caught.value.signum == 15
     assert train.runs == results(tmp_path) == [("local", 0)]
 
@@ -288,23 +242,16 @@ def test_what_cannot_be_run_is_refused_before_anything_runs(
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "is not JSON"), ("[]", "must be an object"), ('{"complete": true}', "has no 'bn'")],
+    [
+        ("{", "is not JSON"),
+        ("[]", "a list, not an object"),
+        ('{"complete": true}', "has no 'bn'"),
+    ],
 )
 def test_a_broken_record_is_named(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "runs" / "local-seed0" / "record.json"
     path.parent.mkdir(parents=True)
     path.write_text(text)
-    with pytest.raises(ResultsError, match=message) as caught:
+    with pytest.raises((CheckpointError, ResultsError), match=message) as caught:
         compare(CONFIG, ["local"], [0], tmp_path, train=Trainer())
     assert str(path) in str(caught.value)
-
-
-def test_the_command_has_what_is_not_the_default() -> None:
-    config = replace(
-        CONFIG, optim=OptimConfig(epochs=3), run=replace(CONFIG.run, tensorboard=False)
-    )
-    command = written_command(config, ["local", "batch-shuffle"], [0, 1], Path("a b"))
-    assert command == (
-        "shuffle-batchnorm compare --bn local,batch-shuffle --seeds 0,1 --groups 16 --epochs 3 "
-        "--ranks 2 --device cpu --no-tensorboard --output 'a b'"
-    )

@@ -1,4 +1,4 @@
-"""The pictures, by what matplotlib was told to draw; how they look is for eyes."""
+"""The figures, by what matplotlib was told to draw; how they look is for eyes."""
 
 import math
 from collections.abc import Iterator
@@ -25,13 +25,13 @@ from shuffle_batchnorm.moco.comparison.figures import (
     geometric_mean,
     save_figures,
 )
-from shuffle_batchnorm.moco.comparison.style import LOOKS, STYLE, look, wrapped
+from shuffle_batchnorm.moco.comparison.style import RC, STYLES, style_of, wrapped
 from shuffle_batchnorm.moco.comparison.summary import summarise
 
 
 @pytest.fixture(autouse=True)
 def style() -> Iterator[None]:
-    with mpl.rc_context(STYLE):
+    with mpl.rc_context(RC):
         yield
 
 
@@ -43,7 +43,7 @@ def drawn(figure: Figure | None) -> list[Axes]:
 
 def lines(axes: Axes, bn: str) -> list[Any]:
     """The lines in a bn's colour that have more than one point."""
-    colour = LOOKS[bn].colour
+    colour = STYLES[bn].colour
     found: list[Any] = [line for line in axes.lines if line.get_color() == colour]
     return [line for line in found if len(line.get_xdata()) > 1]
 
@@ -72,9 +72,9 @@ def test_a_bn_has_its_colour_whoever_else_is_there() -> None:
     alone = drawn(draw_leak(made_up_records(["regroup"])))[0].patches[0]
     among = drawn(draw_leak(made_up_records()))[0].patches[3]
     assert to_hex(alone.get_facecolor()) == to_hex(among.get_facecolor()) == "#0072b2"
-    assert len({style.colour for style in LOOKS.values()}) == len(LOOKS)
-    assert len({style.marker for style in LOOKS.values()}) == len(LOOKS)
-    assert look("mine", ["local", "mine"]) != look("yours", ["mine", "yours"])
+    assert len({style.colour for style in STYLES.values()}) == len(STYLES)
+    assert len({style.marker for style in STYLES.values()}) == len(STYLES)
+    assert style_of("mine", ["local", "mine"]) != style_of("yours", ["mine", "yours"])
 
 
 def test_curves_are_means_in_a_band_from_smallest_to_largest() -> None:
@@ -136,7 +136,7 @@ def test_what_is_missing_is_not_drawn(missing: str, draw: Any, value: str | None
     assert draw([run]) is None
 
 
-def test_the_picture_of_the_readme_does_without_a_curve() -> None:
+def test_the_figure_of_the_readme_does_without_a_curve() -> None:
     assert len(drawn(draw_leak_and_cure(made_up_records(["local"], [0])))) == 2
     assert len(drawn(draw_leak_and_cure([made_up_record(curve=[])]))) == 1
 
@@ -145,7 +145,7 @@ def test_the_picture_of_the_readme_does_without_a_curve() -> None:
 def test_nothing_overlaps_or_sticks_out(name: str) -> None:
     """Five names and a long one beside one another, and legends that fit the figure."""
     long = "regroup-with-the-statistics-of-three-other-groups-and-a-longer-name"
-    for bns in (LOOKS, ("local", long)):
+    for bns in (STYLES, ("local", long)):
         figure = DRAWINGS[name](made_up_records(bns, diverged={("swap", 1)}))
         (axes, *_) = drawn(figure)
         assert figure is not None

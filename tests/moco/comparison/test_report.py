@@ -1,6 +1,7 @@
 """The page: whole, self-contained, and honest about what the numbers allow."""
 
 import base64
+import re
 from collections.abc import Mapping, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 from moco.comparison.made_up import Record, diverged_record, made_up_record, made_up_records
 from shuffle_batchnorm.moco.comparison import report
-from shuffle_batchnorm.moco.comparison.report import abstract, write_report
+from shuffle_batchnorm.moco.comparison.report import write_report
 from shuffle_batchnorm.moco.comparison.summary import ResultsError
 
 VOID = {"meta", "img", "br"}
@@ -132,33 +133,42 @@ def test_page_does_without_what_is_missing(tmp_path: Path, record: Record) -> No
         assert word not in page.text
 
 
-def test_abstract_says_whose_interval_covers_zero() -> None:
-    text = abstract(made_up_records(("local", "regroup")), "digits").replace("\xa0", " ")
-    assert text.startswith(
-        "MoCo was trained on digits for 10 epochs on 2 ranks × 16 groups with 2 kinds of batch "
-        "norm in the key encoder (local and regroup), 3 seeds each. The leak is 0.29"
-    )
-    assert "with local (95 % interval 0.2" in text
-    assert "): this interval does not cover zero. It is" in text
-    assert "this interval covers zero; no leak was found" in text
-    leaky = abstract([made_up_record("regroup", k, leak=0.2 + k / 100) for k in range(3)])
+def said(records: list[Record], tmp_path: Path) -> str:
+    """What the page says above its table."""
+    page = written(tmp_path, records, setup={"data": {"dataset": "digits"}})
+    return page.text.replace("\xa0", " ").partition("Results")[0]
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_page_says_whose_interval_covers_zero(tmp_path: Path) -> None:
+    text = said(made_up_records(("local", "regroup")), tmp_path)
+    assert "trained on digits for 10 epochs on 2 ranks × 16 groups with each" in text
+    local, regroup = text.split("regroup:")
+    assert re.search(r"local: leak 0\.\d+ \(95 % interval 0\..* does not cover zero\);", local)
+    assert "covers zero: no leak was found, but one as large as the upper end" in regroup
+    leaky = said([made_up_record("regroup", k, leak=0.2 + k / 100) for k in range(3)], tmp_path)
     assert "covers zero" not in leaky
 
 
-def test_abstract_ranks_no_more_than_it_can() -> None:
+@pytest.mark.usefixtures("without_figures")
+def test_page_ranks_no_more_than_it_can(tmp_path: Path) -> None:
     knn = {"local": 0.970, "regroup": 0.971, "swap": 0.9}
     runs = [made_up_record(bn, k, knn=v + k / 1000) for bn, v in knn.items() for k in range(3)]
-    assert "Between regroup and local the errors allow no ranking." in abstract(runs)
-    assert "too few seeds to rank" in abstract([run for run in runs if run["seed"] == 0])
-    alone = abstract([run for run in runs if run["bn"] == "swap"])
+    assert "no ranking by kNN accuracy between local and regroup." in said(runs, tmp_path)
+    assert "too few seeds to rank" in said([run for run in runs if run["seed"] == 0], tmp_path)
+    alone = said([run for run in runs if run["bn"] == "swap"], tmp_path)
     assert "rank" not in alone.replace("ranks", "")
 
 
-def test_abstract_hides_no_divergence() -> None:
-    text = abstract(made_up_records(("local", "swap"), diverged=[("swap", k) for k in range(3)]))
-    assert "3 of 3 runs with swap diverged and are in no mean above." in text
-    assert text.count("swap") == 2  # nothing else is said of it
-    assert "The leak of local was not measured." in abstract([made_up_record(leak=None)])
+@pytest.mark.usefixtures("without_figures")
+def test_page_hides_no_divergence(tmp_path: Path) -> None:
+    runs = made_up_records(("local", "swap"), diverged=[("swap", k) for k in range(3)])
+    assert "swap: all 3 runs diverged; nothing else is said of it." in said(runs, tmp_path)
+    runs = made_up_records(("local", "swap"), diverged=[("swap", 0)])
+    assert "1 of 3 runs diverged and is in no mean." in said(runs, tmp_path)
+    assert "local: the leak was not measured;" in said([made_up_record(leak=None)], tmp_path)
+    no_interval = made_up_record(leak_interval=None, leak_standard_error=None)
+    assert re.search(r"local: leak 0\.\d+, with no interval;", said([no_interval], tmp_path))
 
 
 @pytest.mark.parametrize("records", [[], {"bn": "local"}, [{"seed": 0}]])

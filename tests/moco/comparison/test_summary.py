@@ -29,7 +29,6 @@ def test_three_seeds_give_their_own_spread_and_students_interval() -> None:
     # Student's t with 2 degrees of freedom leaves 2.5 % above 4.303.
     assert leak.high == pytest.approx(0.2 + 4.30265 * 0.1 / math.sqrt(3), abs=1e-5)
     assert leak.low == pytest.approx(0.2 - 4.30265 * 0.1 / math.sqrt(3), abs=1e-5)
-    assert leak.from_spread
 
 
 def test_two_seeds_pool_the_errors_of_their_runs() -> None:
@@ -38,7 +37,6 @@ def test_two_seeds_pool_the_errors_of_their_runs() -> None:
     assert leak.mean == pytest.approx(0.2)
     assert leak.error == pytest.approx(0.05 / 2)
     assert leak.high == pytest.approx(0.2 + 1.959964 * 0.025)
-    assert not leak.from_spread
 
 
 def test_the_interval_of_five_seeds_covers_at_its_rate() -> None:
@@ -118,7 +116,6 @@ def test_on_a_par_are_those_within_two_errors_of_the_best() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "is not JSON"),
         ('{"bn": "local"}', "must be a list of records, is a dict"),
         ("[]", "holds no record"),
         ("[3]", "record 0 of .* is a int, not an object"),
@@ -132,11 +129,6 @@ def test_a_bad_file_of_results_is_named(tmp_path: Path, text: str, message: str)
         read_results(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-def test_a_missing_file_of_results_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ResultsError, match=r"can't read .*none\.json"):
-        read_results(tmp_path / "none.json")
 
 
 def test_records_pass_as_they_are() -> None:

@@ -2,6 +2,8 @@
 
 from moco.comparison.made_up import diverged_record, made_up_record, made_up_records
 from shuffle_batchnorm.moco.comparison.tables import (
+    INTERVALS,
+    LEFT_OUT,
     markdown_table,
     notes,
     run_line,
@@ -44,13 +46,14 @@ def test_text_is_aligned() -> None:
     assert "swap (1 of 3 diverged)" in lines[4]
 
 
-def test_notes_say_where_each_interval_is_from() -> None:
-    assert "spread of the seeds" in " ".join(notes(made_up_records()))
-    assert "runs' own probes" in " ".join(notes(made_up_records(seeds=range(2))))
-    mixed = notes(made_up_records(("local", "swap"), diverged={("swap", 1)}))
-    assert "The leak's interval of local is from the spread of the seeds (Student's t)." in mixed
-    assert any(note.startswith("The leak's interval of swap is pooled") for note in mixed)
-    assert mixed[0] == "Mean over 2 to 3 seeds ± standard error."
+def test_notes_say_what_the_numbers_are() -> None:
+    """Catches a note of what isn't there, or of seeds that are none."""
+    plain = notes(made_up_records(("local",), range(1)))
+    assert plain == ["One seed each.", INTERVALS]
+    mixed = notes(made_up_records(("local", "swap"), diverged={("swap", 1)}), "with *")
+    assert mixed[:2] == ["Mean over 2 to 3 seeds ± standard error.", INTERVALS]
+    assert mixed[2:] == [LEFT_OUT]
+    assert notes(made_up_records(), "with *")[2].startswith("kNN with *: the highest mean")
 
 
 def test_line_and_row_of_a_run() -> None:

@@ -64,7 +64,7 @@ def test_floating_images_keep_their_type(dtype: torch.dtype) -> None:
 def test_random_state_follows_from_the_step_alone() -> None:
     images, seen = _images(4, 1, 16), []
     key = (1, 2, 3, 4, 5)
-    others = [tuple(v + (i == place) for i, v in enumerate(key)) for place in range(5)]
+    others = [tuple(v + (i == changed) for i, v in enumerate(key)) for changed in range(5)]
     for seed, epoch, step, rank, view in (key, *others, (1, 2, 34, 5, 0), (1, 23, 4, 5, 0), key):
         torch.rand(3)
         with step_random_state(seed, epoch, step, rank, view):
@@ -81,15 +81,6 @@ def test_random_state_outside_is_untouched() -> None:
     with pytest.raises(KeyError), step_random_state(0, 0, 0, 0, 0):
         raise KeyError
     assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_unknown_names() -> None:
-    with pytest.raises(
-        ValueError, match=r"^train: --dataset mnist is unknown; choose one of digits,"
-    ):
-        make_augmentation("mnist", 16, "standard", *_STATISTICS[1])
-    with pytest.raises(ValueError, match=r"^train: --augment strong is unknown"):
-        make_augmentation("digits", 16, "strong", *_STATISTICS[1])
 
 
 @pytest.mark.gpu

@@ -1,4 +1,7 @@
-"""Processes that start and end together. Each test starts its own: that is what it is about."""
+"""Processes that start and end together. Each test starts its own: that is what it is about.
+
+That they end when their parent is killed is in test_main.
+"""
 
 import atexit
 import functools
@@ -14,19 +17,14 @@ from typing import Any
 
 import pytest
 
-from moco.moco_runs import ROOT, started, wait_until
 from shuffle_batchnorm.moco.config import ConfigError
 from shuffle_batchnorm.moco.ranks.spawn import (
     RankError,
     Stopped,
     StopRequest,
-    listening,
+    noting_signals,
     spawn_ranks,
 )
-
-
-def multiply(rank: int, _stop: StopRequest, factor: int) -> int:
-    return (rank + 5) * factor
 
 
 class Witness:
@@ -51,9 +49,12 @@ def fail(rank: int, _stop: StopRequest) -> None:
     time.sleep(600)
 
 
-def die(rank: int, _stop: StopRequest) -> None:
+def die(rank: int, _stop: StopRequest, folder: str) -> None:
     if rank == 1:
+        Path(folder, "dies").touch()
         os.kill(os.getpid(), signal.SIGKILL)
+    while not Path(folder, "dies").exists():
+        time.sleep(0.01)
     time.sleep(0.3)
     raise RuntimeError("lost a peer")  # as gloo does then
 
@@ -95,10 +96,6 @@ def when_all_run(folder: Path, count: int, do: Callable[[], None]) -> threading.
     return thread
 
 
-def test_returns_what_rank_0_returned() -> None:
-    assert spawn_ranks(multiply, 1, 3) == 15
-
-
 def test_one_error_ends_all() -> None:
     begun = time.monotonic()
     with pytest.raises(ConfigError, match="--this is wrong on rank 1") as error:
@@ -107,16 +104,16 @@ def test_one_error_ends_all() -> None:
     assert "on rank 1:\nTraceback" in error.value.__notes__[0]
 
 
-def test_death_is_told_from_its_echo() -> None:
+def test_death_is_told_from_its_echo(tmp_path: Path) -> None:
     with pytest.raises(RankError, match="process of rank 1 died: killed by SIGKILL"):
-        spawn_ranks(die, 2)
+        spawn_ranks(die, 2, str(tmp_path))
 
 
 def test_signal_reaches_the_ranks(tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGINT)
     thread = when_all_run(tmp_path, 2, lambda: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(Stopped, match="train: stopped by SIGINT on rank") as stopped:
-        spawn_ranks(wait_for_stop, 2, str(tmp_path))
+        spawn_ranks(wait_for_stop, 2, str(tmp_path), graceful=True)
     assert stopped.value.signum == signal.SIGINT
     thread.join()
     assert alive(tmp_path) == []
@@ -132,32 +129,16 @@ def test_second_signal_means_it(tmp_path: Path) -> None:
 
     thread = when_all_run(tmp_path, 1, twice)
     with pytest.raises(Stopped, match="stopped by SIGTERM"):
-        spawn_ranks(ignore_stop, 1, str(tmp_path))
+        spawn_ranks(ignore_stop, 1, str(tmp_path), graceful=True)
     thread.join()
     assert alive(tmp_path) == []
-
-
-def test_ranks_die_with_their_parent(tmp_path: Path) -> None:
-    code = (
-        "import sys; sys.path.append(sys.argv[2])\n"
-        "from moco.ranks import test_spawn as t\n"
-        "t.spawn_ranks(t.ignore_stop, 1, sys.argv[1])\n"
-    )
-    with started(sys.executable, "-c", code, str(tmp_path), str(ROOT / "tests")) as process:
-        wait_until(lambda: len(alive(tmp_path)) == 1, process)
-        process.kill()
-        process.wait()
-        until = time.monotonic() + 20
-        while alive(tmp_path) and time.monotonic() < until:
-            time.sleep(0.05)
-        assert alive(tmp_path) == []
 
 
 def test_second_signal_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """An echo of the first within moments is none: torchrun and a terminal both send one."""
     raised: list[int] = []
     clock = [100.0]
-    with listening() as stop:
+    with noting_signals() as stop:
         handler: Callable[..., Any] = signal.getsignal(signal.SIGTERM)  # type: ignore[assignment]
         monkeypatch.setattr(time, "monotonic", lambda: clock[0])
         monkeypatch.setattr(signal, "raise_signal", raised.append)
@@ -170,25 +151,27 @@ def test_second_signal_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
         assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
 
 
-def close_stdout(_rank: int, _stop: StopRequest, path: str) -> None:
-    read, write = os.pipe()
-    os.close(read)
-    sys.stdout = os.fdopen(write, "w")
-    print("nobody reads this")
-    vars(sys)["witness"] = Witness(path)
+def work(rank: int, stop: StopRequest, folder: str, factor: int) -> int:
+    """Rank 0 is witnessed while it leaves; so is rank 1, whose output nobody reads."""
+    if rank == 1:
+        read, write = os.pipe()
+        os.close(read)
+        sys.stdout = os.fdopen(write, "w")
+    be_witnessed(rank, stop, f"{folder}/{rank}")
+    return (rank + 5) * factor
 
 
-def test_a_rank_that_nobody_reads_leaves_all_the_same(tmp_path: Path) -> None:
-    """Catches a flush that fails, and takes Python down after all."""
-    spawn_ranks(close_stdout, 1, str(tmp_path / "shutdown"))
-    assert not (tmp_path / "shutdown").exists()
-
-
-def test_a_rank_leaves_python_up(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Catches a shutdown that a gloo thread may abort; and what should happen before it."""
-    spawn_ranks(be_witnessed, 1, str(tmp_path))
+def test_ranks_return_and_leave_python_up(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Catches another rank's result; a shutdown that a gloo thread may abort, also where a flush
+    fails; and what should happen before it.
+    """
+    for name in "01":
+        (tmp_path / name).mkdir()
+    assert spawn_ranks(work, 2, str(tmp_path), 3) == 15
     assert capfd.readouterr().out == "worked\n"
-    assert [path.name for path in tmp_path.iterdir()] == ["exit"]
+    assert sorted(path.name for path in tmp_path.glob("*/*")) == ["exit", "exit"]
 
 
 @pytest.mark.parametrize("under_torchrun", [False, True])

@@ -4,10 +4,8 @@ A comparison's folder holds `comparison.json`, what it was begun with; `runs/BN-
 `results.json`, the records of the runs that have ended; and what `report.py` writes.
 """
 
-import json
 import os
 import platform
-import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,21 +13,29 @@ from typing import Any, TypeAlias, get_args
 
 import torch
 
-from shuffle_batchnorm.moco.checkpoint import FREE, CheckpointError, write_atomically
-from shuffle_batchnorm.moco.config import Config, ConfigError, Norm, flag, flat, to_dict, validate
-from shuffle_batchnorm.moco.journal import CONFIG, RECORD, versions
-from shuffle_batchnorm.moco.ranks.launch import Place, Stopped, launch, world_size
+from shuffle_batchnorm.moco.checkpoint import (
+    FREE,
+    CheckpointError,
+    read_json,
+    refuse_changes,
+    write_json,
+)
+from shuffle_batchnorm.moco.config import Config, ConfigError, Norm, to_dict, validate
+from shuffle_batchnorm.moco.journal import CONFIG, RECORD, processor, versions
+from shuffle_batchnorm.moco.ranks.launch import Rank, launch, world_size
+from shuffle_batchnorm.moco.ranks.spawn import Stopped
+from shuffle_batchnorm.moco.trainer import train as train_run
 
 from .report import write_report
-from .summary import Record, ResultsError, check_records, read_json, tidy
+from .summary import Record, check_record, tidy
 from .tables import run_line, text_table
 
 Train: TypeAlias = Callable[[Config], Record]
 
 CALL = "compare"
-BEGUN, RESULTS = "comparison.json", "results.json"
+COMPARISON, RESULTS = "comparison.json", "results.json"
 # What differs from run to run in one comparison.
-VARIED = {"bn", "seed"}
+VARIED = frozenset({"bn", "seed"})
 # Of the flags that may change from one start to the next, what the page needn't tell.
 UNTOLD = VARIED | (FREE - {"device"}) | {"eval_every"}
 
@@ -40,8 +46,8 @@ def compare(
     seeds: Sequence[int],
     output: Path,
     *,
-    command: str | None = None,
-    train: Train | None = None,
+    command: str,
+    train: Train = train_run,
 ) -> list[Record]:
     """Train with every batch norm and every seed; write `results.json`, the figures and the page.
 
@@ -57,51 +63,43 @@ def compare(
         bns: kinds of batch norm of the key encoder.
         seeds: seeds of the runs.
         output: the comparison's folder; made if it is missing.
-        command: what reproduces it, for the page; by default put together from the arguments.
-        train: trains one run; by default `trainer.train`.
+        command: what reproduces it, for the page.
+        train: trains one run.
 
     Returns:
         One record per run, in the order of the runs. On other ranks than the first: none.
 
     Raises:
         ConfigError: nothing to compare, a name or a seed twice, a run that can't be trained (before
-            any is), or a folder with a comparison of another configuration.
-        ResultsError: a run's record can't be read.
+            any is).
+        CheckpointError: a folder with a comparison of another configuration, a file that can't be
+            read or written.
+        ResultsError: a run's record is none.
     """
-    train_one = train or default_train()
     plan = planned(config, bns, seeds, output)
     environments = begin(output, plan)
     if "RANK" in os.environ:
         # One process group for all runs: a second one would meet at the first one's addresses.
-        results: list[Record] = launch(run_all, config.run, plan, output, train_one)
+        work = plan, output, train
+        results: list[Record] = launch(run_all, *work, device=config.run.device, graceful=True)
     else:
-        results = run_all(None, plan, output, train_one)
+        results = run_all(None, plan, output, train)
     if not is_first():
         return []
-    page = write_report(
-        output,
-        results,
-        command=command or written_command(config, bns, seeds, output),
-        setup=setup(config, environments),
-    )
+    page = write_report(output, results, command=command, setup=setup(config, environments))
     print(f"\n{text_table(results)}\n\nThe page: {page}", flush=True)
     return results
 
 
-def run_all(
-    place: Place | None, plan: Sequence[Config], output: Path, train: Train
-) -> list[Record]:
-    """Run what has not ended yet; on the first rank, print and keep every record at once.
+def run_all(rank: Rank | None, plan: Sequence[Config], output: Path, train: Train) -> list[Record]:
+    """Run what has not ended yet; on the first rank, print and save every record at once.
 
     Raises:
-        Stopped: a signal came between two runs; `place` is where it is noted.
+        Stopped: a signal came between two runs; `rank` is where it is noted.
     """
     first, together = is_first(), "RANK" in os.environ
-    records: dict[Path, Record] = {}
-    for folder in [run.run.output for run in plan] if first else []:
-        record = finished(folder)
-        if record is not None:
-            records[folder] = record
+    found = {run.run.output: finished(run.run.output) for run in plan} if first else {}
+    records = {folder: record for folder, record in found.items() if record is not None}
     for position, one in enumerate(plan, start=1):
         folder = one.run.output
         had_ended = folder in records
@@ -112,20 +110,13 @@ def run_all(
                 records[folder] = tidy(record)
         if first:
             done = [records[run.run.output] for run in plan if run.run.output in records]
-            save_json(output / RESULTS, done)
+            write_json(output / RESULTS, done)
             which = f"[{position}/{len(plan)}] {one.norm.bn}, seed {one.run.seed}: "
             said = " (had ended before)" if had_ended else ""
             print(f"{which}{run_line(records[folder])}{said}", flush=True)
-        if place is not None and place.stop.signum:
-            raise Stopped(place.stop.signum, f"{CALL}: stopped after run {position} of {len(plan)}")
+        if rank is not None and rank.stop.signum:
+            raise Stopped(rank.stop.signum, f"{CALL}: stopped after run {position} of {len(plan)}")
     return [records[run.run.output] for run in plan] if first else []
-
-
-def default_train() -> Train:
-    """The trainer; imported when it is needed, since a finished comparison needs none of it."""
-    from shuffle_batchnorm.moco.trainer import train
-
-    return train
 
 
 def planned(
@@ -157,15 +148,19 @@ def planned(
         for seed in seeds
         for bn in bns
     ]
-    ranks = world_size(config.run)
     for run in runs:
-        validate(run, ranks)
+        validate(run, ranks_of(run))
     return runs
 
 
 def is_first() -> bool:
     """Whether this is the process that writes and prints: torchrun starts others beside it."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def ranks_of(config: Config) -> int:
+    """The number of ranks of a run."""
+    return world_size(config.run.ranks, config.run.device)
 
 
 def begin(output: Path, plan: Sequence[Config]) -> list[dict[str, Any]]:
@@ -175,89 +170,42 @@ def begin(output: Path, plan: Sequence[Config]) -> list[dict[str, Any]]:
         The environments that it has run in so far.
 
     Raises:
-        ConfigError: the folder has a comparison, or runs, of another configuration.
+        CheckpointError: the folder has a comparison, or runs, of another configuration.
     """
-    path = output / BEGUN
-    now: dict[str, Any] = {
-        "config": to_dict(plan[0]),
-        "world_size": world_size(plan[0].run),
-        "environments": [environment()],
-    }
+    path, environments = output / COMPARISON, [environment()]
+    now = {"config": to_dict(plan[0]), "world_size": ranks_of(plan[0])}
     if path.exists():
-        before = begun(path)
-        refuse_changes(path, before, now, VARIED)
+        before = read_json(path)
+        refuse_changes(CALL, path, before, now, FREE | VARIED)
         seen = before.get("environments", [])
-        now["environments"] = seen + [one for one in now["environments"] if one not in seen]
-    for run in plan:  # a run that has ended is not started, so that the trainer can't look
+        environments = seen + [one for one in environments if one not in seen]
+    for run in plan:  # a run that has ended is not started, so that the trainer can't check it
         of_run = run.run.output / CONFIG
         if of_run.exists():
-            refuse_changes(of_run, begun(of_run), now | {"config": to_dict(run)}, set())
+            refuse_changes(CALL, of_run, read_json(of_run), now | {"config": to_dict(run)})
     if is_first():
-        save_json(path, now)
-    return list(now["environments"])
-
-
-def begun(path: Path) -> dict[str, Any]:
-    """What a comparison, or a run, was begun with.
-
-    Raises:
-        ConfigError: the file is something else.
-    """
-    before = read_json(path)
-    if not isinstance(before, dict) or not before.keys() >= {"config", "world_size"}:
-        raise ConfigError(f"{CALL}: {path} does not say what was begun; choose another --output")
-    return before
-
-
-def refuse_changes(
-    path: Path, before: dict[str, Any], now: dict[str, Any], varied: set[str]
-) -> None:
-    """Refuse to put runs together that can't be compared.
-
-    Raises:
-        ConfigError: names all flags that differ.
-    """
-    old, new = (
-        {name: value for part in side["config"].values() for name, value in part.items()}
-        for side in (before, now)
-    )
-    changes = [
-        f"{flag(name)} (was {old.get(name)}, is {new.get(name)})"
-        for name in {**new, **old}
-        if name not in FREE | varied and old.get(name) != new.get(name)
-    ]
-    if before["world_size"] != now["world_size"]:
-        changes.append(f"number of ranks (was {before['world_size']}, is {now['world_size']})")
-    if changes:
-        raise ConfigError(
-            f"{CALL}: {path} was begun with another {', '.join(changes)}; choose another --output"
-        )
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"{CALL}: --output {output}: {error.strerror}") from error
+        write_json(path, now | {"environments": environments})
+    return environments
 
 
 def finished(folder: Path) -> Record | None:
     """The record of a run that has ended; None of one that hasn't, or hasn't begun.
 
     Raises:
+        CheckpointError: it can't be read.
         ResultsError: there is one, but it is no record.
     """
     path = folder / RECORD
     if not path.exists():
         return None
     record = read_json(path)
-    if not isinstance(record, dict):
-        raise ResultsError(f"{CALL}: {path} must be an object, is a {type(record).__name__}")
-    if not record.get("complete"):
+    if isinstance(record, dict) and not record.get("complete"):
         return None
-    return tidy(check_records([record], str(path))[0])
-
-
-def save_json(path: Path, value: Any) -> None:
-    """Write a file that is whole or the old one, whatever happens meanwhile."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"{CALL}: --output {path.parent}: {error.strerror}") from error
-    write_atomically(path, f"{json.dumps(value, indent=1, allow_nan=False)}\n".encode())
+    return tidy(check_record(record, str(path)))
 
 
 def environment() -> dict[str, Any]:
@@ -270,16 +218,6 @@ def environment() -> dict[str, Any]:
     return found
 
 
-def processor() -> str:
-    """The processor's name, where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or "unknown"
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or "unknown"
-
-
 def setup(config: Config, environments: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What the page tells of the set-up."""
     parts: dict[str, Any] = {
@@ -287,22 +225,7 @@ def setup(config: Config, environments: Sequence[dict[str, Any]]) -> dict[str, A
         for part, values in to_dict(config).items()
     }
     parts["data"]["image_size"] = config.data.side
-    parts["run"] = {"ranks": world_size(config.run), **parts["run"]}
+    parts["run"] = {"ranks": ranks_of(config), **parts["run"]}
     for position, one in enumerate(environments, start=1):
         parts["environment" if position == 1 else f"environment {position}"] = one
     return parts
-
-
-def written_command(config: Config, bns: Sequence[Norm], seeds: Sequence[int], output: Path) -> str:
-    """A command line that does this comparison: all flags that are not the default."""
-    words = ["shuffle-batchnorm", "compare", "--bn", ",".join(bns)]
-    words += ["--seeds", ",".join(map(str, seeds))]
-    default = flat(Config())
-    for name, value in flat(config).items():
-        if name in VARIED | {"output", "resume"} or value == default[name]:
-            continue
-        if isinstance(value, bool):
-            words.append(flag(name) if value else f"--no-{flag(name).removeprefix('--')}")
-        else:
-            words += [flag(name), str(value)]
-    return shlex.join([*words, "--output", str(output)])

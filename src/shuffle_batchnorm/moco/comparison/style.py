@@ -1,7 +1,7 @@
-"""How the pictures look: letters, lines, and one colour, line and marker per `--bn`.
+"""How figures are drawn: fonts, lines, and one colour, line and marker per `--bn`.
 
 The colours are Okabe and Ito's, which colour-blind readers can tell apart; lines and markers serve
-a print in grey.
+a print in grey. All figures of the project take their colours from here.
 """
 
 import textwrap
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 INK = "#22262b"
-STYLE: dict[Any, Any] = {
+RC: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 8.5,
     "axes.titlesize": 9.5,
@@ -39,7 +39,7 @@ PAGE = 6.9  # inches: the width of a page's text, and of two columns of most pro
 
 
 @dataclass(frozen=True)
-class Look:
+class Style:
     """How one `--bn` is drawn everywhere."""
 
     colour: str
@@ -47,21 +47,21 @@ class Look:
     marker: str
 
 
-LOOKS = {
-    "local": Look("#6b7079", (0, (5, 1.6)), "o"),
-    "sync": Look("#009e73", (0, (1, 1.2)), "s"),
-    "swap": Look("#d55e00", (0, (6, 1.5, 1, 1.5)), "X"),
-    "regroup": Look("#0072b2", "-", "D"),
-    "batch-shuffle": Look("#e69f00", (0, (3, 1.2, 1, 1.2, 1, 1.2)), "^"),
+STYLES = {
+    "local": Style("#6b7079", (0, (5, 1.6)), "o"),
+    "sync": Style("#009e73", (0, (1, 1.2)), "s"),
+    "swap": Style("#d55e00", (0, (6, 1.5, 1, 1.5)), "X"),
+    "regroup": Style("#0072b2", "-", "D"),
+    "batch-shuffle": Style("#e69f00", (0, (3, 1.2, 1, 1.2, 1, 1.2)), "^"),
 }
-OTHERS = (Look("#cc79a7", "-", "v"), Look("#56b4e9", "--", "P"), Look("#8c7a00", "-.", "*"))
+OTHERS = (Style("#cc79a7", "-", "v"), Style("#56b4e9", "--", "P"), Style("#8c7a00", "-.", "*"))
 
 
-def look(bn: str, bns: Sequence[str]) -> Look:
-    """The fixed look of a `--bn`, or one of a few for a name that isn't ours."""
-    if bn in LOOKS:
-        return LOOKS[bn]
-    return OTHERS[[name for name in bns if name not in LOOKS].index(bn) % len(OTHERS)]
+def style_of(bn: str, bns: Sequence[str]) -> Style:
+    """The fixed style of a `--bn`, or one of a few for a name that isn't ours."""
+    if bn in STYLES:
+        return STYLES[bn]
+    return OTHERS[[name for name in bns if name not in STYLES].index(bn) % len(OTHERS)]
 
 
 def wrapped(bn: str, width: int = 22) -> str:

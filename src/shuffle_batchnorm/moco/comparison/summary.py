@@ -1,10 +1,9 @@
 """What the runs of a comparison say together: a record is one run, a summary is one `--bn`.
 
 Runs that diverged (a loss or a score that is not finite) are counted and left out of every mean: a
-network that gives NaN has a leak of 0, and that would look like a cure.
+network that gives NaN has a leak of 0, and that would read as a cure.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,15 +13,18 @@ from typing import Any, TypeAlias
 
 from scipy.special import stdtrit
 
+from shuffle_batchnorm.moco.checkpoint import read_json
+from shuffle_batchnorm.moco.config import UserError
+
 Record: TypeAlias = dict[str, Any]
 
 CONFIDENCE = 0.95
-# With fewer seeds than this a spread says too little; the runs' own errors are pooled instead.
+# With fewer seeds than this a spread says too little; the runs' own errors are joined instead.
 SEEDS_FOR_SPREAD = 3
 SCORES = ("loss", "knn", "pretext_accuracy", "leak")
 
 
-class ResultsError(ValueError):
+class ResultsError(UserError):
     """A file of results, or a list of records, that can't be read as such."""
 
 
@@ -31,14 +33,13 @@ class Estimate:
     """A mean over runs.
 
     `error` is the standard error, None where it can't be known. `low` and `high` are the 95 %
-    interval, None with it. `from_spread`: the error is that of the runs' own spread.
+    interval, None with it.
     """
 
     mean: float
-    error: float | None
-    low: float | None
-    high: float | None
-    from_spread: bool
+    error: float | None = None
+    low: float | None = None
+    high: float | None = None
 
     @property
     def covers_zero(self) -> bool | None:
@@ -78,16 +79,11 @@ def diverged(record: Record) -> bool:
     return any(isinstance(value, float) and not math.isfinite(value) for value in values)
 
 
-def around(mean: float, error: float, half: float, *, from_spread: bool) -> Estimate:
-    """A mean with `half` standard errors on both sides."""
-    return Estimate(mean, error, mean - half * error, mean + half * error, from_spread)
-
-
 def from_spread(values: Sequence[float]) -> Estimate:
     """Mean of at least two values, the error of it from their spread, Student's interval."""
-    error = stdev(values) / math.sqrt(len(values))
-    half = float(stdtrit(len(values) - 1, (1 + CONFIDENCE) / 2))
-    return around(fmean(values), error, half, from_spread=True)
+    mean, error = fmean(values), stdev(values) / math.sqrt(len(values))
+    half = error * float(stdtrit(len(values) - 1, (1 + CONFIDENCE) / 2))
+    return Estimate(mean, error, mean - half, mean + half)
 
 
 def mean_over_seeds(values: Sequence[float]) -> Estimate | None:
@@ -99,10 +95,8 @@ def mean_over_seeds(values: Sequence[float]) -> Estimate | None:
         >>> round(mean_over_seeds([0.4, 0.5, 0.6]).error, 4)
         0.0577
     """
-    if not values:
-        return None
-    if len(values) == 1:
-        return Estimate(values[0], None, None, None, False)
+    if len(values) < 2:
+        return Estimate(values[0]) if values else None
     return from_spread(values)
 
 
@@ -114,32 +108,33 @@ def combine_leaks(
     """The leak over seeds, with a 95 % interval.
 
     With three seeds or more the error is the seeds' own spread, stdev / sqrt(n), and the interval
-    is Student's with n − 1 degrees of freedom: it holds for a new seed's mean. With fewer it is
-    pooled from the runs' errors, sqrt(Σ error²) / n, and so is each side of the interval from the
+    is Student's with n − 1 degrees of freedom: it holds for a new seed's mean. With fewer the error
+    is that of the runs together, sqrt(Σ error²) / n, and so is each side of the interval from the
     sides of the runs' own intervals, or where these are not known the normal one: it holds for
     these runs alone.
 
     Example:
         >>> leak = combine_leaks([0.30, 0.28], [0.01, 0.01])
-        >>> round(leak.mean, 3), round(leak.error, 5), leak.from_spread
-        (0.29, 0.00707, False)
+        >>> round(leak.mean, 3), round(leak.error, 5)
+        (0.29, 0.00707)
     """
     if not leaks:
         return None
     if len(leaks) >= SEEDS_FOR_SPREAD:
         return from_spread(leaks)
+    mean, count = fmean(leaks), len(leaks)
     known = [error for error in errors if error is not None]
-    if len(known) < len(leaks):
-        return Estimate(fmean(leaks), None, None, None, False)
-    pooled = math.hypot(*known) / len(leaks)
+    if len(known) < count:
+        return Estimate(mean)
+    error = math.hypot(*known) / count
+    below = above = error * NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
     own = [interval for interval in intervals if interval and len(interval) == 2]
-    if len(own) == len(leaks):
-        mean, count = fmean(leaks), len(leaks)
-        below = math.hypot(*(at - one[0] for at, one in zip(leaks, own, strict=True))) / count
-        above = math.hypot(*(one[1] - at for at, one in zip(leaks, own, strict=True))) / count
-        return Estimate(mean, pooled, mean - below, mean + above, False)
-    half = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
-    return around(fmean(leaks), pooled, half, from_spread=False)
+    if len(own) == count:
+        below = math.hypot(*(leak - low for leak, (low, _) in zip(leaks, own, strict=True))) / count
+        above = (
+            math.hypot(*(high - leak for leak, (_, high) in zip(leaks, own, strict=True))) / count
+        )
+    return Estimate(mean, error, mean - below, mean + above)
 
 
 def by_bn(records: Sequence[Record]) -> dict[str, list[Record]]:
@@ -195,7 +190,7 @@ def on_a_par(summaries: Sequence[Summary]) -> set[str]:
 
 
 def finite(value: Any) -> Any:
-    """`value` with None in the place of every number that JSON has no word for."""
+    """`value` with None for every number that JSON has no word for."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
@@ -206,19 +201,9 @@ def finite(value: Any) -> Any:
 
 
 def tidy(record: Record) -> Record:
-    """A record that strict JSON can hold; `diverged` keeps what its NaNs meant."""
+    """A record that strict JSON can hold; `diverged` says what its NaNs meant."""
     cleaned: Record = finite(record)
     return cleaned | {"diverged": True} if diverged(record) else cleaned
-
-
-def read_json(path: Path) -> Any:
-    """What a file of JSON holds."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ResultsError(f"report: can't read {path}: {error.strerror}") from error
-    except ValueError as error:  # what is not UTF-8, and what is not JSON
-        raise ResultsError(f"report: {path} is not JSON: {error}") from error
 
 
 def check_records(value: Any, source: str) -> list[Record]:
@@ -233,12 +218,21 @@ def check_records(value: Any, source: str) -> list[Record]:
     if not value:
         raise ResultsError(f"report: {source} holds no record, and at least one is needed")
     for position, record in enumerate(value):
-        if not isinstance(record, dict):
-            kind = type(record).__name__
-            raise ResultsError(f"report: record {position} of {source} is a {kind}, not an object")
-        missing = [key for key in ("bn", "seed") if key not in record]
-        if missing:
-            raise ResultsError(f"report: record {position} of {source} has no {missing[0]!r}")
+        check_record(record, f"record {position} of {source}")
+    return value
+
+
+def check_record(value: Any, source: str) -> Record:
+    """`value` if it is a record.
+
+    Raises:
+        ResultsError: It is something else; `source` says where it is from.
+    """
+    if not isinstance(value, dict):
+        raise ResultsError(f"report: {source} is a {type(value).__name__}, not an object")
+    missing = [key for key in ("bn", "seed") if key not in value]
+    if missing:
+        raise ResultsError(f"report: {source} has no {missing[0]!r}")
     return value
 
 
@@ -246,6 +240,7 @@ def read_results(path: Path) -> list[Record]:
     """The records of a `results.json`.
 
     Raises:
-        ResultsError: The file is missing, is not JSON, or is not a list of records.
+        CheckpointError: The file is missing or is not JSON.
+        ResultsError: It is not a list of records.
     """
     return check_records(read_json(path), str(path))

@@ -11,10 +11,22 @@ RUN_HEADER = (
 )  # fmt: skip
 NOTHING = "–"
 DIVERGED = "diverged"
+INTERVALS = (
+    "The leak's interval is Student's t over the seeds where there are three or more; with fewer "
+    "it joins those of the runs' own probes and says nothing of other seeds."
+)
+ON_A_PAR = (
+    "kNN {mark}: the highest mean, and those less than two standard errors of the difference below "
+    "it."
+)
+LEFT_OUT = (
+    "Diverged runs, whose loss or score is not finite, are left out of the means: their leak says "
+    "nothing."
+)
 
 
-def written(value: float | None, places: int = 3) -> str:
-    """A number with its places and a minus sign, or a dash where there is none.
+def written(value: float | None, digits: int = 3) -> str:
+    """A number with so many digits and a minus sign, or a dash where there is none.
 
     Example:
         >>> written(-0.0123), written(None)
@@ -22,17 +34,17 @@ def written(value: float | None, places: int = 3) -> str:
     """
     if value is None:
         return NOTHING
-    text = f"{value:.{places}f}"
+    text = f"{value:.{digits}f}"
     return text.replace("-", "−") if float(text) else text.removeprefix("-")
 
 
-def with_error(estimate: Estimate | None, places: int = 3) -> str:
+def with_error(estimate: Estimate | None, digits: int = 3) -> str:
     """A mean ± its standard error, if it has one."""
     if estimate is None:
         return NOTHING
     if estimate.error is None:
-        return written(estimate.mean, places)
-    return f"{written(estimate.mean, places)} ± {written(estimate.error, places)}"
+        return written(estimate.mean, digits)
+    return f"{written(estimate.mean, digits)} ± {written(estimate.error, digits)}"
 
 
 def interval(low: float | None, high: float | None) -> str:
@@ -65,16 +77,15 @@ def run_row(record: Record) -> tuple[str, ...]:
     """The cells of one run, in the order of RUN_HEADER."""
     bad = diverged(record)
 
-    def cell(key: str, places: int = 3) -> str:
+    def cell(key: str, digits: int = 3) -> str:
         value = number(record, key)
-        return DIVERGED if bad and value is None and key in record else written(value, places)
+        return DIVERGED if bad and value is None and key in record else written(value, digits)
 
-    low, high = own_interval(record)
     return (
         str(record["bn"]),
         str(record["seed"]),
         DIVERGED if bad else cell("leak"),
-        NOTHING if bad else interval(low, high),
+        NOTHING if bad else own_interval(record),
         cell("leak_as_trained"),
         cell("leak_fresh"),
         cell("knn"),
@@ -85,25 +96,24 @@ def run_row(record: Record) -> tuple[str, ...]:
     )
 
 
-def own_interval(record: Record) -> tuple[float | None, float | None]:
+def own_interval(record: Record) -> str:
     """The interval that a run's probe gave for its leak."""
     ends = record.get("leak_interval")
     if not isinstance(ends, list | tuple) or len(ends) != 2:
-        return None, None
-    low, high = dict(end=ends[0]), dict(end=ends[1])
-    return number(low, "end"), number(high, "end")
+        return NOTHING
+    return interval(*(number({"end": end}, "end") for end in ends))
 
 
 def run_line(record: Record) -> str:
     """What is printed when a run has ended."""
-    low, high = own_interval(record)
-    numbers = (
-        f"leak {written(number(record, 'leak'))} {interval(low, high)}, "
-        f"kNN {written(number(record, 'knn'))}, "
-        f"pretext accuracy {written(number(record, 'pretext_accuracy'))}"
-    )
     seconds = f"{written(number(record, 'seconds'), 1)} s"
-    return f"{DIVERGED}, {seconds}" if diverged(record) else f"{numbers}, {seconds}"
+    if diverged(record):
+        return f"{DIVERGED}, {seconds}"
+    return (
+        f"leak {written(number(record, 'leak'))} {own_interval(record)}, "
+        f"kNN {written(number(record, 'knn'))}, "
+        f"pretext accuracy {written(number(record, 'pretext_accuracy'))}, {seconds}"
+    )
 
 
 def count_of_seeds(summaries: Sequence[Summary]) -> str:
@@ -114,42 +124,17 @@ def count_of_seeds(summaries: Sequence[Summary]) -> str:
     return f"{words} seed{'' if high == 1 else 's'}"
 
 
-def notes(records: Sequence[Record], mark: str = "bold") -> list[str]:
+def notes(records: Sequence[Record], mark: str = "in bold") -> list[str]:
     """What the table's numbers are: sentences to stand below it. `mark` is how kNN is marked."""
     summaries = summarise(records)
     seeds = count_of_seeds(summaries)
     said = [f"Mean over {seeds} ± standard error." if seeds != "1 seed" else "One seed each."]
-    ways = {
-        True: "from the spread of the seeds (Student's t)",
-        False: "pooled from the errors of the runs' own probes: it says nothing of other seeds",
-    }
-    known = [one for one in summaries if one.leak is not None and one.leak.error is not None]
-    for spread, words in ways.items():
-        bns = [one.bn for one in known if one.leak and one.leak.from_spread is spread]
-        if bns:
-            of_whom = "" if len(bns) == len(known) else f" of {listed(bns)}"
-            said.append(f"The leak's interval{of_whom} is {words}.")
+    said.append(INTERVALS)
     if on_a_par(summaries):
-        said.append(
-            f"kNN in {mark}: the highest mean, and those less than two standard errors of the "
-            "difference below it."
-        )
+        said.append(ON_A_PAR.format(mark=mark))
     if any(one.diverged for one in summaries):
-        said.append(
-            "Diverged runs, whose loss or score is not finite, are left out of the means: "
-            "their leak says nothing."
-        )
+        said.append(LEFT_OUT)
     return said
-
-
-def listed(names: Sequence[str]) -> str:
-    """Names as a sentence has them.
-
-    Example:
-        >>> listed(["local", "sync", "swap"])
-        'local, sync and swap'
-    """
-    return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else "".join(names)
 
 
 def text_table(records: Sequence[Record]) -> str:
@@ -164,14 +149,13 @@ def text_table(records: Sequence[Record]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(
-            cell.ljust(width) if place == 0 else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(cells, widths, strict=True))
+            cell.rjust(width) if column else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
         ).rstrip()
         for cells in rows
     ]
     lines.insert(1, "-" * max(map(len, lines)))
-    said = [sentence.replace("kNN in *", "kNN with *") for sentence in notes(records, "*")]
-    return "\n".join([*lines, "", *said])
+    return "\n".join([*lines, "", *notes(records, "with *")])
 
 
 def markdown_table(records: Sequence[Record]) -> str:

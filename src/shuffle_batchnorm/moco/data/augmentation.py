@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,15 +57,12 @@ def make_augmentation(
     Args:
         dataset: ``digits``, ``cifar10``, ``cifar100`` or ``imagefolder``.
         image_size: H.
-        policy: ``standard`` or ``none``.
+        policy: ``standard`` or ``none``, as `validate` has checked.
         mean: of each channel, of values from 0 to 1.
         std: of each channel.
 
     Returns:
         An `Augmentation`; it has no parameters.
-
-    Raises:
-        ValueError: an unknown data set or policy.
 
     Source:
         Chen et al. 2020, arXiv 2003.04297.
@@ -76,52 +72,31 @@ def make_augmentation(
         >>> view(torch.zeros(4, 1, 16, 16, dtype=torch.uint8)).shape
         torch.Size([4, 1, 16, 16])
     """
-    makers: dict[str, Any] = {
-        "digits": _digits,
-        "cifar10": _small_photographs,
-        "cifar100": _small_photographs,
-        "imagefolder": _photographs,
-    }
-    if dataset not in makers:
-        raise ValueError(
-            f"train: --dataset {dataset} is unknown; choose one of {', '.join(makers)}"
-        )
-    if policy not in ("standard", "none"):
-        raise ValueError(f"train: --augment {policy} is unknown; choose standard or none")
-    steps = makers[dataset](image_size) if policy == "standard" else []
+    if policy == "none":
+        return Augmentation(nn.Sequential(), mean, std)
+    # Not at the top: without a policy it isn't needed.
+    from kornia import augmentation as kornia
+
+    steps: list[nn.Module]
+    if dataset == "digits":
+        steps = [
+            kornia.RandomAffine(degrees=15.0, translate=(0.1, 0.1), scale=(0.8, 1.2), p=1.0),
+            kornia.RandomGaussianNoise(std=0.1, p=1.0),
+        ]
+    else:
+        steps = [
+            kornia.RandomResizedCrop(
+                (image_size, image_size), scale=(0.2, 1.0), cropping_mode="resample"
+            ),
+            kornia.ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8),
+            kornia.RandomGrayscale(p=0.2),
+            kornia.RandomHorizontalFlip(p=0.5),
+        ]
+        if dataset == "imagefolder":
+            # A tenth of the image, made odd, as SimCLR has it.
+            kernel = image_size // 10 // 2 * 2 + 1
+            steps.insert(3, kornia.RandomGaussianBlur((kernel, kernel), (0.1, 2.0), p=0.5))
     return Augmentation(nn.Sequential(*steps), mean, std)
-
-
-def _digits(image_size: int) -> list[nn.Module]:  # noqa: ARG001
-    from kornia import augmentation as kornia
-
-    return [
-        kornia.RandomAffine(degrees=15.0, translate=(0.1, 0.1), scale=(0.8, 1.2), p=1.0),
-        kornia.RandomGaussianNoise(std=0.1, p=1.0),
-    ]
-
-
-def _small_photographs(image_size: int) -> list[nn.Module]:
-    from kornia import augmentation as kornia
-
-    return [
-        kornia.RandomResizedCrop(
-            (image_size, image_size), scale=(0.2, 1.0), cropping_mode="resample"
-        ),
-        kornia.ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8),
-        kornia.RandomGrayscale(p=0.2),
-        kornia.RandomHorizontalFlip(p=0.5),
-    ]
-
-
-def _photographs(image_size: int) -> list[nn.Module]:
-    from kornia import augmentation as kornia
-
-    steps = _small_photographs(image_size)
-    # A tenth of the image, made odd, as SimCLR has it.
-    kernel = image_size // 10 // 2 * 2 + 1
-    blur = kornia.RandomGaussianBlur((kernel, kernel), (0.1, 2.0), p=0.5)
-    return [*steps[:3], blur, steps[3]]
 
 
 @contextmanager
@@ -130,7 +105,7 @@ def step_random_state(
 ) -> Iterator[None]:
     """Give a block random numbers of its own: those of one view in one step on one rank.
 
-    They follow from the arguments alone, so a resumed run draws what an unbroken one has drawn.
+    They follow from the arguments alone, so a resumed run draws the same numbers.
     The random states of the CPU and the device are afterwards what they were.
 
     Args:

@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .images import CALL, ArrayImages, DataError
+from shuffle_batchnorm.moco.config import CALL
+
+from .images import ArrayImages, DataError
 
 _SHAPE = (3, 32, 32)
 
@@ -139,21 +141,16 @@ class _Unpickler(pickle.Unpickler):
     """Makes arrays, and refuses to call anything else that a pickle may name."""
 
     def find_class(self, module: str, name: str) -> Any:
-        # numpy has moved its function since the archives were made, and warns of its old place.
-        if (module, name) in _RECONSTRUCT:
-            return _reconstruct()
         if (module, name) in _HARMLESS:
             return _HARMLESS[module, name]
         raise pickle.UnpicklingError(f"it names {module}.{name}, which an array does not need")
 
 
-def _reconstruct() -> Any:
-    function: Any = np.empty(0).__reduce__()[0]
-    return function
-
-
-_RECONSTRUCT = {
-    ("numpy.core.multiarray", "_reconstruct"),
-    ("numpy._core.multiarray", "_reconstruct"),
+_RECONSTRUCT = np.empty(0).__reduce__()[0]
+_HARMLESS: dict[tuple[str, str], Any] = {
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+    # numpy has moved its function since the archives were made, and warns of its old name.
+    ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,
+    ("numpy._core.multiarray", "_reconstruct"): _RECONSTRUCT,
 }
-_HARMLESS = {("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype}

@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-CALL = "train"
+from shuffle_batchnorm.moco.config import UserError
 
 
-class DataError(ValueError):
-    """A data set that isn't there or isn't what it should be, in one line."""
+class DataError(UserError):
+    """A data set that isn't there or isn't what it should be."""
 
 
 @dataclass(frozen=True)

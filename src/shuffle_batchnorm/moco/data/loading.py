@@ -6,14 +6,12 @@ from typing import Any
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, default_collate
 
-from shuffle_batchnorm.moco.config import DataConfig
+from shuffle_batchnorm.moco.config import CALL, DataConfig
 from shuffle_batchnorm.shuffle.permutations import DATA_SET, Key, permutation
 
 from .cifar import archive_name, read_cifar
 from .folders import FolderImages
-from .images import CALL, ArrayImages, DataError, Images, resized
-
-__all__ = ["DataError", "EpochBatches", "Images", "load_data", "make_loader", "whole_batches"]
+from .images import ArrayImages, DataError, Images, resized
 
 _MEAN_AND_STD = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
@@ -92,9 +90,9 @@ def _load_digits(side: int) -> Images:
 class EpochBatches(Sampler[list[int]]):
     r"""The batches of one rank, as a function of seed, epoch and step; it has no state.
 
-    Step s takes the images at places ``s * batch_size`` onwards of the epoch's order, and rank r
-    the r-th of W equal parts of these. So W ranks see together what one rank sees, in the same
-    places. What is left over at the end of an epoch is left out.
+    Step s takes the images at positions ``s * batch_size`` onwards of the epoch's order, and rank
+    r the r-th of W equal parts of these. So W ranks see together what one rank sees, at the same
+    positions. What is left over at the end of an epoch is left out.
 
     Communication: none; every rank computes the same order.
 
@@ -104,9 +102,6 @@ class EpochBatches(Sampler[list[int]]):
         rank: r.
         world_size: W.
         seed: of the order; the same on all ranks.
-        epoch: which order.
-        start_step: how many steps of the epoch are done already.
-        shuffle: put the images in a new order every epoch.
 
     Yields:
         The indices of the rank's ``batch_size / W`` images of a step.
@@ -115,8 +110,9 @@ class EpochBatches(Sampler[list[int]]):
         ValueError: a batch size that W doesn't divide, or larger than `length`.
 
     Example:
-        >>> list(EpochBatches(7, 4, rank=1, world_size=2, shuffle=False))
-        [[2, 3]]
+        >>> batches = EpochBatches(7, 4, rank=1, world_size=2)
+        >>> [len(indices) for indices in batches]
+        [2]
     """
 
     def __init__(
@@ -127,9 +123,6 @@ class EpochBatches(Sampler[list[int]]):
         rank: int = 0,
         world_size: int = 1,
         seed: int = 0,
-        epoch: int = 0,
-        start_step: int = 0,
-        shuffle: bool = True,
     ) -> None:
         if batch_size < 1 or batch_size % world_size:
             raise ValueError(
@@ -139,12 +132,12 @@ class EpochBatches(Sampler[list[int]]):
             raise DataError(f"{CALL}: --batch-size {batch_size} is more than the {length} images")
         self.length, self.batch_size = length, batch_size
         self.rank, self.world_size = rank, world_size
-        self.seed, self.shuffle = seed, shuffle
+        self.seed = seed
         self.steps = length // batch_size  # of a whole epoch
-        self.set_epoch(epoch, start_step)
+        self.set_epoch(0)
 
     def set_epoch(self, epoch: int, start_step: int = 0) -> None:
-        """Go to an epoch, before the loader is iterated: its workers can then be kept."""
+        """Go to an epoch of which some steps are done, before the loader is iterated."""
         self.epoch, self.start_step = epoch, start_step
 
     def __len__(self) -> int:
@@ -153,10 +146,7 @@ class EpochBatches(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         """Yield the rank's indices, step by step."""
-        if self.shuffle:
-            order = permutation(Key(self.seed, self.epoch), DATA_SET, 0, self.length).tolist()
-        else:
-            order = list(range(self.length))
+        order = permutation(Key(self.seed, self.epoch), DATA_SET, 0, self.length).tolist()
         share = self.batch_size // self.world_size
         for step in range(self.start_step, self.steps):
             first = step * self.batch_size + self.rank * share

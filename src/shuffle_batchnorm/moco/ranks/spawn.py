@@ -1,4 +1,4 @@
-"""Processes, one per rank, that are started together and end together, whatever happens to one."""
+"""Processes, one per rank, that start together and end together, whatever happens to one."""
 
 import atexit
 import multiprocessing
@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -18,9 +18,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch.distributed as dist
 
-from shuffle_batchnorm.moco.config import CALL
-
-# Seconds that peers of a failed rank have to tell their side, before they are killed.
+# Seconds that peers of a failed rank have to report, before they are killed.
 _GRACE = 2.0
 # Seconds that ranks have to save and leave after the first of them has.
 _LEAVE = 60.0
@@ -29,18 +27,18 @@ _TWICE = 2.0
 
 
 class RankError(RuntimeError):
-    """A rank died without a word."""
+    """The process of a rank died without an exception."""
 
 
 class Stopped(Exception):
     """A signal asked the run to stop, and it did; `signum` is the signal's number."""
 
     def __init__(self, signum: int, message: str) -> None:
-        super().__init__(message)
-        self.signum = signum
+        super().__init__(signum, message)
+        self.signum, self.message = signum, message
 
-    def __reduce__(self) -> tuple[type, tuple[int, str]]:
-        return type(self), (self.signum, str(self))
+    def __str__(self) -> str:
+        return self.message
 
 
 @dataclass
@@ -51,8 +49,21 @@ class StopRequest:
 
 
 @contextmanager
-def listening() -> Iterator[StopRequest]:
-    """Note SIGTERM and SIGINT, for the training loop to see between two steps.
+def handling_signals(handler: Any) -> Iterator[None]:
+    """Handle SIGTERM and SIGINT inside a block; only a main thread can, others change nothing."""
+    is_main = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGTERM, signal.SIGINT) if is_main else ()
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+@contextmanager
+def noting_signals() -> Iterator[StopRequest]:
+    """Note SIGTERM and SIGINT, for the training loop to read between two steps.
 
     A second signal ends the process at once, unless it is the echo of the first: a terminal and
     torchrun may both send one.
@@ -67,151 +78,126 @@ def listening() -> Iterator[StopRequest]:
             signal.signal(signum, signal.SIG_DFL)
             signal.raise_signal(signum)
 
-    if threading.current_thread() is not threading.main_thread():
-        yield stop  # only the main thread may listen
-        return
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
+    with handling_signals(note):
         yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class _Outcome(NamedTuple):
-    """What one rank made of its work."""
+    """What one rank returned or raised."""
 
     result: Any
     error: BaseException | None
-    where: str
     ended: float  # on the monotonic clock, which the processes of a machine share
 
 
-class _Family:
-    """The processes of all ranks, seen from the one that started them."""
-
-    def __init__(self, graceful: bool) -> None:
-        self.graceful = graceful
-        self.processes: list[SpawnProcess] = []
-        self.pipes: list[Connection] = []
-        self.outcomes: dict[int, _Outcome] = {}
-        self.died: list[int] = []  # in this order, before the others were killed
-        self.asked: list[int] = []  # signals that this process got
-
-    def start(self, function: Callable[..., Any], args: tuple[object, ...], size: int) -> None:
-        # spawn, because a forked child would inherit torch's threads in an unknown state.
-        context = multiprocessing.get_context("spawn")
-        for rank in range(size):
-            mine, theirs = context.Pipe(duplex=False)
-            work = (theirs, function, rank, args)
-            process = context.Process(target=_be_rank, args=work, name=f"rank {rank}")
-            process.start()
-            theirs.close()
-            self.processes.append(process)
-            self.pipes.append(mine)
-
-    def forward(self, signum: int, _frame: object = None) -> None:
-        """Ask all ranks to stop; end them if that isn't the first time."""
-        self.asked.append(signum)
-        for process in self.processes:
-            if process.is_alive():
-                is_first = self.graceful and len(self.asked) == 1
-                process.terminate() if is_first else process.kill()
-
-    def gather(self) -> None:
-        """Wait for the ranks; once one has failed, only as long as its peers should need."""
-        waiting = dict(enumerate(self.pipes))
-        deadline: float | None = None
-        while waiting:
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            ready = wait(list(waiting.values()), left)
-            if not ready:
-                return
-            for rank in [rank for rank, pipe in waiting.items() if pipe in ready]:
-                self._hear(rank, waiting.pop(rank))
-            errors = [o.error for o in self.outcomes.values() if o.error is not None]
-            if deadline is None and (errors or self.died):
-                patient = self.asked or any(isinstance(error, Stopped) for error in errors)
-                deadline = time.monotonic() + (_LEAVE if patient else _GRACE)
-
-    def _hear(self, rank: int, pipe: Connection) -> None:
-        try:
-            self.outcomes[rank] = pickle.loads(pipe.recv_bytes())
-        except (EOFError, OSError):
-            self.died.append(rank)
-        self.processes[rank].join(_GRACE)
-
-    def end(self) -> None:
-        for process in self.processes:
-            process.kill()
-        for process in self.processes:
-            process.join()
-        for pipe in self.pipes:
-            pipe.close()
-
-    def judge(self) -> Any:
-        """Return rank 0's result, or raise what made the run fail."""
-        errors = {rank: o for rank, o in self.outcomes.items() if o.error is not None}
-        if self.asked and (errors or len(self.outcomes) < len(self.processes)):
-            words = [str(o.error) for o in errors.values() if isinstance(o.error, Stopped)]
-            # The ranks got SIGTERM, whatever came here.
-            name = signal.Signals(self.asked[0]).name
-            words = [word.replace(signal.SIGTERM.name, name) for word in words]
-            raise Stopped(self.asked[0], words[0] if words else f"{CALL}: stopped by {name}")
-        if errors:
-            rank, first = min(errors.items(), key=lambda item: item[1].ended)
-            # What a rank says of a peer that died is no more than an echo.
-            if first.error is not None and not (self.died and _is_echo(first.error)):
-                first.error.add_note(f"on rank {rank}:\n{first.where}")
-                raise first.error
-        if self.died:
-            code = self.processes[self.died[0]].exitcode or 0
-            how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-            raise RankError(f"{CALL}: the process of rank {self.died[0]} died: {how}")
-        return self.outcomes[0].result
-
-
 def spawn_ranks(
-    function: Callable[..., Any], size: int, *args: object, graceful: bool = True
+    function: Callable[..., Any], size: int, *args: object, graceful: bool = False
 ) -> Any:
-    """Call ``function(rank, stop, *args)`` in a process per rank; return what rank 0 returned.
+    """Call ``function(index, stop, *args)`` in a process per rank; return what rank 0 returned.
 
-    SIGTERM and SIGINT are handed to the ranks, whose `StopRequest` notes them; a second signal
-    ends them at once. No process outlives this call, or this process.
+    SIGTERM and SIGINT end the ranks. No process outlives this call, or this process, even if it is
+    killed.
 
     Args:
         function: at the top level of a module, since it is pickled by reference.
         size: W, the number of ranks.
         *args: handed to every rank.
-        graceful: let the ranks decide when to stop after a first signal; False ends them.
+        graceful: a first signal is only noted in the ranks' `StopRequest`; they stop by themselves.
 
     Raises:
         Stopped: a signal asked for it.
-        RankError: a rank died.
+        RankError: the process of a rank died.
         Exception: what a rank raised, the first in time, with its traceback as a note.
     """
-    family = _Family(graceful)
-    is_main = threading.current_thread() is threading.main_thread()
-    numbers = (signal.SIGTERM, signal.SIGINT) if is_main else ()
-    # A terminal's Ctrl-C goes to all processes: the children inherit that it is ignored, and hear
-    # of it from here, once.
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+    # spawn, because a forked child would inherit torch's threads in an unknown state.
+    context = multiprocessing.get_context("spawn")
+    processes: list[SpawnProcess] = []
+    pipes: list[Connection] = []
+    asked: list[int] = []  # signals that this process got
+    outcomes: dict[int, _Outcome] = {}
+
+    def forward(signum: int, _frame: object) -> None:
+        asked.append(signum)
+        for process in processes:
+            process.terminate() if graceful and len(asked) == 1 else process.kill()
+
     try:
-        family.start(function, args, size)
-        for number in numbers:
-            signal.signal(number, family.forward)
-        family.gather()
+        # A terminal's Ctrl-C goes to all processes: the children inherit that it is ignored, and
+        # are told from here, once.
+        with handling_signals(signal.SIG_IGN):
+            for index in range(size):
+                mine, theirs = context.Pipe(duplex=False)
+                work = (theirs, function, index, args)
+                processes.append(context.Process(target=_be_rank, args=work))
+                processes[index].start()
+                theirs.close()
+                pipes.append(mine)
+            with handling_signals(forward):
+                _collect(outcomes, processes, pipes, asked)
     finally:
-        family.end()
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    return family.judge()
+        for index, process in enumerate(processes):
+            process.join(_GRACE if index in outcomes else 0)
+            process.kill()
+            process.join()
+    return _judge(outcomes, asked)
+
+
+def _collect(
+    outcomes: dict[int, _Outcome],
+    processes: Sequence[SpawnProcess],
+    pipes: Sequence[Connection],
+    asked: Sequence[int],
+) -> None:
+    """Wait for the ranks; once one has failed, only as long as its peers should need."""
+    deadline: float | None = None
+    while len(outcomes) < len(pipes):
+        waiting = [pipe for index, pipe in enumerate(pipes) if index not in outcomes]
+        ready = wait(waiting, None if deadline is None else max(0.0, deadline - time.monotonic()))
+        if not ready:
+            return
+        for index, pipe in enumerate(pipes):
+            if pipe in ready:
+                try:
+                    outcomes[index] = pickle.loads(pipe.recv_bytes())
+                except (EOFError, OSError):
+                    outcomes[index] = _death(index, processes[index])
+        errors = [outcome.error for outcome in outcomes.values() if outcome.error is not None]
+        if errors and deadline is None:
+            leaving = asked or any(isinstance(error, Stopped) for error in errors)
+            deadline = time.monotonic() + (_LEAVE if leaving else _GRACE)
+
+
+def _death(index: int, process: SpawnProcess) -> _Outcome:
+    process.join(_GRACE)
+    code = process.exitcode or 0
+    how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    error = RankError(f"the process of rank {index} died: {how}")
+    return _Outcome(None, error, time.monotonic())
+
+
+def _judge(outcomes: dict[int, _Outcome], asked: Sequence[int]) -> Any:
+    """Return rank 0's result, or raise what made the ranks fail."""
+    failed = sorted((o for o in outcomes.values() if o.error is not None), key=lambda o: o.ended)
+    errors = [outcome.error for outcome in failed if outcome.error is not None]
+    if errors and asked:
+        name = signal.Signals(asked[0]).name
+        said = [str(error) for error in errors if isinstance(error, Stopped)]
+        # The ranks got SIGTERM, whatever came here.
+        message = said[0].replace(signal.SIGTERM.name, name) if said else f"stopped by {name}"
+        raise Stopped(asked[0], message)
+    if errors:
+        first = errors[0]
+        deaths = [error for error in errors if isinstance(error, RankError)]
+        # What a rank says of a peer that died is no more than an echo.
+        is_echo = type(first) is RuntimeError or isinstance(first, dist.DistError)
+        raise deaths[0] if deaths and is_echo else first
+    return outcomes[0].result
 
 
 def leave(code: int) -> NoReturn:
-    """End the process of a rank, without taking Python down.
+    """End the process of a rank, without shutting Python down.
 
-    A thread of gloo that lets go of its last message would abort the process then.
+    A thread of gloo that drops its last message would abort the process then.
     """
     threading._shutdown()  # type: ignore[attr-defined]  # waits for threads, as Python would
     atexit._run_exitfuncs()  # what other packages started, such as compiler processes, ends
@@ -228,15 +214,11 @@ def _end(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _is_echo(error: BaseException) -> bool:
-    return type(error) is RuntimeError or isinstance(error, dist.DistError)
-
-
 # What follows runs in the processes of the ranks.
 
 
 def _be_rank(
-    pipe: Connection, function: Callable[..., Any], rank: int, args: tuple[object, ...]
+    pipe: Connection, function: Callable[..., Any], index: int, args: tuple[object, ...]
 ) -> None:
     threading.Thread(target=_die_with_parent, daemon=True).start()
     stop = StopRequest()
@@ -247,10 +229,9 @@ def _be_rank(
     signal.signal(signal.SIGTERM, note)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        outcome = _Outcome(function(rank, stop, *args), None, "", time.monotonic())
-    except BaseException as error:  # SystemExit is news to the parent too
-        where = traceback.format_exc()
-        outcome = _Outcome(None, _portable(error), where, time.monotonic())
+        outcome = _Outcome(function(index, stop, *args), None, time.monotonic())
+    except BaseException as error:  # the parent must learn of SystemExit too
+        outcome = _Outcome(None, _portable(error, index), time.monotonic())
     pipe.send_bytes(pickle.dumps(outcome))
     pipe.close()
     if outcome.error is not None:
@@ -266,10 +247,12 @@ def _die_with_parent() -> None:
         os._exit(1)
 
 
-def _portable(error: BaseException) -> BaseException:
-    """Return the error, or a stand-in when it can't be built again from its arguments."""
+def _portable(error: BaseException, index: int) -> BaseException:
+    """Return the error, or a stand-in if it can't be built again, with its traceback as a note."""
+    where = traceback.format_exc()
     try:
-        again: BaseException = pickle.loads(pickle.dumps(error))
+        pickle.loads(pickle.dumps(error))
     except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
-    return again
+        error = RuntimeError(f"{type(error).__name__}: {error}")
+    error.add_note(f"on rank {index}:\n{where}")
+    return error

@@ -1,13 +1,13 @@
-"""--bn: which batch norm the two encoders get."""
+"""From a configuration to a model: which batch norm the two encoders get."""
 
 import pytest
 import torch
 from torch import nn
 
 from shuffle_batchnorm import ShuffleBatchNorm, ShuffledEncoder
+from shuffle_batchnorm.moco.build import normalise_key, normalise_query
 from shuffle_batchnorm.moco.config import Norm, NormConfig
 from shuffle_batchnorm.moco.networks import NetworkError
-from shuffle_batchnorm.moco.normalisation import normalise_key, normalise_query
 
 
 def _encoder() -> nn.Module:
