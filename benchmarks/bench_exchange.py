@@ -27,7 +27,7 @@ from torch import Tensor
 from shuffle_batchnorm.comm.world import resolve
 from shuffle_batchnorm.moco.config import RunConfig
 from shuffle_batchnorm.moco.ranks.launch import Place, launch
-from shuffle_batchnorm.norm.mixing import Options, make_plan, rotation
+from shuffle_batchnorm.norm.mixing import Options, make_plan
 from shuffle_batchnorm.norm.statistics import mix, mix_gradients
 
 SEED, SYNC_BN = "seed", "SyncBatchNorm"
@@ -48,10 +48,9 @@ def _seed(row: Tensor) -> None:
 
 def _bare_all_to_all(row: Tensor) -> None:
     world, rank = dist.get_world_size(), dist.get_rank()
-    route = rotation(world, rank, 1, (-1 % world,))
-    received = torch.empty_like(row[None])
-    receive, send = list(route.receive_splits), list(route.send_splits)
-    dist.all_to_all_single(received, row[None], receive, send)
+    receive = [int(peer == (rank + 1) % world) for peer in range(world)]
+    send = [int(peer == (rank - 1) % world) for peer in range(world)]
+    dist.all_to_all_single(torch.empty_like(row[None]), row[None], receive, send)
 
 
 def _bare_send(row: Tensor) -> None:
@@ -65,16 +64,17 @@ def _bare_send(row: Tensor) -> None:
 
 def _contestants(channels: int) -> tuple[Contestants, Contestants]:
     """What each does in one layer forward, and backward."""
-    world = resolve(None)
+    world = resolve(None, "bench_exchange")
     row, sums = torch.rand(2 * channels + 1), torch.rand(2 * channels)
     row[0] = 32 * 49  # a count
     forward: Contestants = {SEED: partial(_seed, row), SYNC_BN: partial(_gathered, row)}
     backward: Contestants = {SYNC_BN: lambda: dist.all_reduce(sums)}
     for mode in MODES:
         plan = make_plan(Options(mode), world.size, world.rank)
-        shape = (plan.groups, plan.per_group, -1)
-        forward[mode] = partial(mix, row.expand(shape).contiguous(), plan, world)
-        backward[mode] = partial(mix_gradients, sums.expand(shape).contiguous(), plan, world)
+        blocks = plan.groups * plan.per_group
+        forward[mode] = partial(mix, row.expand(blocks, -1).contiguous(), plan, world)
+        of_blocks = sums.view(2, -1).expand(blocks, -1, -1).contiguous()
+        backward[mode] = partial(mix_gradients, of_blocks, plan, world)
     forward |= {"all_to_all": partial(_bare_all_to_all, row), "isend": partial(_bare_send, row)}
     return forward, backward
 

@@ -59,7 +59,7 @@ def test_one_process_compiles_to_one_graph(mode: str, groups: int, plain: bool) 
 
 @pytest.mark.parametrize(
     ("mode", "blocks"),
-    # With 8 blocks every rank deals to every rank: one message. With 2, two rotations.
+    # 8 blocks are as many as there are groups; 2 are fewer.
     [("local", 8), ("sync", 8), ("swap", 8), ("regroup", 8), ("regroup", 2)],
 )
 def test_ranks_compile_to_one_graph(mode: str, blocks: int) -> None:

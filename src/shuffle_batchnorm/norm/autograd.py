@@ -8,8 +8,8 @@ from torch import Tensor
 from shuffle_batchnorm.comm.world import World
 from shuffle_batchnorm.kernels.select import select
 
-from .mixing import CALL, Plan
-from .statistics import LocalMixing, asks_peers, find_mixing, mix_gradients
+from .mixing import CALL
+from .statistics import Call, asks_peers, mix_gradients
 
 
 class Rows(NamedTuple):
@@ -47,8 +47,7 @@ class Normalise(torch.autograd.Function):
         source_count: Tensor | None,
         source_mean: Tensor | None,
         source_rstd: Tensor | None,
-        sizes: tuple[int, ...],
-        plan: Plan,
+        call: Call,
         world: World,
     ) -> Tensor:
         """Return y.
@@ -65,42 +64,43 @@ class Normalise(torch.autograd.Function):
             source_count: `Rows` of those that the blocks join, if they are others.
             source_mean: likewise.
             source_rstd: likewise.
-            sizes: samples per block.
-            plan: how the ranks mix.
+            call: what has been prepared.
             world: the ranks.
         """
         scale = rstd if scale is None else scale
-        users = None if asks_peers(plan) else find_mixing(plan).users
         # A number stays out of the tensors to be saved.
         number, counts = (None, count) if isinstance(count, Tensor) else (count, None)
         ctx.save_for_backward(
             x, weight, mean, rstd, scale, counts, source_count, source_mean, source_rstd
         )
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.call = number, sizes, plan, world
+        ctx.call = number, call, world
         shift = mean.new_zeros(()) if bias is None else bias.to(mean.dtype)
-        return select(x).block_affine(x, sizes, mean, scale, shift.expand_as(mean), users)
+        shift = shift.expand_as(mean)
+        return select(x).block_affine(x, call.sizes, mean, scale, shift, call.mixing.users)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of x, weight and bias."""
         x, weight, mean, rstd, scale, counts, *of_source = ctx.saved_tensors
-        number, *call = ctx.call
+        number, call, world = ctx.call
         source = Rows(number if counts is None else counts, mean, rstd)
         if of_source[0] is not None:
             source = Rows(*of_source)
-        with torch.no_grad():
-            needs_dx = ctx.needs_input_grad[0]
-            first = _gradients(needs_dx, dy, x, weight, mean, rstd, scale, source, *call)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        arguments = dy, x, weight, mean, rstd, scale, source, call, world
+        needs_dx = ctx.needs_input_grad[0]
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            dx, dweight, dbias = _gradients(needs_dx, *arguments)
+        else:
             # create_graph: the first derivatives are right; a second one must not be wrong.
-            first = _FirstDerivative.apply(*first, dy, x, weight)  # type: ignore[no-untyped-call]
-        dx, dweight, dbias = first
+            with torch.no_grad():
+                first = _gradients(needs_dx, *arguments)
+            dx, dweight, dbias = _FirstDerivative.apply(*first, dy, x, weight)  # type: ignore[no-untyped-call]
         return (
             dx,
             None if weight is None else dweight.to(weight.dtype),
             None if ctx.bias_dtype is None else dbias.to(ctx.bias_dtype),
-            *[None] * 10,
+            *[None] * 9,
         )
 
 
@@ -113,19 +113,16 @@ def _gradients(
     rstd: Tensor,
     scale: Tensor,
     source: Rows,
-    sizes: tuple[int, ...],
-    plan: Plan,
+    call: Call,
     world: World,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """Return the gradients of input, weight and bias.
 
     Always exchanges, even where no gradient of the input is needed: a peer may need one.
     """
-    kernels = select(x)
-    peers = asks_peers(plan)
-    groups, users = LocalMixing() if peers else find_mixing(plan)
+    kernels, (plan, sizes, _, (groups, users)) = select(x), call
     total, dot = kernels.block_grad_sums(dy, x, sizes, mean, rstd, users)
-    if peers:
+    if asks_peers(plan):
         dweight, dbias, weighted = kernels.param_grads(total, dot, weight)
         total, dot = mix_gradients(weighted, plan, world).unbind(dim=1)
         b = c = total

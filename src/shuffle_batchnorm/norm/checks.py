@@ -10,16 +10,16 @@ from shuffle_batchnorm.comm.world import World
 from shuffle_batchnorm.kernels.rows import accumulation_dtype
 
 from .mixing import CALL, Options, Plan, make_plan
-from .statistics import asks_peers, mix, rejection
-
-Parameters = dict[str, Tensor | None]
+from .statistics import Call, RowFormat, asks_peers, mix, rejection
 
 
-class RowFormat(NamedTuple):
-    """The form of the rows that ranks exchange."""
+class Parameters(NamedTuple):
+    """What a layer has besides its options, each ``[C]`` or None."""
 
-    channels: int
-    dtype: torch.dtype
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    running_mean: Tensor | None = None
+    running_var: Tensor | None = None
 
 
 def check_input(
@@ -40,7 +40,7 @@ def check_input(
             f"{CALL}: input has {shape[1]} channels, the layer has num_features={num_features} "
             f"(input shape {shape})"
         )
-    for name, parameter in parameters.items():
+    for name, parameter in parameters._asdict().items():
         if parameter is None:
             continue
         if parameter.shape != (shape[1],):
@@ -52,7 +52,7 @@ def check_input(
             raise ValueError(f"{CALL}: input is on {input.device}, {name} on {parameter.device}")
         if accumulation_dtype(parameter) != accumulation_dtype(input):
             raise ValueError(f"{CALL}: input is {input.dtype}, {name} is {parameter.dtype}")
-    if (parameters.get("running_mean") is None) != (parameters.get("running_var") is None):
+    if (parameters.running_mean is None) != (parameters.running_var is None):
         raise ValueError(
             f"{CALL}: running_mean and running_var must be given together or not at all"
         )
@@ -62,24 +62,26 @@ def check_input(
         )
 
 
-def agree(options: Options, row_format: RowFormat, error: Exception | None, world: World) -> None:
+def agree_once(options: Options, call: Call, world: World) -> None:
     """Compare a call of a new kind with those of all ranks: options, channels and dtype.
 
     Communication: that of `agreement.agree`, once in a process group.
 
     Raises:
-        Exception: `error` on the rank that has one; RuntimeError that quotes it on its peers;
-            ValueError on all ranks if they disagree.
+        RuntimeError: a peer can't accept its input.
+        ValueError: ranks disagree.
     """
+    if not asks_peers(call.plan) or torch.compiler.is_compiling():
+        return
+    if agreement.recall(world, (CALL, options, call.row_format)) is None:
+        _agree(options, call.row_format, None, world)
+
+
+def _agree(options: Options, row_format: RowFormat, error: Exception | None, world: World) -> None:
     channels, dtype = row_format
     terms = {"channels": channels, "dtype": dtype, **options._asdict()}
     agreement.agree(CALL, {name: repr(term) for name, term in terms.items()}, error, world)
     agreement.remember(world, (CALL, options, row_format), [])
-
-
-def is_agreed(options: Options, row_format: RowFormat, world: World) -> bool:
-    """Return whether all ranks have compared a call of this kind."""
-    return agreement.recall(world, (CALL, options, row_format)) is not None
 
 
 def refuse(
@@ -94,8 +96,8 @@ def refuse(
     plan = make_plan(options, world.size, world.rank)
     if asks_peers(plan) and not torch.compiler.is_compiling():
         row_format = _expected_format(input, parameters, num_features)
-        if not is_agreed(options, row_format, world):
-            agree(options, row_format, error, world)
+        if agreement.recall(world, (CALL, options, row_format)) is None:
+            _agree(options, row_format, error, world)
         _reject(plan, row_format, input, parameters, world)
         failures.announce(world, str(error))
     raise error
@@ -105,7 +107,7 @@ def _reject(
     plan: Plan, row_format: RowFormat, input: Any, parameters: Parameters, world: World
 ) -> None:
     """Take part in the exchange for which the peers are here, so that they learn of it."""
-    tensors = [t for t in (input, *parameters.values()) if isinstance(t, Tensor)]
+    tensors = [t for t in (input, *parameters) if isinstance(t, Tensor)]
     device = tensors[-1].device if tensors else torch.device("cpu")
     mix(rejection(plan, *row_format, device), plan, world)
 
@@ -115,7 +117,7 @@ def _expected_format(input: Any, parameters: Parameters, num_features: int | Non
 
     The layer is believed before the input.
     """
-    known = [p for p in parameters.values() if p is not None]
+    known = [p for p in parameters if p is not None]
     is_tensor = isinstance(input, Tensor)
     source = known[0] if known else input if is_tensor else None
     channels = num_features or next((p.shape[0] for p in known if p.ndim == 1), 0)

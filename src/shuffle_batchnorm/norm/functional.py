@@ -26,9 +26,16 @@ from shuffle_batchnorm.kernels.rows import (
 from shuffle_batchnorm.kernels.select import select
 
 from .autograd import Normalise
-from .checks import RowFormat, agree, check_input, is_agreed, refuse
+from .checks import Parameters, agree_once, check_input, refuse
 from .mixing import CALL, Options, Plan, check_options, make_plan
-from .statistics import Statistics, asks_peers, check_counts, statistics_of
+from .statistics import (
+    Call,
+    RowFormat,
+    Statistics,
+    check_counts,
+    find_mixing,
+    statistics_of,
+)
 
 
 def shuffle_batch_norm(
@@ -110,24 +117,8 @@ def shuffle_batch_norm(
     check_process_group(CALL, process_group)
     if not training:
         return F.batch_norm(input, running_mean, running_var, weight, bias, False, 0.0, eps)
-    return normalise(
-        input, running_mean, running_var, weight, bias, momentum, eps, options, process_group,
-        _calls,
-    ).output  # fmt: skip
-
-
-class Call(NamedTuple):
-    """What follows from the shapes, dtypes and options of a training call alone.
-
-    Attributes:
-        plan: how the ranks mix.
-        sizes: samples per block.
-        row_format: of what ranks exchange.
-    """
-
-    plan: Plan
-    sizes: tuple[int, ...]
-    row_format: RowFormat
+    parameters = Parameters(weight, bias, running_mean, running_var)
+    return normalise(input, parameters, momentum, eps, options, process_group, _calls).output
 
 
 Calls = dict[Any, Call]
@@ -145,10 +136,7 @@ class Normalised(NamedTuple):
 
 def normalise(
     input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    parameters: Parameters,
     momentum: float | Tensor,
     eps: float,
     options: Options,
@@ -161,23 +149,16 @@ def normalise(
     What is prepared for a kind of call is kept in `calls`.
     """
     world = resolve(process_group, CALL)
-    tensors = input, weight, bias, running_mean, running_var
-    call = _find_call(tensors, options, world, calls, num_features)
-    plan, sizes, row_format = call
-    if (
-        asks_peers(plan)
-        and not torch.compiler.is_compiling()
-        and not is_agreed(options, row_format, world)
-    ):
-        agree(options, row_format, None, world)
-
+    call = _find_call(input, parameters, options, world, calls, num_features)
+    agree_once(options, call, world)
+    weight, bias, running_mean, running_var = parameters
     with torch.no_grad():
-        statistics = statistics_of(input, sizes, plan, world)
-        check_counts(statistics, sizes, plan, world, input.shape)
+        statistics = statistics_of(input, call, world)  # moments and mix
+        check_counts(statistics, call, world, input.shape)
         running = None
         if running_mean is not None and running_var is not None and not is_recomputation():
             running = Running(running_mean, running_var, momentum)
-        rstd, scale = _normaliser_rows(statistics, input, weight, eps, running, sizes, plan)
+        rstd, scale = _normaliser_rows(statistics, input, weight, eps, running, call)
         source: tuple[Tensor, ...] | tuple[None, ...] = (None, None, None)
         if statistics.source is not None:
             count, mean, std = statistics.source
@@ -186,39 +167,41 @@ def normalise(
     output = Normalise.apply(  # type: ignore[no-untyped-call]
         input, weight, bias, statistics.counts, statistics.mean, rstd,
         None if weight is None else scale,  # a compiler refuses the same tensor twice
-        *source, sizes, plan, world,
+        *source, call, world,
     )  # fmt: skip
-    return Normalised(output, statistics, sizes)
+    return Normalised(output, statistics, call.sizes)
 
 
 def _find_call(
-    tensors: tuple[Tensor | None, ...],
+    input: Tensor,
+    parameters: Parameters,
     options: Options,
     world: World,
     calls: Calls,
     num_features: int | None,
 ) -> Call:
     """Return what has been prepared for a kind of call, or prepare it."""
-    if torch.compiler.is_compiling():
-        return _prepare(tensors, options, world, num_features)
-    key = options, world.rank, world.size, *map(_form, tensors)
+    # Fake and other special tensors may have sizes that are symbols, which have no hash.
+    if torch.compiler.is_compiling() or type(input) is not Tensor:
+        return _prepare(input, parameters, options, world, num_features)
+    tensors = input, *parameters
+    forms = [None if t is None else (t.shape, t.dtype, t.device) for t in tensors]
+    key = options, world.rank, world.size, *forms
     call = calls.get(key)
     if call is None:
-        call = _prepare(tensors, options, world, num_features)
+        call = _prepare(input, parameters, options, world, num_features)
         if len(calls) >= _MOST_CALLS:
             calls.clear()
         calls[key] = call
     return call
 
 
-def _form(tensor: Any) -> Any:
-    if not isinstance(tensor, Tensor):
-        return type(tensor)
-    return tensor.shape, tensor.dtype, tensor.device
-
-
 def _prepare(
-    tensors: tuple[Tensor | None, ...], options: Options, world: World, num_features: int | None
+    input: Tensor,
+    parameters: Parameters,
+    options: Options,
+    world: World,
+    num_features: int | None,
 ) -> Call:
     """Check a call, and cut its batch into blocks.
 
@@ -227,9 +210,6 @@ def _prepare(
         TypeError: likewise.
     """
     check_options(CALL, options)
-    input: Any = tensors[0]
-    names = "weight", "bias", "running_mean", "running_var"
-    parameters = dict(zip(names, tensors[1:], strict=True))
     try:
         check_input(input, parameters, options.groups, num_features)
     except (TypeError, ValueError) as error:
@@ -242,7 +222,7 @@ def _prepare(
         # So does a graph for batches of any size.
         plan = plan.without_empty_blocks(batch)
     row_format = RowFormat(input.shape[1], accumulation_dtype(input))
-    return Call(plan, plan.sizes(batch), row_format)
+    return Call(plan, plan.sizes(batch), row_format, find_mixing(plan))
 
 
 def _warn_if_nothing_is_shuffled(options: Options, plan: Plan) -> None:
@@ -261,15 +241,14 @@ def _normaliser_rows(
     weight: Tensor | None,
     eps: float,
     running: Running | None,
-    sizes: tuple[int, ...],
-    plan: Plan,
+    call: Call,
 ) -> tuple[Tensor, Tensor]:
     """Return ``rstd = 1 / sqrt(std**2 + eps)`` and ``rstd * weight``; move running statistics."""
     count, mean, std = statistics[:3]
     if isinstance(count, Tensor) and running is not None:
-        seen = sizes if input.shape[2:].numel() > 0 else (0,) * len(sizes)
-        if not are_equal(seen) or seen[0] == 0:
-            _move_running(running, count, statistics, seen, plan)
+        sizes = call.sizes if input.shape[2:].numel() > 0 else (0,) * len(call.sizes)
+        if not are_equal(sizes) or sizes[0] == 0:
+            _move_running(running, count, statistics, sizes, call.plan)
             running = None
     # Else each normaliser has as many blocks here, so their average is that over the blocks.
     return select(input).normaliser_rows(mean, std, weight, eps, count, running)

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from shuffle_batchnorm.comm.recomputation import is_recomputation
 from shuffle_batchnorm.comm.world import ProcessGroupLike, check_process_group
 
-from .checks import check_input
+from .checks import Parameters, check_input
 from .convert import convert, revert
 from .functional import Calls, normalise
 from .mixing import Options, check_options
@@ -131,11 +131,10 @@ class ShuffleBatchNorm(_BatchNorm):
         options = Options(self.mode, self.groups, self.offset, self.blocks)
         # As in nn.BatchNorm, the attribute can be switched off after the buffers were made.
         tracked = self.track_running_stats
+        buffers = (self.running_mean, self.running_var) if tracked else (None, None)
         result = normalise(
-            input, self.running_mean if tracked else None, self.running_var if tracked else None,
-            self.weight, self.bias,
-            self._running_step(), self.eps, options, self.process_group, self._calls,
-            self.num_features,
+            input, Parameters(self.weight, self.bias, *buffers), self._running_step(), self.eps,
+            options, self.process_group, self._calls, self.num_features,
         )  # fmt: skip
         if is_recomputation():
             return result.output
@@ -169,11 +168,7 @@ class ShuffleBatchNorm(_BatchNorm):
         return output
 
     def _check_input_dim(self, input: Tensor) -> None:
-        parameters = {
-            "weight": self.weight,
-            "running_mean": self.running_mean,
-            "running_var": self.running_var,
-        }
+        parameters = Parameters(self.weight, None, self.running_mean, self.running_var)
         check_input(input, parameters, groups=1, num_features=self.num_features)
 
     def _record(self, input: Tensor, used_mean: Tensor, used_var: Tensor) -> None:

@@ -23,7 +23,7 @@ from shuffle_batchnorm.kernels.rows import (
 )
 from shuffle_batchnorm.kernels.select import select
 
-from .mixing import CALL, Plan, block_sizes, cached
+from .mixing import CALL, Plan, block_sizes
 from .routes import find_route, gather_members
 
 # The count in the rows of a rank that could not accept its input: that of all they are merged with.
@@ -66,7 +66,7 @@ class Statistics(NamedTuple):
 
 
 class LocalMixing(NamedTuple):
-    """Who normalises whom in one process.
+    """Who normalises whom in one process. Across ranks each block has its own row instead.
 
     Attributes:
         groups: of blocks, each group a normaliser; None if each block is one.
@@ -77,10 +77,32 @@ class LocalMixing(NamedTuple):
     users: BlockGroups | None = None
 
 
-@cached
+class RowFormat(NamedTuple):
+    """The form of the rows that ranks exchange."""
+
+    channels: int
+    dtype: torch.dtype
+
+
+class Call(NamedTuple):
+    """What follows from the shapes, dtypes and options of a training call alone.
+
+    Attributes:
+        plan: how the ranks mix.
+        sizes: samples per block.
+        row_format: of what ranks exchange.
+        mixing: who normalises whom, where no peer is asked.
+    """
+
+    plan: Plan
+    sizes: tuple[int, ...]
+    row_format: RowFormat
+    mixing: LocalMixing
+
+
 def find_mixing(plan: Plan) -> LocalMixing:
-    """Return who normalises whom by a plan of one process."""
-    if not plan.shuffles:
+    """Return who normalises whom by a plan, where no peer is asked."""
+    if asks_peers(plan) or not plan.shuffles:
         return LocalMixing()
     cells = ((i, c) for i in range(plan.groups) for c in range(plan.per_group))
     users = BlockGroups(plan.groups, tuple(plan.used(*cell) for cell in cells))
@@ -92,14 +114,13 @@ def asks_peers(plan: Plan) -> bool:
     return plan.world_size > 1 and plan.mode != "local"
 
 
-def statistics_of(x: Tensor, sizes: tuple[int, ...], plan: Plan, world: World) -> Statistics:
+def statistics_of(x: Tensor, call: Call, world: World) -> Statistics:
     """Return the statistics behind a call with this rank's input ``[N, C, *]``.
 
     Communication: that of `mix`.
     """
-    kernels = select(x)
+    kernels, (plan, sizes, _, (groups, users)) = select(x), call
     if not asks_peers(plan):
-        groups, users = find_mixing(plan)
         mean, std = kernels.block_moments(x, sizes, groups)
         # A group of blocks has as many as any.
         count = x.shape[2:].numel() * (x.shape[0] // plan.groups)
@@ -194,9 +215,7 @@ def own_statistics(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     return per_sample(mean, sizes), per_sample(std, sizes)
 
 
-def check_counts(
-    statistics: Statistics, sizes: tuple[int, ...], plan: Plan, world: World, shape: torch.Size
-) -> None:
+def check_counts(statistics: Statistics, call: Call, world: World, shape: torch.Size) -> None:
     """Raise if a normaliser has fewer than 2 values per channel, or its rank rejected its input.
 
     On the CPU the error is raised here and names the group. A GPU raises a device-side assertion,
@@ -205,17 +224,17 @@ def check_counts(
     count = statistics.counts
     if not isinstance(count, Tensor):
         if count == 1:
-            raise _count_error(1, 0, plan, shape)
+            raise _count_error(1, 0, call.plan, shape)
         return
     count = count[:, 0]
     if torch.compiler.is_compiling() or count.device.type != "cpu":
         torch._assert_async(
-            _are_valid(count, sizes).all(),
+            _are_valid(count, call.sizes).all(),
             f"{CALL}: a peer rejected its input, or a normaliser has 1 value per channel",
         )
-    elif not bool((valid := _are_valid(count, sizes)).all()):
+    elif not bool((valid := _are_valid(count, call.sizes)).all()):
         row = int(valid.int().argmin())
-        error = _count_error(float(count[row]), row, plan, shape)
+        error = _count_error(float(count[row]), row, call.plan, shape)
         failures.announce(world, str(error))
         raise error
 

@@ -4,55 +4,42 @@ This is MoCo's way of shuffling batch norm. The layers of this library do the sa
 samples; see ``docs/batch_shuffle.md`` for when to choose which.
 """
 
-import contextlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 
-from shuffle_batchnorm.comm import failures
-from shuffle_batchnorm.comm.world import (
-    ProcessGroupLike,
-    World,
-    default_device,
-    resolve,
-    usable_device,
-)
+from shuffle_batchnorm.comm import agreement
+from shuffle_batchnorm.comm.world import ProcessGroupLike, World, check_process_group, resolve
 
 from .checks import (
     SHUFFLE,
     UNSHUFFLE,
+    announce,
     check_fit,
+    check_handle,
     check_leaves,
-    check_not_returned,
-    check_process_group,
-    check_sources,
-    not_a_plan,
-    raise_alone,
-    strange_kind,
+    check_plan,
+    check_shuffle,
+    check_unshuffle,
+    find_error,
+    raise_if_trusted,
 )
-from .habits import Form, expected_form, note_form
-from .permutations import Key, is_stratified, make_route, stratified_route
-from .plan import ShufflePlan, describe
-from .state import (
-    GENERATOR,
-    NEW_SEED,
-    STATE,
-    Terms,
-    advance_state,
-    agree,
-    find_state,
-    keep_state,
-    new_seed,
-    next_key_in_graph,
-    stamp_of,
+from .permutations import Route, make_route, make_route_in_graph
+from .plan import (
+    Origin,
+    ShufflePlan,
+    origin_of_generator,
+    origin_of_plan,
+    origin_of_state,
 )
-from .transport import OtherStampError, move_nothing, move_samples, stamped_width
+from .state import advance_state, next_key_in_graph
+from .transport import move_samples
 
 Tree = Any  # a tensor, or tensors and None in tuples, lists, dicts, ...
 
@@ -63,6 +50,7 @@ def batch_shuffle(
     process_group: ProcessGroupLike = None,
     generator: torch.Generator | None = None,
     plan: ShufflePlan | None = None,
+    uneven: bool = False,
 ) -> tuple[Tree, ShufflePlan]:
     r"""Shuffle the samples of all ranks' batches among the ranks; batch sizes stay what they are.
 
@@ -70,18 +58,21 @@ def batch_shuffle(
 
     where x and y are all ranks' samples in a row. If W divides one common N, the permutation is
     *stratified*: every rank sends N / W samples, randomly chosen, to every rank, and every rank
-    puts those it receives in random order; so 1 / W of a sample's company stays. Otherwise it is
-    uniform over all samples. It depends on a seed and a step only, which the ranks agree on once
-    and then count (`get_shuffle_state`); no global random state is touched.
+    puts those it receives in random order; so a sample keeps 1 / W of the batch's other samples
+    around it. Otherwise it is uniform over all samples. It depends on a seed and a step only,
+    which the ranks agree on once and then count (`get_shuffle_state`); no global random state is
+    touched.
 
     Communication:
         One ``all_to_all_single`` that holds all tensors: each sample travels once, about
         ``N * (W - 1) / W`` samples leave and reach each rank; backward the same for tensors that
-        need a gradient. The ranks compare their calls, and all raise if one can't go on: by 8 bytes
-        with every sample (up to 71 with one of 4 to 128 KiB) where a loop repeats itself and W
-        divides one common N, otherwise by 72 bytes from every rank to every rank beforehand. Under
-        ``torch.compile`` nothing is compared: there the ranks' batches have to be alike, and W has
-        to divide N.
+        need a gradient. A call of a new kind is compared first, with 2 KiB from every rank to
+        every rank, and all ranks raise if one can't go on; later calls of that kind are trusted.
+        The kind is N, the shapes behind it, dtypes, what needs a gradient, the tree, and the
+        permutation's origin and seed. Batch sizes that change on all ranks together are therefore
+        compared once; sizes that change on single ranks need ``uneven=True``, or the process may
+        abort or hang. Under ``torch.compile`` nothing is compared: there the ranks' batches have
+        to be alike, and W has to divide N.
 
     Args:
         batch: a tensor ``[N, *]`` of any dtype, or tensors of the same N and device, and None, in
@@ -90,18 +81,21 @@ def batch_shuffle(
         generator: draws the permutation instead, one number per call; seeded alike on all ranks.
             Not under ``torch.compile``.
         plan: shuffles as an earlier call did, in the plan's group.
+        uneven: compare at every call, on all ranks, for a loop in which N changes on single ranks.
+            Not under ``torch.compile``.
 
     Returns:
         The shuffled batch, with this rank's N; and the plan for `batch_unshuffle`. Peak memory
-        beyond the batch is twice its size, of which on a CPU one half is kept for the next call;
-        channels_last tensors stay so.
+        beyond the batch is twice its size; channels_last tensors stay so.
 
     Raises:
         TypeError: something in the batch is no tensor; a plan or group of another type.
         ValueError: a scalar, no tensor, tensors of different N or devices, a plan of another
-            batch size or group; on every rank, if ranks disagree on trees, shapes, dtypes, needed
-            gradients, plans, generators or states.
-        RuntimeError: on the peers of a rank that rejects its batch.
+            batch size or group. On every rank, at a call of a new kind, if ranks disagree on
+            trees, shapes, dtypes, needed gradients, plans, generators or states.
+        RuntimeError: on the peers of a rank that rejects its batch: at once, before the ranks have
+            agreed on any shuffle and with ``uneven=True``, and all can go on; later within seconds
+            on the CPU, and by the group's time limit on a GPU, and the group is of no more use.
 
     Source:
         Shuffling BN: He et al. 2019, arXiv 1911.05722, section 3.3.
@@ -113,44 +107,39 @@ def batch_shuffle(
         >>> batch_unshuffle(features, plan).flatten().tolist()
         [0.0, 10.0, 20.0, 30.0, 40.0, 50.0, 60.0, 70.0]
     """
-    check_process_group(SHUFFLE, process_group)
+    check_handle(check_process_group, SHUFFLE, process_group)
     if isinstance(plan, ShufflePlan) and process_group is None:
         world = plan.world
     else:
         world = resolve(process_group, SHUFFLE)
     leaves, spec = pytree.tree_flatten(batch)
     if torch.compiler.is_compiling():
-        if generator is not None:
-            raise ValueError(f"{SHUFFLE}: generator is not supported under torch.compile")
+        if generator is not None or uneven:
+            option = "uneven" if uneven else "generator"
+            raise ValueError(f"{SHUFFLE}: {option} is not supported under torch.compile")
         return _shuffle_in_graph(leaves, spec, world, plan)
 
-    n, error = 0, None
-    key, order = _choose_key(world, generator, plan)
-    try:
-        check_sources(plan, generator)
-        n = check_leaves(SHUFFLE, leaves, world)
-        if plan is not None:
-            check_fit(SHUFFLE, n, world, plan)
-    except (TypeError, ValueError, RuntimeError) as caught:
-        error = caught
-    terms = _terms(SHUFFLE, order, leaves, spec, key)
-
-    def find_plan(sizes: tuple[int, ...], seed: int) -> ShufflePlan:
-        agreed = Key(seed, key.step)
-        route = make_route(agreed, sizes, world.rank).to(_tensors(leaves)[0].device)
-        return ShufflePlan(world, sizes, agreed, route)
-
-    known = plan if isinstance(plan, ShufflePlan) else find_plan
-    moved, plan = _agree_and_move(terms, leaves, n, error, world, known)
-    if order == STATE:
+    error = find_error(check_shuffle, leaves, world, plan, generator)
+    if not uneven:
+        raise_if_trusted(SHUFFLE, error, world)
+    if isinstance(plan, ShufflePlan):
+        origin = origin_of_plan(plan)
+    elif isinstance(generator, torch.Generator):
+        origin = origin_of_generator(generator)
+    else:
+        origin = origin_of_state(world, error)
+    sizes = _agree(SHUFFLE, leaves, spec, origin, error, world, uneven)
+    if plan is None:
+        route = make_route(origin.key, sizes, world.rank).to(_tensors(leaves)[0].device)
+        plan = ShufflePlan(world, sizes, origin.key, route)
+    moved = _move(SHUFFLE, leaves, plan.route, world)
+    if origin.is_state:
         advance_state(world)
-    elif order == NEW_SEED:
-        keep_state(world, Key(plan.key.seed, plan.key.step + 1))
     return _unflatten(moved, leaves, spec), plan
 
 
 def batch_unshuffle(batch: Tree, plan: ShufflePlan) -> Tree:
-    r"""Send every sample back to the rank and place it had before `batch_shuffle`.
+    r"""Send every sample back to the rank and position it had before `batch_shuffle`.
 
     .. math:: x_{\pi(q)} = y_q
 
@@ -169,122 +158,92 @@ def batch_unshuffle(batch: Tree, plan: ShufflePlan) -> Tree:
         TypeError: something in the batch is no tensor; `plan` is no plan.
         ValueError: as `batch_shuffle`; N is not the plan's; a tensor that was unshuffled with this
             plan already, or a view of it. One that was computed from such a tensor is a new one.
-        RuntimeError: on the peers of a rank that rejects its batch.
+        RuntimeError: as `batch_shuffle`.
 
     Example:
         >>> shuffled, plan = batch_shuffle({"image": torch.rand(4, 3, 8, 8), "label": None})
         >>> batch_unshuffle({"features": torch.rand(4, 16)}, plan)["features"].shape
         torch.Size([4, 16])
     """
-    if not isinstance(plan, ShufflePlan):
-        # Which group the others wait in is not known here.
-        raise_alone(UNSHUFFLE, TypeError(not_a_plan(UNSHUFFLE, plan)))
+    check_handle(check_plan, UNSHUFFLE, plan)
     world = plan.world
     leaves, spec = pytree.tree_flatten(batch)
     if torch.compiler.is_compiling():
-        check_fit(UNSHUFFLE, check_leaves(UNSHUFFLE, leaves, world), world, plan)
-        return _unflatten(_move(UNSHUFFLE, _tensors(leaves), plan), leaves, spec)
+        check_leaves(UNSHUFFLE, leaves, world)
+        check_fit(UNSHUFFLE, leaves, world, plan)
+        return _unflatten(_move(UNSHUFFLE, leaves, plan.route.inverse(), world), leaves, spec)
 
-    n, error = 0, None
-    try:
-        n = check_leaves(UNSHUFFLE, leaves, world)
-        check_fit(UNSHUFFLE, n, world, plan)
-        check_not_returned(leaves, plan)
-    except (TypeError, ValueError) as caught:
-        error = caught
-    terms = _terms(UNSHUFFLE, describe(plan), leaves, spec, plan.key)
-    moved, _ = _agree_and_move(terms, leaves, n, error, world, plan)
+    error = find_error(check_unshuffle, leaves, plan)
+    raise_if_trusted(UNSHUFFLE, error, world)
+    _agree(UNSHUFFLE, leaves, spec, origin_of_plan(plan), error, world)
+    moved = _move(UNSHUFFLE, leaves, plan.route.inverse(), world)
     alive = [ref for ref in plan._returned if not ref.expired()]
     plan._returned[:] = alive + [StorageWeakRef(leaf.untyped_storage()) for leaf in moved]
     return _unflatten(moved, leaves, spec)
 
 
-def reject(plan: ShufflePlan, error: Exception) -> NoReturn:
-    """Take part in the `batch_unshuffle` for which this rank has no batch, and raise its error.
-
-    Communication: as `batch_unshuffle`; the ranks stay in step.
-    """
-    terms = Terms(UNSHUFFLE, describe(plan), "", "", "", int(plan.key.seed), int(plan.key.step))
-    _agree_and_move(terms, [], 0, error, plan.world, plan)
-    raise error
-
-
-def _agree_and_move(
-    terms: Terms,
+def _agree(
+    call: str,
     leaves: list[Any],
-    n: int,
+    spec: Any,
+    origin: Origin,
     error: Exception | None,
     world: World,
-    plan: ShufflePlan | Callable[[tuple[int, ...], int], ShufflePlan],
-) -> tuple[tuple[Tensor, ...], ShufflePlan]:
-    """Move the tensors among the leaves by a plan, or one that is found from sizes and seed.
-
-    If the ranks call as they did the last time round, they agree by the message itself: a hash of
-    their terms travels with the samples. If not, or at a first time, by a header before it.
-    """
-
-    def find(sizes: tuple[int, ...], seed: int) -> ShufflePlan:
-        return plan if isinstance(plan, ShufflePlan) else plan(sizes, seed)
-
-    if world.size == 1:
-        if error is not None:
-            raise error
-        found = find((n,), terms.seed)
-        return _move(terms.call, _tensors(leaves), found), found
-
-    fits = error is None and (not isinstance(plan, ShufflePlan) or is_stratified(plan.sizes))
-    form = Form(terms.call, n, stamped_width(_tensors(leaves))) if fits and n else None
-    expected = expected_form(world)
-    if form is not None and form == expected:
-        with _in_step(world):
-            found = find((n,) * world.size, terms.seed)
-            try:
-                moved = _move(terms.call, _tensors(leaves), found, stamp_of(terms))
-            except OtherStampError:
-                pass  # all ranks go on to tell each other what they have sent
-            else:
-                note_form(world, form)
-                return moved, found
-    elif expected is not None:
-        with _own_first(error), _in_step(world):
-            move_nothing(*expected, world, _device(leaves, world))
-    with _own_first(error):
-        sizes, seed = agree(terms, n, error, world, _device(leaves, world))
-    with _in_step(world):
-        found = find(sizes, seed)
-        moved = _move(terms.call, _tensors(leaves), found)
-    note_form(world, form if is_stratified(sizes) else None)
-    return moved, found
+    uneven: bool = False,
+) -> tuple[int, ...]:
+    """Compare a call of a new kind with the other ranks', and return all ranks' batch sizes."""
+    if error is not None:
+        agreement.agree(call, {}, error, world)
+    tensors = _tensors(leaves)
+    n, graded = tensors[0].shape[0], torch.is_grad_enabled()
+    tree = _describe_tree(spec)
+    kinds = tuple([leaf if leaf is None else (leaf.shape[1:], leaf.dtype) for leaf in leaves])
+    needs_gradient = tuple([graded and leaf.requires_grad for leaf in tensors])
+    kind = call, n, tree, kinds, needs_gradient, origin.kind
+    sizes = None if uneven else agreement.recall(world, kind)
+    if sizes is None:
+        terms = {
+            "order": origin.name,
+            "uneven": uneven,
+            "tree": tree,
+            "leaves": _describe_kinds(kinds),
+            "needs_gradient": list(needs_gradient),
+            "seed": origin.key.seed,
+            "step": origin.key.step,
+        }
+        sizes = agreement.agree(call, terms, None, world, own=n)
+        agreement.remember(world, call, sizes)  # see `raise_if_trusted`
+        if not uneven:
+            agreement.remember(world, kind, sizes)
+    return tuple(sizes)
 
 
-@contextlib.contextmanager
-def _own_first(error: Exception | None) -> Iterator[None]:
-    """Raise what is wrong on this rank, if anything is, in place of what follows from it."""
+def _move(call: str, leaves: list[Any], route: Route, world: World) -> tuple[Tensor, ...]:
     try:
-        yield
-    except RuntimeError as failure:
-        if error is None or failure is error:
-            raise
-        raise error from failure
-
-
-@contextlib.contextmanager
-def _in_step(world: World) -> Iterator[None]:
-    """Give up the group if this rank alone can't go through with what all are doing."""
-    try:
-        yield
-    except Exception as error:
-        failures.break_off(world, str(error))
+        return move_samples(call, route, world, _tensors(leaves))
+    except Exception as error:  # such as too little memory, on this rank alone
+        announce(error, world)
         raise
 
 
-def _move(
-    call: str, tensors: list[Tensor], plan: ShufflePlan, stamp: int | None = None
-) -> tuple[Tensor, ...]:
-    route = plan.route.to(tensors[0].device)
-    if call == UNSHUFFLE:
-        route = route.inverse()
-    return move_samples(call, route, plan.world, tensors, stamp)
+def _shuffle_in_graph(
+    leaves: list[Any], spec: Any, world: World, plan: ShufflePlan | None
+) -> tuple[Tree, ShufflePlan]:
+    """Shuffle inside a compiled graph: nothing compared, stratified, with the step as a tensor."""
+    check_leaves(SHUFFLE, leaves, world)
+    first = _tensors(leaves)[0]
+    if plan is not None:
+        check_fit(SHUFFLE, leaves, world, plan)
+    elif first.shape[0] % world.size:
+        raise ValueError(
+            f"{SHUFFLE}: under torch.compile the batch must be divisible by the number of ranks, "
+            f"got {first.shape[0]} samples on {world.size} ranks"
+        )
+    else:
+        key, sizes = next_key_in_graph(world), (first.shape[0],) * world.size
+        route = make_route_in_graph(key, sizes, world.rank, first.device)
+        plan = ShufflePlan(world, sizes, key, route, _returned=[])
+    return _unflatten(_move(SHUFFLE, leaves, plan.route, world), leaves, spec), plan
 
 
 def _tensors(leaves: list[Any]) -> list[Tensor]:
@@ -296,73 +255,16 @@ def _unflatten(moved: Sequence[Tensor], leaves: list[Any], spec: Any) -> Tree:
     return pytree.tree_unflatten([None if leaf is None else next(new) for leaf in leaves], spec)
 
 
-def _shuffle_in_graph(
-    leaves: list[Any], spec: Any, world: World, plan: ShufflePlan | None
-) -> tuple[Tree, ShufflePlan]:
-    """Shuffle inside a compiled graph: no header, stratified, with the step as a tensor."""
-    n = check_leaves(SHUFFLE, leaves, world)
-    if plan is not None:
-        check_fit(SHUFFLE, n, world, plan)
-    elif n % world.size:
-        raise ValueError(
-            f"{SHUFFLE}: under torch.compile the batch must be divisible by the number of ranks, "
-            f"got {n} samples on {world.size} ranks"
-        )
-    else:
-        key = next_key_in_graph(world)
-        device = _device(leaves, world)
-        route = stratified_route(key, n, world.size, world.rank, device)
-        plan = ShufflePlan(world, (n,) * world.size, key, route, _returned=[])
-    return _unflatten(_move(SHUFFLE, _tensors(leaves), plan), leaves, spec), plan
-
-
-def _choose_key(
-    world: World, generator: torch.Generator | None, plan: ShufflePlan | None
-) -> tuple[Key, str]:
-    """Return the key of this call and where it comes from."""
-    if isinstance(plan, ShufflePlan):
-        return plan.key, describe(plan)
-    if isinstance(generator, torch.Generator):
-        # Drawn before anything can fail, so that the ranks' generators stay in step.
-        drawn = torch.randint(2**62, (), generator=generator, device=generator.device)
-        return Key(int(drawn), 0), GENERATOR
-    state = find_state(world)
-    if state is None:
-        return Key(new_seed(), 0), NEW_SEED
-    return state, STATE
-
-
-def _terms(call: str, order: str, leaves: list[Any], spec: Any, key: Key) -> Terms:
-    kinds = tuple(
-        "None" if leaf is None else strange_kind(leaf) or (leaf.shape[1:], leaf.dtype)
-        for leaf in leaves
-    )
-    graded = torch.is_grad_enabled()
-    gradient = [graded and isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves]
-    return Terms(
-        call, order, _describe_tree(spec), _describe_kinds(kinds), str(gradient),
-        int(key.seed), int(key.step),
-    )  # fmt: skip
-
-
-@lru_cache(maxsize=256)
-def _describe_kinds(kinds: tuple[str | tuple[torch.Size, torch.dtype], ...]) -> str:
+def _describe_kinds(kinds: Sequence[tuple[torch.Size, torch.dtype] | None]) -> str:
     return ", ".join(
-        kind if isinstance(kind, str) else f"[N{''.join(f', {n}' for n in kind[0])}] {kind[1]}"
+        "None" if kind is None else f"[N{''.join(f', {n}' for n in kind[0])}] {kind[1]}"
         for kind in kinds
     )
 
 
+@lru_cache(maxsize=256)
 def _describe_tree(spec: Any) -> str:
     if spec.is_leaf():
         return "*"
     # What a node's context prints of its address is no difference between ranks.
     return re.sub(r" at 0x[0-9a-f]+", "", " ".join(str(spec).split()))
-
-
-def _device(leaves: list[Any], world: World) -> torch.device:
-    tensors = (leaf for leaf in leaves if isinstance(leaf, Tensor))
-    tensor = next(tensors, None)
-    if tensor is None:
-        return default_device(world)
-    return usable_device(world, tensor.device)

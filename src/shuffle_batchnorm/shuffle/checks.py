@@ -1,13 +1,13 @@
 """What a batch, a plan and a generator have to be, before samples move."""
 
-from typing import Any, NoReturn
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from shuffle_batchnorm.comm import failures
-from shuffle_batchnorm.comm import world as worlds
+from shuffle_batchnorm.comm import agreement, failures
 from shuffle_batchnorm.comm.recomputation import is_recomputation
 from shuffle_batchnorm.comm.world import World, resolve, usable_device
 
@@ -17,43 +17,78 @@ from .plan import ShufflePlan
 SHUFFLE, UNSHUFFLE = "batch_shuffle", "batch_unshuffle"
 
 
-def raise_alone(call: str, error: Exception) -> NoReturn:
-    """Raise what this rank finds before it knows its peers, who may wait for it in any group."""
-    if not torch.compiler.is_compiling():
-        failures.report_everywhere(str(error))
-        failures.stop_alone(resolve(None, call), str(error))
-    raise error
-
-
-def check_process_group(call: str, process_group: Any) -> None:
-    """Raise unless it is a handle of a process group, and tell all ranks."""
+def find_error(check: Callable[..., None], *arguments: Any) -> Exception | None:
+    """Return what a check raises."""
     try:
-        worlds.check_process_group(call, process_group)
-    except (TypeError, ValueError) as error:
-        raise_alone(call, error)
+        check(*arguments)
+    except (TypeError, ValueError, RuntimeError) as error:
+        return error
+    return None
 
 
-def not_a_plan(call: str, plan: Any) -> str:
-    """Return the message for what is no plan."""
-    return f"{call}: plan must be what {SHUFFLE} returned, got {type(plan).__name__}"
+def announce(error: Exception, world: World) -> None:
+    """Tell the peers of this rank, which wait for it in their next exchange, why it stops."""
+    if not torch.compiler.is_compiling():
+        failures.announce(world, str(error))
 
 
-def check_sources(plan: Any, generator: Any) -> None:
-    """Raise unless an order can come from a plan, or from a generator, or from neither."""
+def check_handle(check: Callable[..., None], call: str, handle: Any) -> None:
+    """Raise what makes a group or a plan unacceptable, and tell the ranks of the default group.
+
+    Which group the peers wait in is not known then.
+    """
+    error = find_error(check, call, handle)
+    if error is not None:
+        announce(error, resolve(None, call))
+        raise error
+
+
+def raise_if_trusted(call: str, error: Exception | None, world: World) -> None:
+    """Raise an error at once if the peers trust this rank and don't compare their calls again."""
+    if error is not None and agreement.recall(world, call) is not None:
+        announce(error, world)
+        raise error
+
+
+def check_shuffle(leaves: list[Any], world: World, plan: Any, generator: Any) -> None:
+    """Raise what makes a batch, a plan or a generator unacceptable."""
     if is_recomputation() and plan is None:
         raise RuntimeError(REPEATED)
-    if plan is not None and not isinstance(plan, ShufflePlan):
-        raise TypeError(not_a_plan(SHUFFLE, plan))
+    if plan is not None:
+        check_plan(SHUFFLE, plan)
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(
             f"{SHUFFLE}: generator must be a torch.Generator, got {type(generator).__name__}"
         )
     if plan is not None and generator is not None:
         raise ValueError(f"{SHUFFLE}: plan says where samples go; generator must be None then")
+    check_leaves(SHUFFLE, leaves, world)
+    if plan is not None:
+        check_fit(SHUFFLE, leaves, world, plan)
 
 
-def check_leaves(call: str, leaves: list[Any], world: World) -> int:
-    """Return N, or raise what makes this rank's batch unacceptable."""
+def check_unshuffle(leaves: list[Any], plan: ShufflePlan) -> None:
+    """Raise what makes a batch unacceptable to a plan."""
+    check_leaves(UNSHUFFLE, leaves, plan.world)
+    check_fit(UNSHUFFLE, leaves, plan.world, plan)
+    # By their memory, which a view or a detached tensor has in common with what was returned.
+    returned = {ref.cdata for ref in plan._returned if not ref.expired()}
+    for k, leaf in enumerate(leaves):
+        if leaf is not None and StorageWeakRef(leaf.untyped_storage()).cdata in returned:
+            raise ValueError(
+                f"{UNSHUFFLE}: leaf {k}, shape {tuple(leaf.shape)}, was unshuffled with this plan "
+                "already; unshuffle what was computed from the shuffled batch, and once"
+            )
+
+
+def check_plan(call: str, plan: Any) -> None:
+    """Raise a TypeError for what is no plan."""
+    if not isinstance(plan, ShufflePlan):
+        raise TypeError(f"{call}: plan must be what {SHUFFLE} returned, got {type(plan).__name__}")
+
+
+def check_leaves(call: str, leaves: list[Any], world: World) -> None:
+    """Raise unless the leaves are tensors of one batch that can be moved, or None."""
     tensors: list[Tensor] = []
     for k, leaf in enumerate(leaves):
         if leaf is None:
@@ -84,7 +119,6 @@ def check_leaves(call: str, leaves: list[Any], world: World) -> int:
         raise ValueError(
             f"{call}: tensors are on {device}; the process group communicates on {usable}"
         )
-    return tensors[0].shape[0]
 
 
 def strange_kind(leaf: Any) -> str:
@@ -101,31 +135,20 @@ def strange_kind(leaf: Any) -> str:
         "quantized": leaf.is_quantized,
         "meta": leaf.is_meta,
     }
-    return " ".join(name for name, so in kinds.items() if so)
+    return " ".join([name for name, so in kinds.items() if so])
 
 
-def check_fit(call: str, n: int, world: World, plan: ShufflePlan) -> None:
-    """Raise a ValueError if a plan can't be used for a batch of n samples."""
+def check_fit(call: str, leaves: list[Any], world: World, plan: ShufflePlan) -> None:
+    """Raise a ValueError if a plan can't be used for a batch."""
     if plan.world != world:
         raise ValueError(
             f"{call}: the plan is of rank {plan.world.rank} of {plan.world.size} in group "
             f"{plan.world.name!r}; the call is of rank {world.rank} of {world.size} in group "
             f"{world.name!r}"
         )
+    n = [leaf.shape[0] for leaf in leaves if leaf is not None][0]
     if n != plan.sizes[plan.world.rank]:
         raise ValueError(
             f"{call}: batch of {n} samples; the plan is for {plan.sizes[plan.world.rank]} samples "
             f"on rank {plan.world.rank} (all ranks: {plan.sizes})"
         )
-
-
-def check_not_returned(leaves: list[Any], plan: ShufflePlan) -> None:
-    """Raise if a leaf is what `batch_unshuffle` has brought back by this plan."""
-    # By their memory, which a view or a detached tensor has in common with what was returned.
-    returned = {ref.cdata for ref in plan._returned if not ref.expired()}
-    for k, leaf in enumerate(leaves):
-        if leaf is not None and StorageWeakRef(leaf.untyped_storage()).cdata in returned:
-            raise ValueError(
-                f"{UNSHUFFLE}: leaf {k}, shape {tuple(leaf.shape)}, was unshuffled with this plan "
-                "already; unshuffle what was computed from the shuffled batch, and once"
-            )

@@ -12,13 +12,13 @@ from torch.utils import _pytree as pytree
 from shuffle_batchnorm.comm import failures
 from shuffle_batchnorm.comm.world import ProcessGroupLike, World, check_process_group, resolve
 
-from .batch_shuffle import Tree, batch_shuffle, batch_unshuffle, reject
+from .batch_shuffle import Tree, batch_shuffle, batch_unshuffle
 
 CALL = "ShuffledEncoder"
 
 
 class ShuffledEncoder(nn.Module):
-    r"""Encode the samples of this rank amid samples of all ranks: MoCo's key encoder.
+    r"""Encode the samples of this rank among the samples of all ranks: MoCo's key encoder.
 
     .. math:: f_{\text{shuffled}}(x) = \pi^{-1}(f(\pi(x)))
 
@@ -73,47 +73,43 @@ class ShuffledEncoder(nn.Module):
             self.__dict__[name] = encoder.__dict__[name]
         self.process_group = process_group
         self.training = encoder.training
-        self._has_looked = False
+        self._has_checked = False
         self.__dict__["_encoder"] = encoder  # from here on, what the encoder has is set on it
 
     def forward(self, *args: Any, **kwargs: Any) -> Tree:
         """Shuffle the tensors among the arguments, encode, unshuffle the outputs."""
         if not self.training:
             return self._encoder(*args, **kwargs)
-        if not self._has_looked and not torch.compiler.is_compiling():
-            self._has_looked = True
+        if not self._has_checked and not torch.compiler.is_compiling():
+            self._has_checked = True
             self._warn_if_it_does_nothing()
         leaves, spec = pytree.tree_flatten((args, kwargs))
         batch = pytree.tree_unflatten(_without_constants(leaves), spec)
         # As a tree, so that ranks whose trees differ are told, and don't mix unlike tensors.
         shuffled, plan = batch_shuffle(batch, process_group=self.process_group)
         args, kwargs = pytree.tree_unflatten(_with_constants(shuffled, leaves), spec)
-        compiling = torch.compiler.is_compiling()
-        begun = 0 if compiling else failures.exchanges(plan.world)
         try:
             outputs = self._encoder(*args, **kwargs)
         except Exception as error:
-            if compiling:
-                raise
-            if failures.exchanges(plan.world) == begun:
-                reject(plan, error)  # the peers are in batch_unshuffle, or will be
-            failures.break_off(plan.world, f"{CALL}: {error}")  # they may be in any layer
+            if not torch.compiler.is_compiling():
+                failures.announce(plan.world, f"{CALL}: {error}")
             raise
         leaves, spec = pytree.tree_flatten(outputs)
         restored = batch_unshuffle(pytree.tree_unflatten(_without_constants(leaves), spec), plan)
         return pytree.tree_unflatten(_with_constants(restored, leaves), spec)
 
     def _warn_if_it_does_nothing(self) -> None:
-        layers = [m for m in self._encoder.modules() if isinstance(m, _BatchNorm)]
         world = resolve(self.process_group, CALL)
+        layers = [m for m in self._encoder.modules() if isinstance(m, _BatchNorm)]
+        groups = [_count_groups(layer, world) for layer in layers]
         if not layers:
-            reason = "the encoder has no batch norm layer, so the company of a sample is no matter"
-        elif all(_is_synchronised(layer, world) for layer in layers):
+            reason = "the encoder has no batch norm layer, so no sample depends on the others"
+        elif not any(groups):
             reason = (
                 "all batch norm layers of the encoder are synchronised, so every sample is "
                 "normalised with all samples wherever it is; use nn.BatchNorm layers"
             )
-        elif world.size == 1 and max(map(_virtual_groups, layers)) == 1:
+        elif world.size == 1 and max(groups) == 1:
             reason = (
                 "there is one rank, and no batch norm layer has virtual groups to shuffle among; "
                 'convert the encoder with convert_shuffle_batchnorm(..., mode="local", groups=8)'
@@ -203,20 +199,20 @@ _SHARED = (
 )
 
 
-def _is_synchronised(layer: _BatchNorm, world: World) -> bool:
-    """Whether a layer's statistics are those of all the samples that are shuffled."""
-    if not isinstance(layer, nn.SyncBatchNorm) and getattr(layer, "mode", None) != "sync":
-        return False
-    return resolve(layer.process_group, CALL).size >= world.size
+def _count_groups(layer: _BatchNorm, world: World) -> int:
+    """Return into how many groups a layer cuts a batch; 0 if it mixes the samples of all ranks.
 
-
-def _virtual_groups(layer: _BatchNorm) -> int:
-    """Return into how many groups a layer cuts a batch: ours, or MoCo's and lightly's name."""
-    return max(int(getattr(layer, name, 1)) for name in ("groups", "num_splits"))
+    All that is asked of a norm layer, whoever wrote it: its class, `mode`, `groups`, and MoCo's
+    and lightly's name for them, `num_splits`.
+    """
+    synchronised = isinstance(layer, nn.SyncBatchNorm) or getattr(layer, "mode", None) == "sync"
+    if synchronised and resolve(layer.process_group, CALL).size >= world.size:
+        return 0
+    return max([int(getattr(layer, name, 1)) for name in ("groups", "num_splits")])
 
 
 def _without_constants(leaves: list[Any]) -> list[Any]:
-    """Put None in the place of what has no samples; leave to `batch_shuffle` what might have."""
+    """Put None for what has no samples; leave to `batch_shuffle` what might have."""
     return [None if isinstance(leaf, (bool, int, float, str)) else leaf for leaf in leaves]
 
 

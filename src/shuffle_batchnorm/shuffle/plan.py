@@ -1,13 +1,16 @@
-"""ShufflePlan: where one shuffle sends the samples of a rank."""
+"""ShufflePlan, and where the permutation of a shuffle comes from."""
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
+import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from shuffle_batchnorm.comm.world import World
 
 from .permutations import Key, Route
-from .state import PLAN
+from .state import agreed_state, times_set
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +37,45 @@ class ShufflePlan:
     _returned: list[StorageWeakRef] = field(default_factory=list, repr=False)
 
 
-def describe(plan: ShufflePlan) -> str:
-    """Return what a plan is in an agreement: two of one key can be of different sizes."""
+class Origin(NamedTuple):
+    """Where the permutation of a call comes from, the same on all ranks.
+
+    Attributes:
+        name: for an error.
+        key: seed and step.
+        kind: what calls of one kind have in common; never the step.
+        is_state: whether the group's state has to be advanced after the call.
+    """
+
+    name: str
+    key: Key
+    kind: Hashable
+    is_state: bool = False
+
+
+def origin_of_plan(plan: ShufflePlan) -> Origin:
+    """Return the origin of what moves by a plan."""
     sizes = plan.sizes[0] if len(set(plan.sizes)) == 1 else plan.sizes
-    return f"{PLAN} for {sizes} samples per rank{plan.origin and ' of '}{plan.origin}"
+    name = f"a plan for {sizes} samples per rank{plan.origin and ' of '}{plan.origin}"
+    key = Key(int(plan.key.seed), int(plan.key.step))
+    return Origin(name, key, ("plan", plan.sizes, key.seed, plan.origin))
+
+
+def origin_of_generator(generator: torch.Generator) -> Origin:
+    """Return the origin of a shuffle that a generator draws: it moves on by one number."""
+    kind = ("generator", generator.initial_seed())
+    if generator.device.type == "cpu":
+        key = Key(int(torch.randint(2**62, (), generator=generator, device="cpu")), 0)
+    else:  # to read a number that is drawn on a GPU is to wait for it
+        key = Key(generator.initial_seed() % 2**62, generator.get_offset())
+        generator.set_offset(generator.get_offset() + 4)
+    return Origin("a generator", key, kind)
+
+
+def origin_of_state(world: World, error: Exception | None) -> Origin:
+    """Return the origin of the group's next shuffle.
+
+    Communication: at the first one, 2 KiB from every rank to every rank, to agree on a seed.
+    """
+    key = agreed_state(world, error)
+    return Origin("the group's state", key, ("state", key.seed, times_set(world)), is_state=True)
