@@ -40,9 +40,7 @@ def load(name: str) -> dict[str, Any]:
     return record
 
 
-def find(
-    record: dict[str, Any], way: str, world: int, direction: str = "forward"
-) -> Row | None:
+def find(record: dict[str, Any], way: str, world: int, direction: str = "forward") -> Row | None:
     """The row of one contestant at C = 512; None if its exchange was another one then."""
     key = way, world, CHANNELS, direction
     names = "name", "world_size", "channels", "direction"
@@ -128,19 +126,19 @@ def duration(ms: float) -> str:
     return f"{ms:.0f}" if ms >= 10 else f"{ms:.1f}" if ms >= 1 else f"{ms:.2f}"
 
 
-def on_paper(world: int, way: str) -> tuple[int, float, float]:
+def modelled(world: int, way: str) -> tuple[int, float, float]:
     """Messages, bytes received and milliseconds of a key encoder's forward pass."""
     calls = key_encoder(way, world)
     return len(calls), sum(received(c, world) for c in calls), 1e3 * NCCL().seconds(calls, world)
 
 
-def print_paper() -> None:
+def print_modelled() -> None:
     worlds = (8, 64, 256, 1024)
     print(f"\nModel: ResNet-50 key encoder, {len(RESNET50)} layers, forward\n")
     print(f"| | messages | {' | '.join(f'W = {world}' for world in worlds)} |")
     print(f"|---|---|{'---|' * len(worlds)}")
     for way in WAYS:
-        cells = [on_paper(world, way) for world in worlds]
+        cells = [modelled(world, way) for world in worlds]
         shown = [f"{amount(size)}, {duration(ms)} ms" for _, size, ms in cells]
         counts = sorted({cell[0] for cell in cells})
         print(f"| {way} | {' or '.join(map(str, counts))} | {' | '.join(shown)} |")
@@ -166,9 +164,9 @@ def draw_measured(axes: Axes, record: dict[str, Any], gloo: Gloo) -> None:
     axes.set_ylabel("ms")
 
 
-def draw_paper(received_axes: Axes, time_axes: Axes) -> None:
+def draw_modelled(received_axes: Axes, time_axes: Axes) -> None:
     for way in WAYS:
-        cells, tint = [on_paper(world, way) for world in WORLDS], colour(way)
+        cells, tint = [modelled(world, way) for world in WORLDS], colour(way)
         # The seed's bytes are SyncBatchNorm's: both colours must be seen.
         over: dict[str, Any] = {"linestyle": "--", "zorder": 3} if way == "seed" else {}
         received_axes.plot(WORLDS, [size / 1e6 for _, size, _ in cells], color=tint, **over)
@@ -187,12 +185,12 @@ def main() -> None:
     gloo = fit(rows + list(samples.values()), record["cores"])
     print_measured(record)
     print_fit(rows, samples, gloo, record["cores"])
-    print_paper()
+    print_modelled()
 
     with drawing("scale.png", 3.2) as figure:
         left, middle, right = figure.subplots(1, 3)
         draw_measured(left, record, gloo)
-        draw_paper(middle, right)
+        draw_modelled(middle, right)
         for ax, worlds in ((left, worlds_of(record)), (middle, WORLDS), (right, WORLDS)):
             ax.set(xscale="log", yscale="log", xlabel="W, ranks")
             shown = worlds if len(worlds) < 6 else worlds[::3]

@@ -151,7 +151,9 @@ def main() -> None:
         for ax, kind in zip(axes, DEPTHS, strict=False):
             draw_largest(ax, kind, {mode: found[kind, mode].largest for mode in MODES})
         axes[0].set_ylabel("largest |activation|")
-        draw_first_layers(axes[2], {mode: found["plain", mode].left for mode in MODES}, radii["swap"])
+        draw_first_layers(
+            axes[2], {mode: found["plain", mode].left for mode in MODES}, radii["swap"]
+        )
         styles = {f"{mode}, radius {radii[mode]:.0f}": dict(color=colour(mode)) for mode in MODES}
         styles["growth of 2 per layer"] = dict(color=INK, linestyle="--", linewidth=1)
         handles = [axes[0].plot([], [], label=name, **style)[0] for name, style in styles.items()]

@@ -1,4 +1,4 @@
-"""What a step of each way of shuffling sends, and what that costs: measured on gloo, NCCL on paper.
+"""What a step of each way of shuffling sends, and what that costs: measured on gloo, NCCL by a model.
 
 The patterns and their bytes are exact. Times are a model: `Gloo` is fitted to
 benchmarks/results/exchange.json, `NCCL` is never measured here; each of its numbers has its source.
@@ -144,7 +144,7 @@ class Protocol(NamedTuple):
 
 
 class NCCL(NamedTuple):
-    """H100 nodes on paper: nothing here was measured by us. Microseconds and bytes per second."""
+    """H100 nodes by a model: nothing here was measured by us. Microseconds and bytes per second."""
 
     node: int = 8  # GPUs that share NVLink
     # Ring LL, LL128, Simple: NVIDIA/nccl, src/graph/tuning.cc (baseLat, hwLat), commit 01afd20.
