@@ -10,6 +10,7 @@ a busy machine slows all of them. `--save` writes benchmarks/results/host.json.
 import argparse
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from harness import save
@@ -69,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     seconds = measure(arguments.runs)
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"name": name, "seconds": best, "ratio": best / seconds[PLAIN]}
         for name, best in seconds.items()
     ]

@@ -2,9 +2,12 @@
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,14 +16,21 @@ from torch.multiprocessing.spawn import spawn
 
 from ranks import run_on_ranks
 from shuffle_batchnorm.comm import collectives, failures
-from shuffle_batchnorm.comm.world import resolve
+from shuffle_batchnorm.comm.world import World, resolve
 
-SECONDS = 10.0  # a rank that waits in vain looks around every 2 s; the group's own limit is 30 s
+SECONDS = 10.0  # the group's own limit is 30 s
 OUT_OF_STEP = "the process group is out of step since an exchange was left before its end"
 
 
-def _sum() -> float:
-    world = resolve(None, "test")
+@contextmanager
+def _impatient() -> Iterator[World]:
+    """A new group, which a test may spoil, whose ranks look around every 0.2 s in place of 2."""
+    group = dist.new_group(list(range(dist.get_world_size())))
+    with mock.patch.object(collectives, "_PATIENCE", timedelta(milliseconds=200)):
+        yield resolve(group, "test")
+
+
+def _sum(world: World) -> float:
     return float(collectives.all_sum(torch.ones(1), world, "test", "adds"))
 
 
@@ -34,16 +44,16 @@ def _outcome(call: Callable[[], float]) -> str:
 
 
 def _announced() -> list[str]:
-    _sum()
-    if dist.get_rank() == 1:
-        failures.announce(resolve(None, "test"), "out of luck")
-        return [_outcome(_sum), _outcome(_sum)]
-    return [_outcome(_sum), _outcome(_sum)]
+    with _impatient() as world:
+        _sum(world)
+        if world.rank == 1:
+            failures.announce(world, "out of luck")
+        return [_outcome(lambda: _sum(world)) for _ in range(2)]
 
 
 def test_a_rank_that_stops_tells_its_peers() -> None:
     """Catches peers that wait until the group's time limit, and messages of another step."""
-    first, second, third = run_on_ranks(3, _announced, fresh=True)
+    first, second, third = run_on_ranks(3, _announced)
     for texts in (first, third):
         assert texts[0] == "test: rank 1 stopped: out of luck"
     # It goes on at once, with the message of another step.
@@ -52,13 +62,14 @@ def test_a_rank_that_stops_tells_its_peers() -> None:
 
 
 def _all_announced() -> list[str]:
-    time.sleep(dist.get_rank())
-    for _ in range(1 + dist.get_rank()):  # as often as each likes
-        failures.announce(resolve(None, "test"), "a mistake of all")
-    time.sleep(3 * (dist.get_rank() == 1))  # longer than a waiting rank is patient
-    texts = [_outcome(_sum)]
-    time.sleep(3 * (dist.get_rank() == 0))
-    return [*texts, _outcome(_sum)]
+    with _impatient() as world:
+        time.sleep(0.1 * world.rank)
+        for _ in range(1 + world.rank):  # as often as each likes
+            failures.announce(world, "a mistake of all")
+        time.sleep(0.4 * (world.rank == 1))  # longer than a waiting rank is patient
+        texts = [_outcome(lambda: _sum(world))]
+        time.sleep(0.4 * (world.rank == 0))
+        return [*texts, _outcome(lambda: _sum(world))]
 
 
 def test_ranks_that_fail_alike_go_on() -> None:
@@ -66,29 +77,26 @@ def test_ranks_that_fail_alike_go_on() -> None:
     assert run_on_ranks(3, _all_announced) == [["3", "3"]] * 3
 
 
-def _at_different_calls() -> str:
-    return _outcome(_differ)
-
-
-def _differ() -> float:
-    world = resolve(None, "test")
-    if world.rank:
-        return _sum()
-    return float(collectives.all_gather(torch.ones(1), world, "test", "gathers").sum())
+def _differ() -> str:
+    with _impatient() as world:
+        row = torch.ones(1)
+        if world.rank:
+            return _outcome(lambda: _sum(world))
+        return _outcome(lambda: float(collectives.all_gather(row, world, "test", "gathers").sum()))
 
 
 def test_ranks_at_different_calls_are_told() -> None:
     """Catches ranks that wait for each other until the group's time limit."""
-    texts = run_on_ranks(2, _at_different_calls, fresh=True)
-    told = "ranks are at different calls: rank"
-    assert all(told in text for text in texts)
+    texts = run_on_ranks(2, _differ)
+    assert all("ranks are at different calls: rank" in text for text in texts)
     assert "rank 0 gathers" in texts[0]
     assert "rank 1 adds" in texts[0]
 
 
 def _slow() -> list[str]:
-    time.sleep(3 * dist.get_rank())
-    return [_outcome(_sum)]
+    with _impatient() as world:
+        time.sleep(0.6 * world.rank)
+        return [_outcome(lambda: _sum(world))]
 
 
 def test_a_slow_rank_is_waited_for() -> None:
@@ -97,42 +105,43 @@ def test_a_slow_rank_is_waited_for() -> None:
 
 
 def _left(meanwhile_fails: bool) -> list[str]:
-    world = resolve(None, "test")
+    with _impatient() as world:
 
-    def fail() -> None:
-        if meanwhile_fails and world.rank == 1:
-            raise RuntimeError("no memory")
+        def fail() -> None:
+            if meanwhile_fails and world.rank == 1:
+                raise RuntimeError("no memory")
 
-    row = torch.ones(2, 1)
-    send = (1, 1)
-    texts = []
-    try:
-        collectives.all_to_all(row, send, send, world, "test", "sends", meanwhile=fail)
-    except RuntimeError as error:
-        texts.append(str(error))
-    return [*texts, _outcome(_sum)]
+        send, texts = (1, 1), []
+        try:
+            row = torch.ones(2, 1)
+            collectives.all_to_all(row, send, send, world, "test", "sends", meanwhile=fail)
+        except RuntimeError as error:
+            texts.append(str(error))
+        return [*texts, _outcome(lambda: _sum(world))]
 
 
 def test_a_group_left_in_mid_exchange_says_so() -> None:
     """Catches a next message that is taken for the one that peers wait for."""
-    first, second = run_on_ranks(2, _left, True, fresh=True)
+    first, second = run_on_ranks(2, _left, True)
     assert second[0] == "no memory"
     assert OUT_OF_STEP in second[1]
     assert "rank 1 stopped: no memory" in first[-1]
     assert run_on_ranks(2, _left, False) == [["2"]] * 2
 
 
-def _two_groups_of_one_name() -> list[Any]:
+def _two_groups_of_one_name() -> list[str]:
     """Abandon a group, destroy it, and meet again: torch gives the new one the same name."""
     size, rank = dist.get_world_size(), dist.get_rank()
     store: Any = dist.distributed_c10d._get_default_store()
-    failures.abandon(resolve(None, "test"), "the first")
     name = resolve(None, "test").name
+    failures.abandon(resolve(None, "test"), "the first")
     dist.barrier()
     dist.destroy_process_group()
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
-    time.sleep(3 * rank)
-    return [name == resolve(None, "test").name and _outcome(_sum)]
+    assert resolve(None, "test").name == name
+    with mock.patch.object(collectives, "_PATIENCE", timedelta(milliseconds=200)):
+        time.sleep(0.5 * rank)
+        return [_outcome(lambda: _sum(resolve(None, "test")))]
 
 
 def test_a_later_group_of_the_same_name_is_another() -> None:
@@ -145,10 +154,11 @@ def _meet_and_die(rank: int, folder: str) -> None:
     dist.init_process_group(
         "gloo", init_method=Path(folder, "meet").as_uri(), rank=rank, world_size=3
     )
-    _sum()
+    world = resolve(None, "test")
+    _sum(world)
     if rank == 1:
         os._exit(0)
-    Path(folder, f"rank{rank}").write_text(_outcome(_sum))
+    Path(folder, f"rank{rank}").write_text(_outcome(lambda: _sum(world)))
     os._exit(0)  # the group is broken: don't wait for its threads
 
 
@@ -174,7 +184,8 @@ def test_collectives_are_counted(calls: int) -> None:
 
 
 def _count(calls: int) -> int:
-    before = failures.begun(resolve(None, "test"))
+    world = resolve(None, "test")
+    before = failures.begun(world)
     for _ in range(calls):
-        _sum()
-    return failures.begun(resolve(None, "test")) - before
+        _sum(world)
+    return failures.begun(world) - before

@@ -153,9 +153,7 @@ def make_route(key: Key, sizes: Sequence[int], rank: int) -> Route:
     return Route(orders[0], shares, orders[1], shares)
 
 
-def make_route_in_graph(
-    key: Key, sizes: Sequence[int], rank: int, device: torch.device
-) -> Route:
+def make_route_in_graph(key: Key, sizes: Sequence[int], rank: int, device: torch.device) -> Route:
     """Return the same for a key of tensors, in a compiled graph; W divides one common N."""
     shares = (sizes[0] // len(sizes),) * len(sizes)
     orders: Tensor = _permutations_op(
