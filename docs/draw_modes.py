@@ -75,7 +75,7 @@ def draw_matrix(axes: Axes, matrix: Tensor) -> None:
 
 def main() -> None:
     with drawing("modes.png", 4.5) as figure:
-        above, below = figure.subfigures(2, 1, height_ratios=(0.95, 1.15))
+        above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=(0.95, 1.15))[:, 0]
         upper, lower = above.subplots(1, len(MODES)), below.subplots(1, len(MODES))
         for column, (mode, words) in enumerate(MODES.items()):
             matrix = mixing_matrix(mode, world_size=RANKS, groups=1, batch_size=BATCH)

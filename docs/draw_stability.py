@@ -10,7 +10,7 @@ python docs/draw_stability.py
 """
 
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from matplotlib.axes import Axes
@@ -151,9 +151,9 @@ def main() -> None:
         for ax, kind in zip(axes, DEPTHS, strict=False):
             draw_largest(ax, kind, {mode: found[kind, mode].largest for mode in MODES})
         axes[0].set_ylabel("largest |activation|")
-        draw_first_layers(
-            axes[2], {mode: found["plain", mode].left for mode in MODES}, radii["swap"]
-        )
+        left = {mode: found["plain", mode].left for mode in MODES}
+        draw_first_layers(axes[2], left, radii["swap"])
+        styles: dict[str, dict[str, Any]]
         styles = {f"{mode}, radius {radii[mode]:.0f}": dict(color=colour(mode)) for mode in MODES}
         styles["growth of 2 per layer"] = dict(color=INK, linestyle="--", linewidth=1)
         handles = [axes[0].plot([], [], label=name, **style)[0] for name, style in styles.items()]

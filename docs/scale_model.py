@@ -1,4 +1,4 @@
-"""What a step of each way of shuffling sends, and what that costs: measured on gloo, NCCL by a model.
+"""What a step of each way of shuffling sends, and what that costs: gloo measured, NCCL modelled.
 
 The patterns and their bytes are exact. Times are a model: `Gloo` is fitted to
 benchmarks/results/exchange.json, `NCCL` is never measured here; each of its numbers has its source.
