@@ -18,15 +18,19 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, BrokenExecutor, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
+from unittest import mock
 
 import torch
 import torch.distributed as dist
+
+from shuffle_batchnorm.comm import collectives
 
 Result = TypeVar("Result")
 
@@ -67,7 +71,7 @@ class RankPool:
         # spawn, because a forked child would inherit torch's threads in an unknown state.
         context = multiprocessing.get_context("spawn")
         self._executors = [
-            ProcessPoolExecutor(max_workers=1, mp_context=context, initializer=_settle)
+            ProcessPoolExecutor(max_workers=1, mp_context=context, initializer=_prepare)
             for _ in range(world_size)
         ]
 
@@ -253,7 +257,20 @@ def _name(function: Callable[..., Any]) -> str:
 # What follows runs in the processes of the ranks.
 
 
-def _settle() -> None:
+def new_group() -> Any:
+    """A group of all ranks that has agreed on nothing yet, and that a test may spoil."""
+    # What is left under way in it holds up the end of all groups until this time limit.
+    return dist.new_group(list(range(dist.get_world_size())), timeout=GROUP_TIMEOUT / 2)
+
+
+@contextmanager
+def impatient() -> Iterator[None]:
+    """Let a waiting rank look around every 0.2 s in place of 2."""
+    with mock.patch.object(collectives, "_PATIENCE", timedelta(milliseconds=200)):
+        yield
+
+
+def _prepare() -> None:
     torch.set_num_threads(1)  # the ranks of a test share few cores
     faulthandler.enable()
     threading.Thread(target=_die_with_parent, daemon=True).start()

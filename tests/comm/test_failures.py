@@ -2,32 +2,21 @@
 
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from datetime import timedelta
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
-from ranks import run_on_ranks
+from ranks import impatient, new_group, run_on_ranks
 from shuffle_batchnorm.comm import collectives, failures
 from shuffle_batchnorm.comm.world import World, resolve
 
 SECONDS = 10.0  # the group's own limit is 30 s
 OUT_OF_STEP = "the process group is out of step since an exchange was left before its end"
-
-
-@contextmanager
-def _impatient() -> Iterator[World]:
-    """A new group, which a test may spoil, whose ranks look around every 0.2 s in place of 2."""
-    group = dist.new_group(list(range(dist.get_world_size())))
-    with mock.patch.object(collectives, "_PATIENCE", timedelta(milliseconds=200)):
-        yield resolve(group, "test")
 
 
 def _sum(world: World) -> float:
@@ -44,7 +33,8 @@ def _outcome(call: Callable[[], float]) -> str:
 
 
 def _announced() -> list[str]:
-    with _impatient() as world:
+    world = resolve(new_group(), "test")
+    with impatient():
         _sum(world)
         if world.rank == 1:
             failures.announce(world, "out of luck")
@@ -62,7 +52,8 @@ def test_a_rank_that_stops_tells_its_peers() -> None:
 
 
 def _all_announced() -> list[str]:
-    with _impatient() as world:
+    world = resolve(new_group(), "test")
+    with impatient():
         time.sleep(0.1 * world.rank)
         for _ in range(1 + world.rank):  # as often as each likes
             failures.announce(world, "a mistake of all")
@@ -78,7 +69,8 @@ def test_ranks_that_fail_alike_go_on() -> None:
 
 
 def _differ() -> str:
-    with _impatient() as world:
+    world = resolve(new_group(), "test")
+    with impatient():
         row = torch.ones(1)
         if world.rank:
             return _outcome(lambda: _sum(world))
@@ -94,7 +86,8 @@ def test_ranks_at_different_calls_are_told() -> None:
 
 
 def _slow() -> list[str]:
-    with _impatient() as world:
+    world = resolve(new_group(), "test")
+    with impatient():
         time.sleep(0.6 * world.rank)
         return [_outcome(lambda: _sum(world))]
 
@@ -105,7 +98,8 @@ def test_a_slow_rank_is_waited_for() -> None:
 
 
 def _left(meanwhile_fails: bool) -> list[str]:
-    with _impatient() as world:
+    world = resolve(new_group(), "test")
+    with impatient():
 
         def fail() -> None:
             if meanwhile_fails and world.rank == 1:
@@ -139,7 +133,7 @@ def _two_groups_of_one_name() -> list[str]:
     dist.destroy_process_group()
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
     assert resolve(None, "test").name == name
-    with mock.patch.object(collectives, "_PATIENCE", timedelta(milliseconds=200)):
+    with impatient():
         time.sleep(0.5 * rank)
         return [_outcome(lambda: _sum(resolve(None, "test")))]
 

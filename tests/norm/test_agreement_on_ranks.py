@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 import truth
-from ranks import run_on_ranks
+from ranks import impatient, new_group, run_on_ranks
 from shuffle_batchnorm import ShuffleBatchNorm, shuffle_batch_norm
 from truth import gradient
 
@@ -40,7 +40,8 @@ def test_one_rank_may_move_or_copy_its_layer() -> None:
 
 def _calls_otherwise(change: str) -> str:
     rank = dist.get_rank()
-    shuffle_batch_norm(_x(4, 4), None, None, training=True)
+    group = new_group()
+    shuffle_batch_norm(_x(4, 4), None, None, training=True, process_group=group)
     x = (
         _x(4, 4 + rank)
         if change == "channels"
@@ -48,7 +49,8 @@ def _calls_otherwise(change: str) -> str:
     )
     start = time.monotonic()
     try:
-        shuffle_batch_norm(x, None, None, training=True)
+        with impatient():
+            shuffle_batch_norm(x, None, None, training=True, process_group=group)
     except RuntimeError as error:
         assert time.monotonic() - start < 20
         return str(error)
@@ -58,7 +60,7 @@ def _calls_otherwise(change: str) -> str:
 @pytest.mark.parametrize("change", ["channels", "dtype"])
 def test_a_form_that_one_rank_changes_later_ends_all(change: str) -> None:
     """Catches one rank that compares options while the other exchanges rows: neither would end."""
-    for message in run_on_ranks(2, _calls_otherwise, change, fresh=True):
+    for message in run_on_ranks(2, _calls_otherwise, change):
         assert "ranks are at different calls: rank" in message
         assert "compares its shuffle_batch_norm with its peers'" in message
         assert "exchanges rows of 9 numbers in mode 'swap'" in message

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import truth
-from ranks import run_on_ranks
+from ranks import impatient, new_group, run_on_ranks
 from shuffle_batchnorm import ShuffleBatchNorm, shuffle_batch_norm, shuffle_offset
 
 SECONDS = 20.0  # a rank that waits in vain looks around every 2 s; the group's own limit is 30 s
@@ -38,7 +38,7 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
 
 def _fails(bad: str, mode: str, good_steps: int) -> tuple[float, str]:
     """Rank 1 gets bad input after some good steps; every rank says what it saw and when."""
-    group = dist.new_group(list(range(dist.get_world_size())))  # has compared nothing yet
+    group = new_group()
     layers = [ShuffleBatchNorm(4, mode=mode, groups=4, process_group=group) for _ in range(2)]
     model = nn.Sequential(layers[0], nn.ReLU(), layers[1])
     for _ in range(good_steps):
@@ -47,7 +47,8 @@ def _fails(bad: str, mode: str, good_steps: int) -> tuple[float, str]:
     x = BAD[bad][0]() if dist.get_rank() == 1 else _good()
     start = time.monotonic()
     try:
-        _step(model, x)
+        with impatient():
+            _step(model, x)
     except (ValueError, TypeError, RuntimeError) as error:
         if dist.get_rank() == 1:
             assert all(torch.equal(a, b) for a, b in zip(before, model.buffers(), strict=True))
@@ -78,18 +79,17 @@ def test_bad_input_at_the_first_call_is_quoted_on_every_rank(bad: str, mode: str
 @pytest.mark.parametrize(("bad", "mode"), [*zip(BAD, COMMUNICATING * 2, strict=True)])
 def test_bad_input_at_a_later_step_ends_every_rank(bad: str, mode: str) -> None:
     """Catches a check made only once; of three ranks one is no neighbour of the bad one."""
-    _expect_everywhere(
-        run_on_ranks(3, _fails, bad, mode, good_steps=2, fresh=mode == "swap"), BAD[bad][1]
-    )
+    _expect_everywhere(run_on_ranks(3, _fails, bad, mode, good_steps=2), BAD[bad][1])
 
 
 def _goes_on_after_an_error(mode: str) -> int:
-    layer = ShuffleBatchNorm(4, mode=mode, groups=2)
+    layer = ShuffleBatchNorm(4, mode=mode, groups=2, process_group=new_group())
     for x in (_good(), _good(7, 4), _good(), _good()):
         try:
-            layer(x)
+            with impatient():
+                layer(x)
         except (ValueError, RuntimeError):
-            time.sleep(3 * dist.get_rank())  # longer than a waiting rank is patient
+            time.sleep(0.5 * dist.get_rank())  # longer than a waiting rank is patient
     assert layer.num_batches_tracked is not None
     return int(layer.num_batches_tracked)
 
@@ -111,7 +111,7 @@ DISAGREEMENTS: dict[str, list[dict[str, Any]]] = {
 
 
 def _disagrees(options: list[dict[str, Any]]) -> str:
-    group = dist.new_group(list(range(dist.get_world_size())))  # has compared nothing yet
+    group = new_group()
     mine = {"num_features": 4, "groups": 2, **options[dist.get_rank() == 1]}
     layer = ShuffleBatchNorm(**mine, process_group=group)
     x = torch.randn(8, mine["num_features"], dtype=mine.get("dtype", torch.float32))
@@ -132,9 +132,11 @@ def test_ranks_that_disagree_all_say_so(what: str, world_size: int) -> None:
 
 def _one_value(mode: str) -> str:
     x = torch.randn(1 if dist.get_rank() == 1 else 4, 3, requires_grad=True)
-    start = time.monotonic()
+    start, group = time.monotonic(), new_group()
     try:
-        shuffle_batch_norm(x, None, None, training=True, mode=mode).sum().backward()
+        with impatient():
+            y = shuffle_batch_norm(x, None, None, training=True, mode=mode, process_group=group)
+            y.sum().backward()
     except (ValueError, RuntimeError) as error:
         assert time.monotonic() - start < SECONDS
         return f"{type(error).__name__}: {error}"
@@ -143,7 +145,7 @@ def _one_value(mode: str) -> str:
 
 def test_one_value_per_channel_ends_the_rank_that_would_use_it() -> None:
     """Catches a division by the deviation of a single value (pytorch#37133)."""
-    swap = run_on_ranks(3, _one_value, "swap", fresh=True)
+    swap = run_on_ranks(3, _one_value, "swap")
     assert swap[0].startswith("ValueError: shuffle_batch_norm: expected more than 1 value")
     assert "got 1 in group 1, which normalises group 0 on rank 0" in swap[0]
     assert all("stopped: shuffle_batch_norm: expected more than 1" in text for text in swap[1:])
@@ -195,8 +197,11 @@ def test_an_empty_batch_on_all_ranks_changes_nothing(mode: str) -> None:
 def _empty_normaliser() -> str:
     rank = dist.get_rank()
     x = torch.randn(0 if rank == 1 else 6, 3, 2, requires_grad=True)
+    group = new_group()
     try:
-        shuffle_batch_norm(x, None, None, training=True, mode="swap").sum().backward()
+        with impatient():
+            y = shuffle_batch_norm(x, None, None, training=True, mode="swap", process_group=group)
+            y.sum().backward()
     except (ValueError, RuntimeError) as error:
         return f"{type(error).__name__}: {error}"
     return "fine"
@@ -204,7 +209,7 @@ def _empty_normaliser() -> str:
 
 def test_swap_can_not_use_the_statistics_of_an_empty_batch() -> None:
     """Catches samples normalised with a mean of nothing."""
-    user, *others = run_on_ranks(3, _empty_normaliser, fresh=True)
+    user, *others = run_on_ranks(3, _empty_normaliser)
     assert user.startswith("ValueError: shuffle_batch_norm: expected more than 1 value")
     assert "got 0 in group 1, which normalises group 0 on rank 0" in user
     assert all("rank 0 stopped: shuffle_batch_norm: expected more" in text for text in others)

@@ -48,9 +48,16 @@ def _compiled_against_eager(
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("groups", [1, 4])
-@pytest.mark.parametrize("mode", ["local", "sync", "swap", "regroup"])
-@pytest.mark.parametrize("plain", [False, True], ids=["usual", "without parameters and buffers"])
+@pytest.mark.parametrize(
+    ("mode", "groups", "plain"),
+    # Each mode, what one group does in another way, and layers without parameters and buffers.
+    [
+        *((mode, 4, False) for mode in ("local", "sync", "swap", "regroup")),
+        ("local", 1, False),
+        ("local", 1, True),
+        ("regroup", 4, True),
+    ],
+)
 def test_one_process_compiles_to_one_graph(mode: str, groups: int, plain: bool) -> None:
     """Catches a graph break: fullgraph=True refuses one."""
     with warnings.catch_warnings():
@@ -68,8 +75,10 @@ def test_ranks_compile_to_one_graph(mode: str, blocks: int) -> None:
         run_on_ranks(2, _compiled_against_eager, mode, 2, "aot_eager", blocks, plain, timeout=120)
 
 
-@pytest.mark.parametrize("mode", ["local", "sync", "swap", "regroup"])
-@pytest.mark.parametrize("marked", [False, True])
+@pytest.mark.parametrize(
+    ("mode", "marked"),
+    [("local", True), ("sync", True), ("swap", True), ("regroup", True), ("regroup", False)],
+)
 def test_batches_of_many_sizes_share_few_graphs(mode: str, marked: bool) -> None:
     """Catches a recompilation for each batch size, by a loop over samples or over full blocks."""
     torch._dynamo.reset()

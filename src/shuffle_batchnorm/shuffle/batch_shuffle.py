@@ -131,7 +131,7 @@ def batch_shuffle(
     sizes = _agree(SHUFFLE, leaves, spec, origin, error, world, uneven)
     if plan is None:
         route = make_route(origin.key, sizes, world.rank).to(_tensors(leaves)[0].device)
-        plan = ShufflePlan(world, sizes, origin.key, route)
+        plan = ShufflePlan(world, sizes, origin.key, route, "" if origin.is_state else origin.name)
     moved = _move(SHUFFLE, leaves, plan.route, world)
     if origin.is_state:
         advance_state(world)

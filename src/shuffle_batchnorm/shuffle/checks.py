@@ -146,7 +146,7 @@ def check_fit(call: str, leaves: list[Any], world: World, plan: ShufflePlan) -> 
             f"{plan.world.name!r}; the call is of rank {world.rank} of {world.size} in group "
             f"{world.name!r}"
         )
-    n = [leaf.shape[0] for leaf in leaves if leaf is not None][0]
+    n, *_ = [leaf.shape[0] for leaf in leaves if leaf is not None]
     if n != plan.sizes[plan.world.rank]:
         raise ValueError(
             f"{call}: batch of {n} samples; the plan is for {plan.sizes[plan.world.rank]} samples "

@@ -85,11 +85,16 @@ def _mix(x: Number) -> Number:
     """Scramble 32 bits, one to one: the two-multiplication hash of C. Wellons' hash-prospector.
 
     Both factors have 31 bits, so an int64 holds every product: no overflow, which C++ leaves
-    undefined.
+    undefined. A tensor is changed in place.
     """
-    x = (x ^ (x >> 16)) * 0x21F0AAAD & _LOW_32
-    x = (x ^ (x >> 15)) * 0x735A2D97 & _LOW_32
-    return x ^ (x >> 15)
+    x ^= x >> 16
+    x *= 0x21F0AAAD
+    x &= _LOW_32
+    x ^= x >> 15
+    x *= 0x735A2D97
+    x &= _LOW_32
+    x ^= x >> 15
+    return x
 
 
 def _send_up(orders: Tensor, device: torch.device) -> Tensor:

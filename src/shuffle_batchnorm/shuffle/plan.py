@@ -25,7 +25,8 @@ class ShufflePlan:
         sizes: the batch size of every rank.
         key: seed and step of the permutation.
         route: this rank's part.
-        origin: what else the ranks must have in common for the plan to be theirs.
+        origin: what else the ranks must have in common for the plan to be theirs; it stands for
+            the seed in a kind of call, where every plan has another one.
     """
 
     world: World
@@ -58,18 +59,18 @@ def origin_of_plan(plan: ShufflePlan) -> Origin:
     sizes = plan.sizes[0] if len(set(plan.sizes)) == 1 else plan.sizes
     name = f"a plan for {sizes} samples per rank{plan.origin and ' of '}{plan.origin}"
     key = Key(int(plan.key.seed), int(plan.key.step))
-    return Origin(name, key, ("plan", plan.sizes, key.seed, plan.origin))
+    return Origin(name, key, ("plan", plan.sizes, plan.origin or key.seed))
 
 
 def origin_of_generator(generator: torch.Generator) -> Origin:
     """Return the origin of a shuffle that a generator draws: it moves on by one number."""
-    kind = ("generator", generator.initial_seed())
+    name = f"a generator seeded with {generator.initial_seed()}"
     if generator.device.type == "cpu":
         key = Key(int(torch.randint(2**62, (), generator=generator, device="cpu")), 0)
     else:  # to read a number that is drawn on a GPU is to wait for it
         key = Key(generator.initial_seed() % 2**62, generator.get_offset())
         generator.set_offset(generator.get_offset() + 4)
-    return Origin("a generator", key, kind)
+    return Origin(name, key, name)
 
 
 def origin_of_state(world: World, error: Exception | None) -> Origin:

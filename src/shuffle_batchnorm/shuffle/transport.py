@@ -69,38 +69,56 @@ def _move(
     if world.size == 1:
         order = route.send_order[route.place_order]
         return tuple([_in_format_of(leaf, leaf.index_select(0, order)) for leaf in leaves])
-    sent = _pack([leaf.index_select(0, route.send_order) for leaf in leaves])
+    sent = _pack(leaves, route.send_order)
     received = collectives.all_to_all(
         sent, route.send_splits, route.receive_splits, world, call, doing
     )
-    if sent.device.type == "cpu" and not torch.compiler.is_compiling():
-        sent.untyped_storage().resize_(0)  # a thread of gloo's may hold on to it for a while
+    _free(sent)
     parts = _unpack(received, leaves)
     moved = [part.index_select(0, route.place_order) for part in parts]
+    _free(received)
     del received, parts
     if torch.compiler.is_compiling():
         moved = [_with_gradient_of(*pair) for pair in zip(leaves, moved, strict=True)]
     return tuple([_in_format_of(*pair) for pair in zip(leaves, moved, strict=True)])
 
 
-def _pack(leaves: Sequence[Tensor]) -> Tensor:
-    """Return the bytes of all leaves, ``[N, K]``, those of each sample in a row."""
-    rows = []
-    for leaf, width in zip(leaves, _widths(leaves), strict=True):
-        # In the order of a contiguous tensor: other ranks' leaves may be in another one.
-        flat = leaf.contiguous().view(leaf.shape[0], leaf.shape[1:].numel()).view(torch.uint8)
-        rows.append(F.pad(flat, (0, width - flat.shape[1])) if width > flat.shape[1] else flat)
-    return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
+def _free(rows: Tensor) -> None:
+    """Give memory back at once: a thread of gloo's may hold on to it for a while."""
+    if rows.device.type == "cpu" and not torch.compiler.is_compiling():
+        rows.untyped_storage().resize_(0)
+
+
+def _pack(leaves: Sequence[Tensor], order: Tensor) -> Tensor:
+    """Return the bytes of samples of all leaves, ``[N, K]``, those of each sample in a row.
+
+    They are in the order of contiguous tensors: other ranks' leaves may be in another one.
+    """
+    widths = _widths(leaves)
+    if torch.compiler.is_compiling():  # the compiler can't write to a part as to another dtype
+        parts = []
+        for leaf, width in zip(leaves, widths, strict=True):
+            chosen = leaf.index_select(0, order).contiguous()
+            flat = chosen.view(leaf.shape[0], leaf.shape[1:].numel()).view(torch.uint8)
+            parts.append(F.pad(flat, (0, width - flat.shape[1])))
+        return torch.cat(parts, dim=1)
+    rows = leaves[0].new_empty(len(order), sum(widths), dtype=torch.uint8)
+    for leaf, part in zip(leaves, _unpack(rows, leaves), strict=True):
+        if leaf.numel():
+            torch.index_select(leaf, 0, order, out=part)
+    return rows
 
 
 def _unpack(rows: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
     """Return a view of each leaf's bytes in rows ``[N, K]``, as a tensor like the leaf."""
-    parts = []
-    for leaf, part in zip(leaves, rows.split(_widths(leaves), dim=1), strict=True):
-        # A view of no bytes as a wider type is refused.
-        used = leaf.shape[1:].numel() * leaf.dtype.itemsize
-        typed = part[:, :used].view(leaf.dtype) if leaf.numel() else leaf
-        parts.append(typed.view(leaf.shape))
+    parts, start = [], 0
+    for leaf, width in zip(leaves, _widths(leaves), strict=True):
+        part = leaf  # a view of no bytes as a wider type is refused
+        if leaf.numel():
+            end = start + leaf.shape[1:].numel() * leaf.dtype.itemsize
+            part = rows[:, start:end].view(leaf.dtype).view(leaf.shape)
+        parts.append(part)
+        start += width
     return parts
 
 
