@@ -1,5 +1,7 @@
 """Draw docs/layer_speed.png and docs/step_speed.png from what `make bench` has saved.
 
+Prints the table of layers of docs/speed.md.
+
 python docs/draw_benchmarks.py
 """
 
@@ -9,19 +11,13 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
+from palette import INK, colour, drawing
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
-COLOURS = {
-    "local": "#8a8f98",
-    "sync": "#4f9a55",
-    "regroup": "#3b76af",
-    "swap": "#cc4433",
-    "batch-shuffle": "#b08a2e",
-    "split-BN view": "#6f4fa0",
-    "naive torch": "#222222",
-}
 PLAIN = "nn.BatchNorm2d"
+MODES = ("local", "swap", "regroup")
+LAYERS = {"contiguous": "layer", "channels_last": "layer_channels_last"}
+COMPILED = {"contiguous": "layer_compiled", "channels_last": "layer_channels_last_compiled"}
 Record = dict[str, Any]
 
 
@@ -34,45 +30,74 @@ def saved(name: str) -> Record | None:
     return record
 
 
-def look(name: str) -> Record:
-    """Colour by mode; hollow marks for one group, full ones for several."""
-    mode, *rest = name.split(", ")
-    hollow = "groups=1" in rest or mode == PLAIN
-    colour = COLOURS.get(mode, "#222222")
-    return {"color": colour, "markerfacecolor": "white" if hollow else colour}
+def ratio(record: Record, name: str, peer: str = PLAIN) -> Record | None:
+    """Forward and backward of one contestant over a peer's: mean and largest of all shapes."""
+    rows = record["summary"]
+    found = (row["both"] for row in rows if (row["name"], row["peer"]) == (name, peer))
+    return next(found, None)
 
 
-def draw_layers(axes: Axes, record: Record, title: str) -> None:
-    """Per shape the ratio of forward and backward to plain batch norm's, with its spread."""
-    shapes = list(dict.fromkeys(tuple(row["shape"]) for row in record["rows"]))
-    names = [name for name in dict.fromkeys(row["name"] for row in record["rows"]) if name != PLAIN]
-    for number, name in enumerate(names):
-        ratios = [row["ratios"][PLAIN]["both"] for row in record["rows"] if row["name"] == name]
-        medians = [median for median, _, _ in ratios]
-        low = [max(0.0, median - p20) for median, p20, _ in ratios]
-        high = [max(0.0, p80 - median) for median, _, p80 in ratios]
-        # Side by side, in the order of the legend.
-        places = [k + 0.7 * (number / max(1, len(names) - 1) - 0.5) for k in range(len(shapes))]
-        axes.errorbar(
-            places,
-            medians,
-            (low, high),
-            label=name,
-            fmt="o",
-            markersize=4,
-            linewidth=1,
-            **look(name),
-        )
-    for edge in range(1, len(shapes)):
-        axes.axvline(edge - 0.5, color="#e3e5e8", linewidth=0.6)
-    labels = [f"{channels}\n{height}×{width}" for _, channels, height, width in shapes]
-    axes.set_xticks(range(len(shapes)), labels)
-    axes.set(title=title, yscale="log", xlim=(-0.5, len(shapes) - 0.5))
-    axes.yaxis.set_major_locator(FixedLocator([0.5, 0.7, 1, 1.4, 2, 3, 5, 10, 20, 50]))
-    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.axhline(1, color="black", linewidth=1)
-    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+def draw_layers(axes: Axes, record: Record) -> None:
+    """A bar per mode and number of groups; a line from it to the slowest shape."""
+    names = [f"{mode}, groups={groups}" for mode in MODES for groups in (1, 8)]
+    for row, name in enumerate(names):
+        both = ratio(record, name)
+        if both is None:
+            continue
+        mean, largest = both["geometric_mean"], both["largest"]
+        opacity, ink = (0.45, INK) if name.endswith("=1") else (1.0, "white")
+        axes.barh(row, mean, color=colour(name.partition(",")[0]), alpha=opacity, height=0.72)
+        axes.plot([mean, largest], [row, row], color=INK, linewidth=1)
+        axes.plot(largest, row, "|", color=INK, markersize=8)
+        axes.text(0.04, row, f"{mean:.2f}", color=ink, va="center", weight="bold")
+    axes.set_yticks(range(len(names)), names)
+    axes.axvline(1, color=INK, linewidth=1)
+    axes.grid(visible=False, axis="y")
+    axes.tick_params(axis="y", length=0)
+
+
+def draw_layer_figure(figure: Figure, found: dict[str, Record]) -> None:
+    panels = figure.subplots(1, len(found), squeeze=False, sharex=True, sharey=True)[0]
+    for axes, (layout, record) in zip(panels, found.items(), strict=True):
+        draw_layers(axes, record)
+        axes.set_title(layout)
+    panels[0].invert_yaxis()
+    panels[0].set_xlim(left=0)
+    record = next(iter(found.values()))
+    batch = record["rows"][0]["shape"][0]
+    figure.supxlabel(
+        f"forward + backward / {PLAIN}'s; bar: mean of ResNet-50's shapes, tick: slowest shape\n"
+        f"eager, float32, batch {batch}, {record['device']}, {record['threads']} threads",
+        fontsize=8.5,
+    )
+
+
+def print_layers() -> None:
+    eager = {layout: saved(name) for layout, name in LAYERS.items()}
+    compiled = {layout: saved(name) for layout, name in COMPILED.items()}
+    print("| layer | " + " | ".join(f"{layout}, eager | compiled" for layout in eager) + " |")
+    print("|---|" + "---|---|" * len(eager))
+    for mode in MODES:
+        cells = []
+        for layout in eager:
+            pairs = ((eager[layout], "", PLAIN), (compiled[layout], ", compiled", PLAIN))
+            for record, how, peer in pairs:
+                cells.append(cell(record, mode, how, peer))
+        print(f"| `{mode}` | {' | '.join(cells)} |")
+    for layout, record in compiled.items():
+        both = record and ratio(record, f"{PLAIN}, compiled")
+        if both:
+            print(f"{PLAIN}, compiled / eager, {layout}: {both['geometric_mean']:.2f}")
+
+
+def cell(record: Record | None, mode: str, how: str, peer: str) -> str:
+    """Mean over shapes for groups=1 / 8, and the largest of both in brackets."""
+    found = [record and ratio(record, f"{mode}, groups={groups}{how}", peer) for groups in (1, 8)]
+    both = [row for row in found if row]
+    if not both:
+        return ""
+    means = " / ".join(f"{row['geometric_mean']:.2f}" for row in both)
+    return f"{means} ({max(row['largest'] for row in both):.2f})"
 
 
 def draw_steps(axes: Axes, rows: list[Record], title: str) -> None:
@@ -82,68 +107,45 @@ def draw_steps(axes: Axes, rows: list[Record], title: str) -> None:
         [max(0.0, median - p20) for median, p20 in zip(medians, low, strict=True)],
         [max(0.0, p80 - median) for median, p80 in zip(medians, high, strict=True)],
     )
-    colours = [COLOURS.get(row["bn"], "#d5d8dc") for row in rows]
-    axes.barh(range(len(rows)), medians, xerr=errors, color=colours, height=0.6)
+    colours = [colour(row["bn"]) for row in rows]
+    axes.barh(range(len(rows)), medians, xerr=errors, color=colours, ecolor=INK, height=0.72)
     axes.set_yticks(range(len(rows)), [row["bn"] for row in rows])
     axes.invert_yaxis()
-    axes.axvline(1, color="black", linewidth=1)
-    seconds = rows[0]["seconds"][0]
-    axes.set_title(title, fontsize=10)
-    axes.set(xlabel=f"time / {rows[0]['bn']}'s, {1e3 * seconds:.0f} ms a step")
+    axes.axvline(1, color=INK, linewidth=1)
+    axes.grid(visible=False, axis="y")
+    axes.tick_params(axis="y", length=0)
+    axes.set_title(title, loc="left", fontsize=8.5)
+    axes.set_xlabel(f"time / {rows[0]['bn']}'s, {1e3 * rows[0]['seconds'][0]:.0f} ms a step")
 
 
-def finish(figure: Figure, name: str) -> None:
-    for axes in figure.axes:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.set_axisbelow(True)
-    figure.savefig(Path(__file__).with_name(name), dpi=120)
-
-
-def layer_figure() -> Figure | None:
-    kinds = {"eager": saved("layer"), "compiled": saved("layer_compiled")}
-    found = {how: record for how, record in kinds.items() if record is not None}
-    if not found:
-        return None
-    figure = Figure(figsize=(13, 4.6 * len(found)), facecolor="white", layout="constrained")
-    panels = figure.subplots(len(found), 1, squeeze=False)[:, 0]
-    for axes, (how, record) in zip(panels, found.items(), strict=True):
-        batch, threads = record["rows"][0]["shape"][0], record["threads"]
-        draw_layers(axes, record, f"{how}, batch {batch}, {record['device']}, {threads} threads")
-        axes.set_ylabel(f"forward + backward / {PLAIN}'s")
-    panels[-1].set_xlabel("channels and pixels of ResNet-50's layers")
-    return figure
-
-
-def step_figure() -> Figure | None:
-    names = ("step", "step_compiled")
-    records = [record for name in names if (record := saved(name)) is not None]
+def step_panels() -> dict[str, list[Record]]:
     panels: dict[str, list[Record]] = {}
-    for record in records:
-        for row in record["rows"]:
+    for name in ("step", "step_compiled"):
+        record = saved(name)
+        for row in () if record is None else record["rows"]:
             how = "compiled" if row["compiled"] else "eager"
             ranks = "one rank" if row["ranks"] == 1 else f"{row['ranks']} ranks"
-            batch = f"{ranks}, {row['images'][0]} images each, groups={row['groups']}"
-            title = f"{row['step']} step of {row['network']}, {how}\n{batch}"
+            title = (
+                f"{row['step']} step of {row['network']}, {how}\n{ranks}, {row['images'][0]} "
+                f"images each, groups={row['groups']}"
+            )
             panels.setdefault(title, []).append(row)
-    if not panels:
-        return None
-    high = (len(panels) + 1) // 2
-    figure = Figure(figsize=(12, 2.9 * high), facecolor="white", layout="constrained")
-    grid = figure.subplots(high, 2, squeeze=False).flat
-    for axes, (title, rows) in zip(grid, panels.items(), strict=False):
-        draw_steps(axes, rows, title)
-    for axes in list(figure.axes)[len(panels) :]:
-        axes.set_axis_off()
-    return figure
+    return panels
 
 
 def main() -> None:
-    for name, figure in {
-        "layer_speed.png": layer_figure(),
-        "step_speed.png": step_figure(),
-    }.items():
-        if figure is not None:
-            finish(figure, name)
+    found = {layout: record for layout, name in LAYERS.items() if (record := saved(name))}
+    if found:
+        with drawing("layer_speed.png", 2.9) as figure:
+            draw_layer_figure(figure, found)
+        print_layers()
+    panels = step_panels()
+    if panels:
+        heights = [len(rows) + 3.5 for rows in panels.values()]
+        with drawing("step_speed.png", 0.22 * sum(heights)) as figure:
+            column = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
+            for axes, (title, rows) in zip(column, panels.items(), strict=True):
+                draw_steps(axes, rows, title)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from statistics import median
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from palette import colour, drawing
 from scale_model import (
     NCCL,
     RESNET50,
@@ -23,20 +23,14 @@ from scale_model import (
     misses,
     received,
     rows_measured,
+    rows_of_today,
     samples_measured,
 )
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 CHANNELS = 512
 WORLDS = [2**k for k in range(1, 11)]
-WAYS = {
-    "seed": "#cc4433",
-    "SyncBatchNorm": "#4f9a55",
-    "MoCo's shuffle": "#b6519c",
-    "batch_shuffle": "#e08a2e",
-    "regroup": "#3b76af",
-    "swap": "#8a8f98",
-}
+WAYS = ("seed", "SyncBatchNorm", "MoCo's shuffle", "batch_shuffle", "regroup", "swap")
 LAYERS = ("seed", "SyncBatchNorm", "regroup", "swap")
 Row = dict[str, Any]
 
@@ -46,25 +40,25 @@ def load(name: str) -> dict[str, Any]:
     return record
 
 
-def find(record: dict[str, Any], way: str, world: int, direction: str = "forward") -> Row:
-    """The row of one contestant at C = 512."""
-    return next(
-        row
-        for row in record["rows"]
-        if (row["name"], row["world_size"], row["channels"], row["direction"])
-        == (way, world, CHANNELS, direction)
-    )
+def find(record: dict[str, Any], way: str, world: int, direction: str = "forward") -> Row | None:
+    """The row of one contestant at C = 512; None if its exchange was another one then."""
+    key = way, world, CHANNELS, direction
+    names = "name", "world_size", "channels", "direction"
+    found = (row for row in record["rows"] if tuple(row[name] for name in names) == key)
+    return next(found, None)
 
 
 def worlds_of(record: dict[str, Any]) -> list[int]:
     return sorted({row["world_size"] for row in record["rows"]})
 
 
-def milliseconds(row: Row) -> str:
-    return f"{1e3 * row['median']:.1f}"
+def milliseconds(row: Row | None) -> str:
+    return "" if row is None else f"{1e3 * row['median']:.1f}"
 
 
-def times(row: Row, peer: str) -> str:
+def times(row: Row | None, peer: str) -> str:
+    if row is None:
+        return ""
     return "{:.1f} ({:.1f} to {:.1f})".format(*row["times_faster_than"][peer])
 
 
@@ -132,83 +126,81 @@ def duration(ms: float) -> str:
     return f"{ms:.0f}" if ms >= 10 else f"{ms:.1f}" if ms >= 1 else f"{ms:.2f}"
 
 
-def on_paper(world: int, way: str) -> tuple[int, float, float]:
+def modelled(world: int, way: str) -> tuple[int, float, float]:
     """Messages, bytes received and milliseconds of a key encoder's forward pass."""
     calls = key_encoder(way, world)
     return len(calls), sum(received(c, world) for c in calls), 1e3 * NCCL().seconds(calls, world)
 
 
-def print_paper() -> None:
+def print_modelled() -> None:
     worlds = (8, 64, 256, 1024)
-    print(f"\nOn paper: ResNet-50 key encoder, {len(RESNET50)} layers, forward\n")
+    print(f"\nModel: ResNet-50 key encoder, {len(RESNET50)} layers, forward\n")
     print(f"| | messages | {' | '.join(f'W = {world}' for world in worlds)} |")
     print(f"|---|---|{'---|' * len(worlds)}")
     for way in WAYS:
-        cells = [on_paper(world, way) for world in worlds]
+        cells = [modelled(world, way) for world in worlds]
         shown = [f"{amount(size)}, {duration(ms)} ms" for _, size, ms in cells]
         counts = sorted({cell[0] for cell in cells})
         print(f"| {way} | {' or '.join(map(str, counts))} | {' | '.join(shown)} |")
-    print("\nFirst messages to new peers, once in a run, on paper:")
+    print("\nFirst messages to new peers, once in a run, by the model:")
     for way, peers in (("swap", 2), ("regroup", 14), ("batch_shuffle", 1023)):
         print(f"  {way}: {peers} peers, {peers * NCCL().connection:.1f} s")
 
 
 def draw_measured(axes: Axes, record: dict[str, Any], gloo: Gloo) -> None:
     worlds, cores = worlds_of(record), record["cores"]
-    for way, aside in zip(LAYERS, (1.0, 0.96, 1.04, 1.0), strict=True):  # bars side by side
-        rows = [find(record, way, world) for world in worlds]
-        middle = [1e3 * row["median"] for row in rows]
+    for way, aside in zip(LAYERS, (1.0, 0.94, 1.06, 1.0), strict=True):  # bars side by side
+        found = [(world, row) for world in worlds if (row := find(record, way, world))]
+        middle = [1e3 * row["median"] for _, row in found]
         spread = [
-            [1e3 * (row["median"] - row["p20"]) for row in rows],
-            [1e3 * (row["p80"] - row["median"]) for row in rows],
+            [1e3 * (row["median"] - row["p20"]) for _, row in found],
+            [1e3 * (row["p80"] - row["median"]) for _, row in found],
         ]
-        places = [aside * world for world in worlds]
-        axes.errorbar(places, middle, spread, fmt="o", color=WAYS[way], markersize=5, capsize=3)
+        positions = [aside * world for world, _ in found]
+        axes.errorbar(positions, middle, spread, fmt="o", color=colour(way), markersize=4)
         line = [1e3 * gloo.seconds(layer(way, w, CHANNELS), w, cores) for w in worlds]
-        axes.plot(worlds, line, color=WAYS[way], linewidth=1.5)
-    axes.set_title(f"measured: one layer, C = {CHANNELS}\ngloo on {cores} cores; lines: model")
-    axes.set_ylabel("forward exchange, ms")
+        axes.plot(worlds, line, color=colour(way))
+    axes.set_title(f"measured\none layer, C = {CHANNELS}")
+    axes.set_ylabel("ms")
 
 
-def draw_paper(received_axes: Axes, time_axes: Axes) -> None:
-    for way, tint in WAYS.items():
-        cells = [on_paper(world, way) for world in WORLDS]
+def draw_modelled(received_axes: Axes, time_axes: Axes) -> None:
+    for way in WAYS:
+        cells, tint = [modelled(world, way) for world in WORLDS], colour(way)
         # The seed's bytes are SyncBatchNorm's: both colours must be seen.
         over: dict[str, Any] = {"linestyle": "--", "zorder": 3} if way == "seed" else {}
-        received_axes.plot(WORLDS, [size / 1e6 for _, size, _ in cells], color=tint, lw=2, **over)
-        time_axes.plot(WORLDS, [ms for *_, ms in cells], color=tint, linewidth=2)
-    received_axes.set_title("by formula: ResNet-50 key encoder,\nbytes received per rank")
+        received_axes.plot(WORLDS, [size / 1e6 for _, size, _ in cells], color=tint, **over)
+        time_axes.plot(WORLDS, [ms for *_, ms in cells], color=tint)
+    received_axes.set_title("by formula\nkey encoder, received")
     received_axes.set_ylabel("MB per step")
-    time_axes.set_title("on paper, not measured:\nResNet-50 key encoder, NCCL, H100")
+    time_axes.set_title("model, not measured\nkey encoder on H100s")
     time_axes.set_ylabel("ms per step")
 
 
 def main() -> None:
     record = load("exchange")
-    rows, samples = rows_measured(record), samples_measured(load("batch_shuffle"))
+    record["rows"] = rows_of_today(record)
+    rows, samples = rows_measured(record["rows"]), samples_measured(load("batch_shuffle"))
     # Bytes show in whole samples only.
     gloo = fit(rows + list(samples.values()), record["cores"])
     print_measured(record)
     print_fit(rows, samples, gloo, record["cores"])
-    print_paper()
+    print_modelled()
 
-    figure = Figure(figsize=(13, 4.8), facecolor="white", layout="constrained")
-    figure.get_layout_engine().set(wspace=0.05)  # type: ignore[union-attr, call-arg]
-    left, middle, right = figure.subplots(1, 3)
-    draw_measured(left, record, gloo)
-    draw_paper(middle, right)
-    for ax, worlds in ((left, worlds_of(record)), (middle, WORLDS), (right, WORLDS)):
-        ax.set(xscale="log", yscale="log", xlabel="W, ranks")
-        shown = worlds if len(worlds) < 6 else worlds[::3]
-        ax.set_xticks(shown, [f"{world:,}" for world in shown], minor=False)
-        ax.set_xticks([], [], minor=True)
-        ax.grid(color="#e3e5e8", linewidth=0.6)
-        ax.spines[["top", "right"]].set_visible(False)
-    handles = [
-        left.plot([], [], color=tint, linewidth=2, label=way)[0] for way, tint in WAYS.items()
-    ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False)
-    figure.savefig(Path(__file__).with_name("scale.png"), dpi=120)
+    with drawing("scale.png", 3.2) as figure:
+        left, middle, right = figure.subplots(1, 3)
+        draw_measured(left, record, gloo)
+        draw_modelled(middle, right)
+        for ax, worlds in ((left, worlds_of(record)), (middle, WORLDS), (right, WORLDS)):
+            ax.set(xscale="log", yscale="log", xlabel="W, ranks")
+            shown = worlds if len(worlds) < 6 else worlds[::3]
+            ax.set_xticks(shown, [f"{world:,}" for world in shown], minor=False)
+            ax.set_xticks([], [], minor=True)
+        handles = [left.plot([], [], color=colour(way), label=way)[0] for way in WAYS]
+        figure.legend(
+            handles=handles, loc="outside lower center", ncols=6, fontsize=7.5, handlelength=1.2,
+            columnspacing=1.0,
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

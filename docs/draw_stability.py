@@ -9,20 +9,19 @@ one of 50, and one run measures both.
 python docs/draw_stability.py
 """
 
-from pathlib import Path
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from palette import INK, colour, drawing
 from torch import Tensor, nn
 
 from shuffle_batchnorm import ShuffleBatchNorm, mixing_matrix, record_statistics, spectral_radius
 
 GROUPS, BATCH, CHANNELS, PIXELS = 8, 64, 16, 8
 SEEDS = range(9)
-MODES = {"local": "#8a8f98", "sync": "#4f9a55", "regroup": "#3b76af", "swap": "#cc4433"}
+MODES = ("local", "sync", "regroup", "swap")
 DEPTHS = {"plain": (10, 20, 50), "residual": (17, 49)}
 EPS = 1e-5
 
@@ -98,11 +97,23 @@ def draw_largest(axes: Axes, kind: str, largest: dict[str, dict[int, list[float]
     for mode, values in largest.items():
         depths, runs = list(values), list(values.values())
         low, high = [min(run) for run in runs], [max(run) for run in runs]
-        axes.fill_between(depths, low, high, color=MODES[mode], alpha=0.15, linewidth=0)
-        axes.plot(depths, [median(run) for run in runs], color=MODES[mode], linewidth=2)
+        axes.fill_between(depths, low, high, color=colour(mode), alpha=0.16, linewidth=0)
+        axes.plot(depths, [median(run) for run in runs], color=colour(mode))
     name = "plain CNN" if kind == "plain" else "residual network"
-    axes.set(yscale="log", title=name, xlabel="layer", ylabel="largest |activation|")
-    axes.set(ylim=(1, 1e32), xlim=(0, 51))
+    axes.set(yscale="log", title=name, xlabel="layer", ylim=(1, 1e32), xlim=(0, 51))
+    axes.set_yticks([10.0**power for power in range(0, 33, 8)])
+
+
+def draw_first_layers(axes: Axes, left: dict[str, list[float]], radius: float) -> None:
+    """The distance of means in the first layers, and the growth that the spectral radius allows."""
+    few = range(1, 11)
+    for mode in ("sync", "regroup", "swap"):  # in local nothing is left
+        axes.plot(few, left[mode][: len(few)], color=colour(mode), marker="o")
+    slope = [left["swap"][0] * radius ** (layer - 1) for layer in few]
+    axes.plot(few, slope, color=INK, linestyle="--", linewidth=1)
+    axes.set(title="plain CNN, first layers", xlabel="layer", xticks=few[1::2])
+    axes.set_ylabel("distance of means, in std")
+    axes.set_yscale("log", base=2)
 
 
 def print_table(found: dict[tuple[str, str], Found], radii: dict[str, float]) -> None:
@@ -135,33 +146,21 @@ def main() -> None:
     radii = {mode: radius(mode) for mode in MODES}
     print_table(found, radii)
 
-    figure = Figure(figsize=(13, 4.2), facecolor="white", layout="constrained")
-    axes = figure.subplots(1, 3)
-    for ax, kind in zip(axes, DEPTHS, strict=False):
-        draw_largest(ax, kind, {mode: found[kind, mode].largest for mode in MODES})
-    few = range(1, 11)
-    left = {mode: found["plain", mode].left for mode in MODES}
-    for mode in ("sync", "regroup", "swap"):  # in local nothing is left
-        axes[2].plot(few, left[mode][: len(few)], color=MODES[mode], linewidth=2, marker="o")
-    slope = [left["swap"][0] * radii["swap"] ** (layer - 1) for layer in few]
-    axes[2].plot(few, slope, color="black", linestyle="--", linewidth=1)
-    axes[2].set(title="plain CNN, first layers", xlabel="layer")
-    axes[2].set_ylabel("group mean − normaliser's mean, in std")
-    axes[2].set_yscale("log", base=2)
-    styles = [
-        (f"{mode} (spectral radius {radii[mode]:.0f})", dict(color=tint))
-        for mode, tint in MODES.items()
-    ]
-    handles = [axes[0].plot([], [], linewidth=2, label=name, **style)[0] for name, style in styles]
-    label = (
-        rf"$\mathrm{{radius}}^{{\,\mathrm{{layers}}}}={radii['swap']:.0f}^{{\,\mathrm{{layers}}}}$"
-    )
-    handles += axes[0].plot([], [], color="black", linestyle="--", linewidth=1, label=label)
-    figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False)
-    for ax in axes:
-        ax.grid(color="#e3e5e8", linewidth=0.6)
-        ax.spines[["top", "right"]].set_visible(False)
-    figure.savefig(Path(__file__).with_name("stability.png"), dpi=120)
+    with drawing("stability.png", 2.9) as figure:
+        axes = figure.subplots(1, 3)
+        for ax, kind in zip(axes, DEPTHS, strict=False):
+            draw_largest(ax, kind, {mode: found[kind, mode].largest for mode in MODES})
+        axes[0].set_ylabel("largest |activation|")
+        left = {mode: found["plain", mode].left for mode in MODES}
+        draw_first_layers(axes[2], left, radii["swap"])
+        styles: dict[str, dict[str, Any]]
+        styles = {f"{mode}, radius {radii[mode]:.0f}": dict(color=colour(mode)) for mode in MODES}
+        styles["growth of 2 per layer"] = dict(color=INK, linestyle="--", linewidth=1)
+        handles = [axes[0].plot([], [], label=name, **style)[0] for name, style in styles.items()]
+        figure.legend(
+            handles=handles, loc="outside lower center", ncols=5, fontsize=8, handlelength=1.4,
+            columnspacing=1.2,
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

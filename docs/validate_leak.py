@@ -63,10 +63,10 @@ def networks() -> None:
         with torch.no_grad():
             batches = [images[torch.randperm(512)[:64]] for _ in range(4)]
             queue = torch.cat([key(noisy(x)) for x in batches])
-        for kept in (1, 16):
+        for per_pass in (1, 16):
             sizes: dict[str, Any] = dict(batch_size=64, batches=32, keys_per_batch=16)
-            report = measure_leak(query, key, images, noisy, queue, keys_per_pass=kept, **sizes)
-            print(f"{keys}, {kept} keys per pass: {report}")
+            report = measure_leak(query, key, images, noisy, queue, keys_per_pass=per_pass, **sizes)
+            print(f"{keys}, {per_pass} keys per pass: {report}")
 
 
 def main() -> None:
