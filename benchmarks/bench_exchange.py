@@ -27,7 +27,7 @@ from torch import Tensor
 from shuffle_batchnorm.comm.world import resolve
 from shuffle_batchnorm.moco.ranks.launch import Rank, launch
 from shuffle_batchnorm.norm.mixing import Options, make_plan
-from shuffle_batchnorm.norm.statistics import mix, mix_gradients
+from shuffle_batchnorm.norm.statistics import RowFormat, mix, mix_gradients, prepare_call
 
 SEED, SYNC_BN = "seed", "SyncBatchNorm"
 MODES = ("swap", "regroup", "sync")
@@ -70,10 +70,11 @@ def _contestants(channels: int) -> tuple[Contestants, Contestants]:
     backward: Contestants = {SYNC_BN: lambda: dist.all_reduce(sums)}
     for mode in MODES:
         plan = make_plan(Options(mode), world.size, world.rank)
+        call = prepare_call(plan, (), RowFormat(channels, row.dtype))
         blocks = plan.groups * plan.per_group
-        forward[mode] = partial(mix, row.expand(blocks, -1).contiguous(), plan, world)
+        forward[mode] = partial(mix, row.expand(blocks, -1).contiguous(), call, world)
         of_blocks = sums.view(2, -1).expand(blocks, -1, -1).contiguous()
-        backward[mode] = partial(mix_gradients, of_blocks, plan, world)
+        backward[mode] = partial(mix_gradients, of_blocks, call, world)
     forward |= {"all_to_all": partial(_bare_all_to_all, row), "isend": partial(_bare_send, row)}
     return forward, backward
 

@@ -120,11 +120,11 @@ def _gradients(
 
     Always exchanges, even where no gradient of the input is needed: a peer may need one.
     """
-    kernels, (plan, sizes, _, (groups, users)) = select(x), call
+    kernels, sizes, (groups, users) = select(x), call.sizes, call.mixing
     total, dot = kernels.block_grad_sums(dy, x, sizes, mean, rstd, users)
-    if asks_peers(plan):
+    if asks_peers(call.plan):
         dweight, dbias, weighted = kernels.param_grads(total, dot, weight)
-        total, dot = mix_gradients(weighted, plan, world).unbind(dim=1)
+        total, dot = mix_gradients(weighted, call, world).unbind(dim=1)
         b = c = total
         if needs_dx:  # what has arrived is weighted already
             b, c = kernels.dx_coefficients(total, dot, source.rstd, source.rstd, source.counts)

@@ -10,7 +10,7 @@ from shuffle_batchnorm.comm.world import World
 from shuffle_batchnorm.kernels.rows import accumulation_dtype
 
 from .mixing import CALL, Options, Plan, make_plan
-from .statistics import Call, RowFormat, asks_peers, mix, rejection
+from .statistics import Call, RowFormat, asks_peers, mix, prepare_call, rejection
 
 
 class Parameters(NamedTuple):
@@ -109,7 +109,8 @@ def _reject(
     """Take part in the exchange for which the peers are here, so that they learn of it."""
     tensors = [t for t in (input, *parameters) if isinstance(t, Tensor)]
     device = tensors[-1].device if tensors else torch.device("cpu")
-    mix(rejection(plan, *row_format, device), plan, world)
+    call = prepare_call(plan, (), row_format)
+    mix(rejection(call, device), call, world)
 
 
 def _expected_format(input: Any, parameters: Parameters, num_features: int | None) -> RowFormat:

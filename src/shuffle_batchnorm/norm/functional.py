@@ -33,7 +33,7 @@ from .statistics import (
     RowFormat,
     Statistics,
     check_counts,
-    find_mixing,
+    prepare_call,
     statistics_of,
 )
 
@@ -222,7 +222,7 @@ def _prepare(
         # So does a graph for batches of any size.
         plan = plan.without_empty_blocks(batch)
     row_format = RowFormat(input.shape[1], accumulation_dtype(input))
-    return Call(plan, plan.sizes(batch), row_format, find_mixing(plan))
+    return prepare_call(plan, plan.sizes(batch), row_format)
 
 
 def _warn_if_nothing_is_shuffled(options: Options, plan: Plan) -> None:
@@ -259,19 +259,12 @@ def _move_running(
 ) -> None:
     """Move the running statistics towards those used, averaged over the blocks with samples.
 
-    Of blocks that differ, or are all empty. In `regroup` the mean over all ranks of these averages
-    is the average over all new groups.
+    In `regroup` the mean over all ranks of these averages is the average over all new groups.
     """
-    step = running.step
     var = unbiased_variance(statistics.std, count)
-    pairs = (running.mean, statistics.mean), (running.var, var)
-    if not are_equal(sizes):
-        filled = counts(sizes, 1, count) > 0
-        for old, batch in pairs:
-            move(old, torch.where(filled, batch, 0).sum(dim=0) / filled.sum(), step)
-        return
-    if plan.mode == "sync":
-        # An empty rank learns what the others have seen; if all are empty, nothing.
-        step = step * (count[0, 0] > 0)
-        for old, batch in pairs:
-            move(old, batch[0], step)
+    # In sync an empty rank learns what the others have seen.
+    filled = count > 0 if plan.mode == "sync" else counts(sizes, 1, count) > 0
+    number = filled.sum()
+    step = running.step * (number > 0).to(count.dtype)
+    for old, batch in ((running.mean, statistics.mean), (running.var, var)):
+        move(old, torch.where(filled, batch, 0).sum(dim=0) / number.clamp(min=1), step)

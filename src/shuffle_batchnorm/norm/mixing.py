@@ -9,35 +9,13 @@ groups (one in ``sync``). Block c of group i *joins* normaliser ``(i + joins[c])
 normaliser ``(i + uses[c]) mod G``. The gradient travels the same way, with the two exchanged.
 """
 
-from collections.abc import Callable
-from functools import lru_cache, wraps
-from typing import NamedTuple, ParamSpec, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-P = ParamSpec("P")
-T = TypeVar("T")
-
 CALL = "shuffle_batch_norm"
 MODES = ("local", "sync", "swap", "regroup")
-
-
-def cached(function: Callable[P, T]) -> Callable[P, T]:
-    """Cache what a function makes of its arguments, from step to step.
-
-    Not of symbols, which have no hash, and not under the compiler, which traces the arithmetic once
-    and warns of caches.
-    """
-    with_cache = lru_cache(maxsize=1024)(function)
-
-    @wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        if torch.compiler.is_compiling() or torch.SymInt in map(type, args):
-            return function(*args, **kwargs)
-        return with_cache(*args, **kwargs)  # type: ignore[arg-type]  # hashable, which P can't say
-
-    return call
 
 
 class Options(NamedTuple):
@@ -118,7 +96,6 @@ class Plan(NamedTuple):
         )
 
 
-@cached
 def make_plan(options: Options, world_size: int, rank: int) -> Plan:
     """Return the plan of one rank."""
     mode, groups, offset, blocks = options

@@ -14,7 +14,7 @@ from shuffle_batchnorm.comm import collectives
 from shuffle_batchnorm.comm.world import World
 from shuffle_batchnorm.kernels.rows import Order, take
 
-from .mixing import Plan, cached
+from .mixing import Plan
 
 
 class Route(NamedTuple):
@@ -29,6 +29,7 @@ class Route(NamedTuple):
             have arrived.
         members: which rows make up the first normaliser used here, the second, ..., B for each;
             None if all of them do in their own order.
+        per_group: B, the rows of each normaliser.
         used: which of these normalisers each local block uses; None if it is the one of the same
             number.
     """
@@ -38,10 +39,10 @@ class Route(NamedTuple):
     receive_splits: tuple[int, ...]
     with_local: bool
     members: Order | None
+    per_group: int
     used: Order | None
 
 
-@cached
 def find_route(plan: Plan) -> Route:
     """Return a rank's part. Both ends order the rows of one message by group and block."""
     rank, groups, total = plan.rank, plan.groups, plan.total_groups
@@ -72,6 +73,7 @@ def find_route(plan: Plan) -> Route:
         receive_splits=_count(plan.world_size, [group // groups for group, _ in arriving]),
         with_local=with_local,
         members=_order([there[cell] for cell in members], len(there)),
+        per_group=plan.per_group,
         used=_order([normalisers.index(normaliser) for normaliser in used], len(normalisers)),
     )
 
@@ -87,7 +89,7 @@ def _count(world_size: int, ranks: list[int]) -> tuple[int, ...]:
     return tuple(counts)
 
 
-def gather_members(rows: Tensor, plan: Plan, world: World, call: str, doing: str) -> Tensor:
+def gather_members(rows: Tensor, route: Route, world: World, call: str, doing: str) -> Tensor:
     """Return the rows of each normaliser that is used here, ``[groups * B, K]`` to ``[R, B, K]``.
 
     Communication: one ``all_to_all_single`` with constant splits. `swap` (B = 1) sends ``groups``
@@ -95,7 +97,6 @@ def gather_members(rows: Tensor, plan: Plan, world: World, call: str, doing: str
     normaliser: for ``groups=1`` at most ``B**2 - B`` rows to at most ``min(2 * B - 2, W - 1)``
     ranks, else at most ``groups * B * (min(B, W) - 1)`` rows.
     """
-    route = find_route(plan)
     # Alike on all ranks: their routes are those of the first rank, moved on.
     if any(route.send_splits):
         sent = take(rows, route.send_order)
@@ -103,4 +104,4 @@ def gather_members(rows: Tensor, plan: Plan, world: World, call: str, doing: str
         arrived = collectives.all_to_all(sent, *splits, world, call, doing)
         rows = torch.cat([rows, arrived]) if route.with_local else arrived
     members = take(rows, route.members)
-    return members.view(-1, plan.per_group, members.shape[1])
+    return members.view(-1, route.per_group, members.shape[1])

@@ -24,7 +24,7 @@ from shuffle_batchnorm.kernels.rows import (
 from shuffle_batchnorm.kernels.select import select
 
 from .mixing import CALL, Plan, block_sizes
-from .routes import find_route, gather_members
+from .routes import Route, find_route, gather_members
 
 # The count in the rows of a rank that could not accept its input: that of all they are merged with.
 _REJECTED = -math.inf
@@ -92,12 +92,24 @@ class Call(NamedTuple):
         sizes: samples per block.
         row_format: of what ranks exchange.
         mixing: who normalises whom, where no peer is asked.
+        route: of statistics to the ranks that use them, if there is one.
+        back: of gradients, likewise.
     """
 
     plan: Plan
     sizes: tuple[int, ...]
     row_format: RowFormat
     mixing: LocalMixing
+    route: Route | None
+    back: Route | None
+
+
+def prepare_call(plan: Plan, sizes: tuple[int, ...], row_format: RowFormat) -> Call:
+    """Find who normalises whom, or which rows travel."""
+    route = back = None
+    if asks_peers(plan) and plan.shuffles:
+        route, back = find_route(plan), find_route(plan.transposed())
+    return Call(plan, sizes, row_format, find_mixing(plan), route, back)
 
 
 def find_mixing(plan: Plan) -> LocalMixing:
@@ -119,7 +131,7 @@ def statistics_of(x: Tensor, call: Call, world: World) -> Statistics:
 
     Communication: that of `mix`.
     """
-    kernels, (plan, sizes, _, (groups, users)) = select(x), call
+    kernels, plan, sizes, (groups, users) = select(x), call.plan, call.sizes, call.mixing
     if not asks_peers(plan):
         mean, std = kernels.block_moments(x, sizes, groups)
         # A group of blocks has as many as any.
@@ -127,15 +139,15 @@ def statistics_of(x: Tensor, call: Call, world: World) -> Statistics:
         return Statistics(count, mean, std, None if users is None else users.owners)
     mean, std = kernels.block_moments(x, sizes)
     rows = torch.cat([counts(sizes, x.shape[2:].numel(), mean), mean, std], dim=1)
-    used = _unpack(mix(rows, plan, world))
+    used = _unpack(mix(rows, call, world))
     source = _unpack(rows) if plan.mode == "swap" and plan.shuffles else None
     return Statistics(*used, source=source)
 
 
-def rejection(plan: Plan, channels: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def rejection(call: Call, device: torch.device) -> Tensor:
     """Return the rows that a rank sends in place of statistics if it rejects its input."""
-    shape = plan.groups * plan.per_group, 2 * channels + 1
-    rows = torch.zeros(shape, dtype=dtype, device=device)
+    (channels, dtype), blocks = call.row_format, call.plan.groups * call.plan.per_group
+    rows = torch.zeros(blocks, 2 * channels + 1, dtype=dtype, device=device)
     rows[:, 0] = _REJECTED
     return rows
 
@@ -147,7 +159,7 @@ def _unpack(rows: Tensor) -> Moments:
     return Moments(count, mean, std)
 
 
-def mix(rows: Tensor, plan: Plan, world: World) -> Tensor:
+def mix(rows: Tensor, call: Call, world: World) -> Tensor:
     """Return for each local block the row of the normaliser that it uses, ``[blocks, 2 * C + 1]``.
 
     Of two ranks or more.
@@ -155,18 +167,19 @@ def mix(rows: Tensor, plan: Plan, world: World) -> Tensor:
     Communication: `local` none; `swap` and `regroup` one all_to_all, see `gather_members`; `sync`
     one all_gather.
     """
-    if plan.mode == "sync":
-        members = collectives.all_gather(rows.view(-1), world, CALL, _doing(rows, plan))[None]
-    elif plan.shuffles:
-        members = gather_members(rows, plan, world, CALL, _doing(rows, plan))
-    else:
+    doing = _doing(rows, call)
+    if call.plan.mode == "sync":
+        members = collectives.all_gather(rows.view(-1), world, CALL, doing)[None]
+        return select(rows).merge_moments(members)[0]
+    if call.route is None:
         return rows
+    members = gather_members(rows, call.route, world, CALL, doing)
     if members.shape[1] > 1:
         members = select(rows).merge_moments(members)
-    return _per_block(members, plan)
+    return take(members.flatten(0, 1), call.route.used)
 
 
-def mix_gradients(sums: Tensor, plan: Plan, world: World) -> Tensor:
+def mix_gradients(sums: Tensor, call: Call, world: World) -> Tensor:
     """Return for each local block the sums over all users of the normaliser that it joins.
 
     The transpose of `mix`, with the same messages in the other direction; `sync` takes one
@@ -174,32 +187,25 @@ def mix_gradients(sums: Tensor, plan: Plan, world: World) -> Tensor:
 
     Args:
         sums: ``sum w dy`` and ``sum w dy xhat`` over each block, ``[blocks, 2, C]``.
-        plan: how the ranks mix.
+        call: what has been prepared.
         world: the ranks.
 
     Returns:
         Tensor ``[blocks, 2, C]``.
     """
     rows = sums.flatten(1)
-    if plan.mode == "sync":
-        return collectives.all_sum(sums, world, CALL, _doing(rows, plan))
-    if not plan.shuffles:
+    doing = _doing(rows, call)
+    if call.plan.mode == "sync":
+        return collectives.all_sum(sums, world, CALL, doing)
+    if call.back is None:
         return sums
-    back = plan.transposed()
-    members = gather_members(rows, back, world, CALL, _doing(rows, plan))
-    if plan.per_group > 1:
-        members = members.sum(dim=1, keepdim=True)
-    return _per_block(members, back).view(sums.shape)
+    members = gather_members(rows, call.back, world, CALL, doing)
+    members = members.sum(dim=1) if members.shape[1] > 1 else members[:, 0]
+    return take(members, call.back.used).view(sums.shape)
 
 
-def _per_block(normalisers: Tensor, plan: Plan) -> Tensor:
-    """Give each local block its row: ``[R, 1, K]`` to ``[blocks, K]``."""
-    rows = normalisers.flatten(0, 1)
-    return rows if plan.mode == "sync" else take(rows, find_route(plan).used)
-
-
-def _doing(rows: Tensor, plan: Plan) -> str:
-    return f"exchanges rows of {rows.shape[1]} numbers in mode {plan.mode!r}"
+def _doing(rows: Tensor, call: Call) -> str:
+    return f"exchanges rows of {rows.shape[1]} numbers in mode {call.plan.mode!r}"
 
 
 def per_sample_statistics(statistics: Statistics, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
