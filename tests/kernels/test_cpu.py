@@ -1,8 +1,7 @@
-"""The CPU kernels: guesses of a mean, groups, squares beyond float32, and what memory they take."""
+"""The CPU kernels: digits that cancel, squares beyond float32, and what memory they take."""
 
 import math
 import os
-import platform
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,18 +13,19 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kernels.kernel_cases import randn
-from shuffle_batchnorm.kernels import cpu, cpu_sums, cpu_views
+from kernels.kernel_cases import LAST2D, randn
+from shuffle_batchnorm.kernels import cpu
 from shuffle_batchnorm.kernels.rows import BlockGroups
 
 pytestmark = pytest.mark.usefixtures("nan_in_fresh_memory")
 
 
 @pytest.mark.parametrize("sizes", [(8,), (5, 3), (1,) * 8], ids=str)
-def test_a_bad_guess_of_the_mean_costs_no_digits(sizes: tuple[int, ...]) -> None:
-    """Catches cancellation where outliers are spread over each plane."""
+@pytest.mark.parametrize("step", [200, 16])
+def test_outliers_cost_no_digits(sizes: tuple[int, ...], step: int) -> None:
+    """Catches cancellation about a center that some values are far from."""
     x = torch.randn(8, 3, 3200)
-    x[:, 1, ::200] += 1e4
+    x[:, 1, ::step] += 1e4
     x[:, 2] = 100.1
     mean, std = cpu.block_moments(x, sizes)
     for k, block in enumerate(x.double().split(sizes)):
@@ -34,67 +34,33 @@ def test_a_bad_guess_of_the_mean_costs_no_digits(sizes: tuple[int, ...]) -> None
         torch.testing.assert_close(std[k], exact[0].float(), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("sizes", "few", "seen"),
-    [((400,), 3200, 3200), ((8,), 100, 1600), ((5, 3), 12, 200), ((1,) * 8, 12, 200)],
-    ids=str,
-)
-@pytest.mark.parametrize("all_seen", [True, False])
-def test_the_worst_guess_of_the_mean_costs_four_bits(
-    sizes: tuple[int, ...], few: int, seen: int, all_seen: bool
-) -> None:
-    """Catches a guess from too few values, where these are far from all others."""
-    x = torch.randn(sum(sizes), 3, 3200)
-    if all_seen:  # whatever a guess looks at
-        x[:: min(16, max(sizes)), 1, :seen] += 1e4
-    else:
-        x[:: max(sizes), 1, :few] += 1e4
-    x[:, 2] = 100.1
-    mean, std = cpu.block_moments(x, sizes)
-    limit = 8e-6 if all_seen else 1e-6
-    for k, block in enumerate(x.double().split(sizes)):
-        deviation, center = torch.std_mean(block, dim=(0, 2), correction=0)
-        assert ((mean[k] - center).abs() <= 1e-6 * deviation + 1e-7 * center.abs()).all()
-        assert ((std[k] - deviation).abs() <= limit * deviation).all()
-
-
-def test_the_guess_of_a_group_sees_a_sixteenth() -> None:
-    """Catches a guess from a group's first sample, where that is far from all others."""
-    x = torch.randn(3200, 3, 8)
-    x[::800] += 1e4
-    mean, std = cpu.block_moments(x, (800,) * 4, BlockGroups(2, (0, 1, 1, 0)))
-    blocks = x.double().split(800)
-    for k, group in enumerate((blocks[::3], blocks[1:3])):
-        deviation, center = torch.std_mean(torch.cat(group), dim=(0, 2), correction=0)
+@pytest.mark.parametrize(("samples", "blocks"), [(3200, 4), (640, 640)])
+def test_samples_far_apart_cost_no_digits(samples: int, blocks: int) -> None:
+    """Catches a merge of many planes or blocks in which the mean of few of them cancels."""
+    owners = (*(0, 1) * (blocks // 4), *(1, 0) * (blocks // 4))
+    x = torch.randn(samples, 3, 8)
+    x[:: samples // 4] += 1e4
+    size = samples // blocks
+    mean, std = cpu.block_moments(x, (size,) * blocks, BlockGroups(2, owners))
+    of_samples = torch.tensor(owners).repeat_interleave(size)
+    for k in range(2):
+        deviation, center = torch.std_mean(x.double()[of_samples == k], dim=(0, 2), correction=0)
         assert ((mean[k] - center).abs() <= 1e-6 * deviation).all()
         assert ((std[k] - deviation).abs() <= 1e-6 * deviation).all()
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_the_guess_of_a_group_sees_no_other_group(channels_last: bool) -> None:
-    """Catches a center between groups that are far apart."""
-    x = torch.randn(64, 3, 8)
+def test_groups_far_apart_do_not_see_each_other(channels_last: bool) -> None:
+    """Catches a center between groups; what is left is the rounding of parts' means at 1e5."""
+    x = torch.randn(64, 3, 8, 1)
     x[16:48] += 1e5  # group 1
-    x = x.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else x
+    x = x.contiguous(memory_format=LAST2D) if channels_last else x
     mean, std = cpu.block_moments(x, (16,) * 4, BlockGroups(2, (0, 1, 1, 0)))
     blocks = x.double().split(16)
     for k, group in enumerate((blocks[::3], blocks[1:3])):
-        deviation, center = torch.std_mean(torch.cat(group), dim=(0, 2), correction=0)
-        torch.testing.assert_close(mean[k], center.float(), rtol=2e-7, atol=1e-6)
-        torch.testing.assert_close(std[k], deviation.float(), rtol=1e-6, atol=0)
-
-
-def test_the_guess_of_a_group_of_many_blocks_costs_no_digits() -> None:
-    """Catches a guess from the first block alone, where there are hundreds."""
-    owners = (*(0, 1) * 160, *(1, 0) * 160)
-    x = torch.randn(640, 3, 8)
-    x[::320] += 1e4
-    mean, std = cpu.block_moments(x, (1,) * 640, BlockGroups(2, owners))
-    for k in range(2):
-        members = x.double()[torch.tensor(owners) == k]
-        deviation, center = torch.std_mean(members, dim=(0, 2), correction=0)
-        assert ((mean[k] - center).abs() <= 1e-6 * deviation).all()
-        assert ((std[k] - deviation).abs() <= 1e-6 * deviation).all()
+        deviation, center = torch.std_mean(torch.cat(group), dim=(0, 2, 3), correction=0)
+        torch.testing.assert_close(mean[k], center.float(), rtol=3e-7, atol=1e-6)
+        torch.testing.assert_close(std[k], deviation.float(), rtol=2e-4 if k else 1e-6, atol=0)
 
 
 @pytest.mark.parametrize("shape", [(6, 3), (6, 3, 4)], ids=str)
@@ -131,27 +97,6 @@ def test_float64_has_infinite_variances_without_fused_arithmetic(capability: str
     assert done.stdout.strip() == "True"
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
-@pytest.mark.parametrize("layout", ["contiguous_format", "channels_last"])
-def test_a_loop_over_a_layer_gets_no_new_pages(layout: str) -> None:
-    """Catches memory that glibc returns at every step and asks for again, page by page."""
-    program = (
-        "import resource, torch; from shuffle_batchnorm import ShuffleBatchNorm;"
-        "torch.set_num_threads(1); layer = ShuffleBatchNorm(256, mode='local', groups=8);"
-        f"x = torch.randn(32, 256, 14, 14).contiguous(memory_format=torch.{layout});"
-        "step = lambda: layer(x.requires_grad_()).sum().backward() or setattr(x, 'grad', None);"
-        "pages = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt;"
-        "[step() for _ in range(5)]; before = pages(); [step() for _ in range(20)];"
-        "print((pages() - before) * resource.getpagesize() / 20 / x.untyped_storage().nbytes())"
-    )
-    # A threshold set by hand stays as it is.
-    environment = {name: value for name, value in os.environ.items() if "MALLOC" not in name}
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
-    )
-    assert float(done.stdout) < 0.5, "new memory per step, as a share of the input's"
-
-
 class _Largest(TorchDispatchMode):
     """Notes the largest memory that an operation returns, but for that of a tensor."""
 
@@ -171,22 +116,19 @@ class _Largest(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("sizes", [(4096,), (512,) * 8, (64,) * 64, (820, 819, 819, 819, 819)])
-@pytest.mark.parametrize("shape", [(), (1, 2)], ids=["channels_last", "channels_last of two"])
-@pytest.mark.parametrize("value", [1.0, 1e30, math.nan])
+@pytest.mark.parametrize("sizes", [(4096,), (512,) * 8])
+@pytest.mark.parametrize("shape", [(), (1, 2)], ids=["L=1", "channels_last"])
 def test_sums_take_no_memory_like_their_input(
-    sizes: tuple[int, ...], shape: tuple[int, ...], value: float, monkeypatch: pytest.MonkeyPatch
+    sizes: tuple[int, ...], shape: tuple[int, ...]
 ) -> None:
-    """Catches a sum per sample where a sample is a value, and all of a batch in float64."""
-    for module in (cpu, cpu_views):
-        monkeypatch.setattr(module, "PART", min(2**15, 2**16 // torch.get_num_threads()))
-    x = value * torch.randn(4096, 64, *shape)
+    """Catches a sum per sample where that is a value, and large blocks that are copied."""
+    x = torch.randn(4096, 64, *shape)
     x = x.movedim(1, -1).contiguous().movedim(-1, 1)
     rows = torch.randn(len(sizes), 64)
     with _Largest(x) as largest:
         cpu.block_moments(x, sizes)
         cpu.block_grad_sums(x, x, sizes, rows, rows)
-    assert largest.bytes < 0.6 * x.untyped_storage().nbytes()
+    assert largest.bytes < 0.1 * x.untyped_storage().nbytes()
 
 
 @pytest.mark.parametrize("scale", [1e18, 1e25, 1e35])
@@ -211,30 +153,23 @@ def test_a_deviation_is_finite_where_its_square_is_not(
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
-@pytest.mark.parametrize("columns", [4, 16])
-def test_an_infinity_in_lines_is_the_mean_of_its_channel(
-    value: float, columns: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Catches inf - inf where channels_last are summed in pieces, side by side."""
-    monkeypatch.setattr(cpu_sums, "_LINES", 16)
-    monkeypatch.setattr(cpu_sums, "_COLUMNS", columns)
-    x = torch.randn(8, 4, 5, 7).contiguous(memory_format=torch.channels_last)
+@pytest.mark.parametrize("sizes", [(8,), (2,) * 4], ids=str)
+def test_an_infinity_is_the_mean_of_its_channel(value: float, sizes: tuple[int, ...]) -> None:
+    """Catches inf - inf where blocks are merged, and an infinity that is lost in float64."""
+    x = torch.randn(8, 4, 5, 7)
     x[0, 1, 0, 0] = value
-    mean, std = cpu.block_moments(x, (8,))
-    torch.testing.assert_close(mean[0], x.mean(dim=(0, 2, 3)), equal_nan=True)
-    assert std.isfinite().tolist() == [[True, False, True, True]]
+    for data in (x, x.contiguous(memory_format=torch.channels_last)):
+        mean, std = cpu.block_moments(data, sizes, BlockGroups(1, (0,) * len(sizes)))
+        torch.testing.assert_close(mean[0], x.mean(dim=(0, 2, 3)), equal_nan=True)
+        assert std.isfinite().tolist() == [[True, False, True, True]]
 
 
-@pytest.mark.parametrize("columns", [4, 16])
-def test_float64_lines_have_infinite_variances(
-    columns: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Catches inf - inf in the merging of pieces, which no wider dtype mends."""
-    monkeypatch.setattr(cpu_sums, "_LINES", 16)
-    monkeypatch.setattr(cpu_sums, "_COLUMNS", columns)
-    x = 1e200 * torch.randn(5, 4, 5, 7, dtype=torch.float64)
-    std = cpu.block_moments(x.contiguous(memory_format=torch.channels_last), (5,))[1]
-    assert std.isinf().all()
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_float64_has_infinite_variances(layout: torch.memory_format) -> None:
+    """Catches inf - inf in the merge, where no wider dtype helps."""
+    x = 1e200 * torch.randn(6, 4, 5, 7, dtype=torch.float64).contiguous(memory_format=layout)
+    for sizes, groups in (((6,), None), ((2,) * 3, None), ((2,) * 3, BlockGroups(1, (0,) * 3))):
+        assert cpu.block_moments(x, sizes, groups)[1].isinf().all()
 
 
 @pytest.mark.parametrize("shape", [(64, 8), (4, 8, 8, 8), (4, 8, 64)], ids=str)

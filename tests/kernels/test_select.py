@@ -1,207 +1,106 @@
-"""The four kernels: the reference against loops of plain torch, the others against the reference.
+"""Which kernels a tensor gets: by device and dtype, and where Triton does not work."""
 
-`torch.use_deterministic_algorithms` fills fresh memory with NaN, so an output that a kernel does
-not write can't be right by luck.
-"""
-
-import itertools
-from collections.abc import Callable
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 
-from kernels.kernel_cases import (
-    DTYPES,
-    GROUPED,
-    LAST2D,
-    NAMED,
-    all_four,
-    assert_near,
-    assert_one_rounding,
-    cast,
-    check_groups,
-    loops,
-    randn,
-    rows_for,
-)
-from shuffle_batchnorm.kernels import cpu, cpu_sums, cpu_views, reference
-from shuffle_batchnorm.kernels import rows as kernel_rows
-from shuffle_batchnorm.kernels.rows import BlockGroups
-from shuffle_batchnorm.kernels.select import Kernels, select
+from kernels.kernel_cases import all_four, rows_for
+from shuffle_batchnorm.kernels import cpu, reference, select
+from shuffle_batchnorm.kernels.select import Kernels
 from shuffle_batchnorm.norm.mixing import block_sizes
 
 CPU: Kernels = cpu
 REFERENCE: Kernels = reference
-
-
-pytestmark = pytest.mark.usefixtures("nan_in_fresh_memory")
-
-
-@NAMED
-@DTYPES
-def test_reference_is_the_formula(
-    case: tuple[Callable[[], Tensor], tuple[int, ...]], dtype: torch.dtype
-) -> None:
-    """Catches a truth for the kernels that is wrong itself."""
-    x, sizes = cast(case[0](), dtype), case[1]
-    dy, rows = randn(*x.shape).to(dtype), rows_for(x, sizes, 4)
-    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
-    assert_near(all_four(REFERENCE, x, dy, sizes, rows), loops(x, dy, sizes, rows), tolerance)
-
-
-@pytest.fixture(params=["whole", "in parts", "in parts, each for itself"])
-def _cut(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Take even small tensors the ways of large ones."""
-    if request.param != "whole":
-        monkeypatch.setattr(cpu_views, "PART", 7)
-        for name in ("_LINES", "_LONG"):
-            monkeypatch.setattr(cpu_sums, name, 7)
-        monkeypatch.setattr(cpu_sums, "_COLUMNS", 24)
-        if "each for itself" in request.param:
-            monkeypatch.setattr(cpu, "_MANY", 0)  # the gradient of channels_last in two passes
-            monkeypatch.setattr(cpu, "_SMALL", 0)  # planes in one pass
-            monkeypatch.setattr(cpu_sums, "_CALL", 0)  # channels_last block by block
-
-
-@NAMED
-@DTYPES
-@pytest.mark.usefixtures("_cut")
-def test_cpu_is_the_reference(
-    case: tuple[Callable[[], Tensor], tuple[int, ...]], dtype: torch.dtype
-) -> None:
-    """Catches a layout read wrongly, a block's row given to another, an output left unwritten."""
-    x = cast(case[0](), dtype)
-    before = x.clone()
-    # The gradient comes as the next layer's backward made it: like x, or in any other layout.
-    gradients = [randn(*x.shape).to(dtype), cast(case[0]().flip(0), dtype)]
-    gradients.append(gradients[0].movedim(1, -1).contiguous().movedim(-1, 1))
-    gradients.append(gradients[0][:1, :1].expand_as(x))  # of a sum: strides of 0
-    # Few blocks and many are for different loops of aten.
-    for dy, sizes in itertools.product(gradients, (case[1], block_sizes(len(x), 1, 9))):
-        rows = rows_for(x, sizes, 4)
-        got, want = (all_four(k, x, dy, sizes, rows) for k in (CPU, REFERENCE))
-        assert_near(got, want, 1e-12 if dtype == torch.float64 else 1e-5)
-        for name, tensor in want.items():
-            assert got[name].dtype == tensor.dtype == dtype, name
-            assert got[name].shape == tensor.shape, name
-    assert torch.equal(x, before), "a kernel wrote to its input"
-
-
-@pytest.mark.parametrize("kernels", [CPU, REFERENCE], ids=["cpu", "reference"])
-@pytest.mark.parametrize("shape", [(4, 6), (4, 6, 5), (4, 6, 5, 3), (4, 6, 2, 3, 2), (4, 1, 5, 3)])
-@pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("other_gradient", [False, True])
-def test_layout_of_the_input_is_kept(
-    kernels: Kernels, shape: tuple[int, ...], channels_last: bool, other_gradient: bool
-) -> None:
-    """Catches outputs in the gradient's memory format, or always contiguous (pytorch#64039)."""
-    x, dy = randn(*shape), randn(*shape)
-    x = x.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else x
-    if channels_last != other_gradient:
-        dy = dy.movedim(1, -1).contiguous().movedim(-1, 1)
-    for sizes in ((1, 3), block_sizes(4, 1, 9)):
-        results = all_four(kernels, x, dy, sizes, rows_for(x, sizes, 4))
-        assert results["y"].stride() == results["dx"].stride() == x.stride()
-        for name in ("mean", "std", "total", "dot"):
-            assert results[name].is_contiguous(), name
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_half_precision_is_summed_in_float32(dtype: torch.dtype, channels_last: bool) -> None:
-    """Catches sums and counts in half precision (pytorch#96203, #126525): 32768 values a block."""
-    x = (randn(64, 3, 32, 32) * 10).to(dtype)
-    x = x.contiguous(memory_format=LAST2D) if channels_last else x
-    dy, sizes = randn(*x.shape).to(dtype), (32, 32)
-    assert_one_rounding(select(x), x, dy, sizes, rows_for(x, sizes, 4))
-
-
-@pytest.mark.parametrize("kernels", [CPU, REFERENCE], ids=["cpu", "reference"])
-@pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("empty_blocks", [0, 8])
-def test_large_means_cancel_no_more_than_in_batch_norm(
-    kernels: Kernels, channels_last: bool, empty_blocks: int
-) -> None:
-    """Catches E[x²] − E[x]²: at a mean of 1e4 deviations it leaves no digit of the variance."""
-    x = torch.randn(16, 8, 16, 16) + 1e4
-    x = x.contiguous(memory_format=LAST2D) if channels_last else x
-    exact = nn.BatchNorm2d(8, affine=False).double()(x.double())
-    theirs = (nn.BatchNorm2d(8, affine=False)(x).double() - exact).norm()
-    sizes = (16, *[0] * empty_blocks)
-    mean, std = kernels.block_moments(x, sizes)
-    rstd = (std.square() + 1e-5).rsqrt()
-    y = kernels.block_affine(x, sizes, mean, rstd, torch.zeros_like(mean))
-    assert (y.double() - exact).norm() <= 3 * theirs
-
-
-@pytest.mark.parametrize("shape", [(32, 4, 49), (3, 4, 49), (2, 4, 5000), (640, 4, 1)], ids=str)
-@pytest.mark.parametrize("blocks", [1, 2])
-def test_moments_of_the_reference_keep_their_digits(shape: tuple[int, ...], blocks: int) -> None:
-    """Catches what is rounded off a mean, of a plane or a block, left in it or in the deviation."""
-    x, sizes = torch.randn(shape) + 1e6, block_sizes(shape[0], 1, blocks)
-    mean, std = reference.block_moments(x, sizes)
-    for k, block in enumerate(x.double().split(sizes)):
-        exact = torch.std_mean(block, dim=(0, 2), correction=0)
-        assert (mean[k] - exact[1]).abs().max() <= 0.51 * 2**-4, "half the last place of 1e6"
-        assert (std[k] / exact[0] - 1).abs().max() < 1e-6
-
-
-@pytest.mark.parametrize("kernels", [CPU, REFERENCE], ids=["cpu", "reference"])
-@GROUPED
-@pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.usefixtures("_cut")
-def test_groups_are_made_of_their_blocks(
-    kernels: Kernels,
-    shape: tuple[int, ...],
-    sizes: tuple[int, ...],
-    groups: BlockGroups,
-    channels_last: bool,
-) -> None:
-    """Catches a block in another's group, one counted twice, and groups that share a mean."""
-    check_groups(kernels, shape, sizes, groups, channels_last)
+CUDA = torch.cuda.is_available()
 
 
 def test_kernels_are_chosen_by_device_and_dtype() -> None:
     """Catches an empty batch sent to aten's loops, and full batches that are not."""
     for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
-        assert select(torch.zeros(2, 3, dtype=dtype)) is CPU
-    assert select(torch.zeros(0, 3)) is REFERENCE
-    assert select(torch.zeros(2, 3, device="meta")) is REFERENCE
+        assert select.select(torch.zeros(2, 3, dtype=dtype)) is CPU
+    assert select.select(torch.zeros(0, 3)) is REFERENCE
+    assert select.select(torch.zeros(2, 3, device="meta")) is REFERENCE
+    with FakeTensorMode():
+        assert select.select(torch.zeros(2, 3)) is REFERENCE
 
 
 def test_no_samples_at_all() -> None:
     """Catches a division by 0 or an error on a rank that got no data (pytorch#36530)."""
     x = torch.empty(0, 3, 4)
     sizes = block_sizes(0, 2, 3)
-    results = all_four(select(x), x, x, sizes, rows_for(x, sizes, 4))
+    results = all_four(select.select(x), x, x, sizes, rows_for(x, sizes, 4))
     for name in ("mean", "std", "total", "dot"):
         assert torch.equal(results[name], torch.zeros(6, 3)), name
     assert results["y"].shape == results["dx"].shape == x.shape
 
 
-@pytest.mark.parametrize("kernels", [CPU, REFERENCE], ids=["cpu", "reference"])
-@pytest.mark.parametrize("shape", [(3, 4), (3, 4, 5)], ids=str)
-def test_numbers_kept_from_call_to_call_stay_what_they_are(
-    kernels: Kernels, shape: tuple[int, ...]
+class _OnAGPU:
+    """What `select` looks at in a tensor."""
+
+    is_cuda = True
+    dtype = torch.float32
+    device = torch.device("cuda")
+
+    def numel(self) -> int:
+        return 1
+
+
+@pytest.fixture
+def _no_choice_yet() -> Iterator[None]:
+    select._triton.cache_clear()
+    yield
+    select._triton.cache_clear()
+
+
+@pytest.mark.usefixtures("_no_choice_yet")
+def test_triton_is_chosen_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches Triton for tensors without numbers or of other dtypes, or while compiling."""
+    pytest.importorskip("triton", reason="Triton is for Linux")
+    x: Any = _OnAGPU()
+    monkeypatch.setattr(select, "Tensor", _OnAGPU)
+    monkeypatch.setattr(torch, "ones", lambda *shape, **_: torch.full(shape, 1.0))
+    assert select.select(x).__name__.endswith("triton_launch")  # type: ignore[attr-defined]
+    x.dtype = torch.float8_e4m3fn
+    assert select.select(x) is REFERENCE
+    x.dtype = torch.float32
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert select.select(x) is REFERENCE
+
+
+@pytest.mark.skipif(CUDA, reason="it is there")
+@pytest.mark.usefixtures("_no_choice_yet")
+def test_where_triton_does_not_work_a_warning_says_what_is_slower(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Catches a kernel that writes to the counts that the next call will read."""
-    x, sizes = randn(*shape), (2, 1, 0)
-    before = kernel_rows.counts(sizes, 1, x).clone()
-    all_four(kernels, x, x, sizes, rows_for(x, sizes, 4))
-    assert torch.equal(kernel_rows.counts(sizes, 1, x), before)
+    """Catches a training that ends for want of a C compiler, and one that is slow in silence."""
+    pytest.importorskip("triton", reason="Triton is for Linux")
+    x: Any = _OnAGPU()
+    monkeypatch.setattr(select, "Tensor", _OnAGPU)
+    with pytest.warns(UserWarning, match=r"Triton does not work here.* slower: \w+: .+"):
+        assert select.select(x) is REFERENCE
+    assert select.select(x) is REFERENCE  # once is enough
 
 
-def test_what_a_cuda_graph_reads_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches index tensors freed by a full cache, whose memory a replay goes on reading."""
-
-    class OnAGPU(Tensor):
-        is_cuda = True
-
-    held = torch.arange(3).as_subclass(OnAGPU)
-    monkeypatch.setattr(kernel_rows, "_cached", lambda *_: held)
-    monkeypatch.setattr(kernel_rows, "_in_cuda_graphs", kept := set[Tensor]())
-    for is_capturing in (False, True):
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: is_capturing)  # noqa: B023
-        kernel_rows.constant((0, 1, 2), torch.int64, torch.zeros(1))
-        assert kept == ({held} if is_capturing else set())
+@pytest.mark.skipif(CUDA, reason="it is there")
+@pytest.mark.usefixtures("_no_choice_yet")
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        *(("triton_kernels", name) for name in ("moments", "affine", "grad_sums")),
+        *(("triton_rows", name) for name in ("merge_moments", "merge_sums", "normaliser_rows")),
+        *(("triton_rows", name) for name in ("merge_rows", "param_grads", "dx_coefficients")),
+    ],
+)
+def test_a_kernel_that_fails_later_fails_at_the_choice(
+    module: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a training that ends in its first backward pass."""
+    pytest.importorskip("triton", reason="Triton is for Linux")
+    x: Any = _OnAGPU()
+    monkeypatch.setattr(select, "Tensor", _OnAGPU)
+    monkeypatch.setattr(torch, "ones", lambda *shape, **_: torch.full(shape, 1.0))
+    monkeypatch.setattr(f"shuffle_batchnorm.kernels.{module}.{name}", None)
+    with pytest.warns(UserWarning, match="Triton does not work here"):
+        assert select.select(x) is REFERENCE

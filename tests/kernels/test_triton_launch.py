@@ -4,8 +4,6 @@ The interpreter forgives what a compiler doesn't: see test_kernels_compiled.py a
 """
 
 from collections.abc import Callable, Iterator
-from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
@@ -34,7 +32,7 @@ pytest.importorskip("triton", reason="Triton is for Linux")
 import triton
 import triton.language as tl
 
-from shuffle_batchnorm.kernels import triton_kernels, triton_rows
+from shuffle_batchnorm.kernels import triton_kernels
 from shuffle_batchnorm.kernels import triton_launch as triton_module
 
 TRITON: Kernels = triton_module
@@ -301,70 +299,3 @@ def test_a_layer_on_triton_kernels(
     tolerance = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2**-7}[dtype]
     for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
-
-
-class _OnAGPU:
-    """What `select` looks at in a tensor."""
-
-    is_cuda = True
-    dtype = torch.float32
-    device = torch.device("cuda")
-
-    def numel(self) -> int:
-        return 1
-
-
-@pytest.fixture
-def _no_choice_yet() -> Iterator[None]:
-    select._triton.cache_clear()
-    yield
-    select._triton.cache_clear()
-
-
-@pytest.mark.usefixtures("_no_choice_yet")
-def test_triton_is_chosen_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches Triton for tensors without numbers or of other dtypes, or while compiling."""
-    x: Any = _OnAGPU()
-    monkeypatch.setattr(select, "Tensor", _OnAGPU)
-    monkeypatch.setattr(torch, "ones", lambda *shape, **_: torch.full(shape, 1.0))
-    assert select.select(x) is TRITON
-    x.dtype = torch.float8_e4m3fn
-    assert select.select(x) is REFERENCE
-    x.dtype = torch.float32
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert select.select(x) is REFERENCE
-
-
-@pytest.mark.skipif(CUDA, reason="it is there")
-@pytest.mark.usefixtures("_no_choice_yet")
-def test_where_triton_does_not_work_a_warning_says_what_is_slower(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Catches a training that ends for want of a C compiler, and one that is slow in silence."""
-    x: Any = _OnAGPU()
-    monkeypatch.setattr(select, "Tensor", _OnAGPU)
-    with pytest.warns(UserWarning, match=r"Triton does not work here.* slower: \w+: .+"):
-        assert select.select(x) is REFERENCE
-    assert select.select(x) is REFERENCE  # once is enough
-
-
-@pytest.mark.skipif(CUDA, reason="it is there")
-@pytest.mark.usefixtures("_no_choice_yet")
-@pytest.mark.parametrize(
-    ("module", "name"),
-    [
-        *((triton_kernels, name) for name in ("moments", "affine", "grad_sums")),
-        *((triton_rows, name) for name in ("merge_moments", "merge_sums", "normaliser_rows")),
-        *((triton_rows, name) for name in ("merge_rows", "param_grads", "dx_coefficients")),
-    ],
-)
-def test_a_kernel_that_fails_later_fails_at_the_choice(
-    module: ModuleType, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Catches a training that ends in its first backward pass."""
-    x: Any = _OnAGPU()
-    monkeypatch.setattr(select, "Tensor", _OnAGPU)
-    monkeypatch.setattr(torch, "ones", lambda *shape, **_: torch.full(shape, 1.0))
-    monkeypatch.setattr(module, name, None)
-    with pytest.warns(UserWarning, match="Triton does not work here"):
-        assert select.select(x) is REFERENCE

@@ -1,130 +1,74 @@
-"""The four kernels for the CPU, from aten's loops, about as fast as ``nn.BatchNorm2d``.
+"""The four kernels for the CPU, from aten's batch norm, which knows channels, not blocks.
 
-aten's batch norms know channels, not blocks. Two ways turn blocks into channels without a copy:
+Input is cut into parts that aten takes as channels; what is found of parts is merged. Of contiguous
+input each sample's channel is a part, in ``[1, N * C, L]``. Of channels-last input and ``[N, C]``
+each block's are, in ``[n * L, C]``; small blocks are copied side by side, ``[n * L, blocks * C]``.
 
-- *planes*, for contiguous input: each sample's channel, L values in a row. Rows ``[blocks, C]``
-  broadcast with ``[blocks, n, C, L]``; aten's batch norm takes each plane for a channel, in
-  ``[1, N * C, L]``, and reads it in the order of memory, in half the time of its own strides. What
-  is summed per plane, ``1 / L`` of the data, is then pooled to blocks.
-- *lines* ``[N * L, C]``, for channels-last input: the sums of large blocks take a call for each,
-  those of small ones plain operations for all; the affine kernels broadcast.
-
-aten takes half precision only with rows rounded to it, so that is copied to float32 and back.
+The numerics are those of ``nn.BatchNorm2d``: aten and the merge sum squares of distances to a mean,
+so that next to nothing cancels, however large the mean. Statistics that are not finite are computed
+again in float64, as a deviation may be finite where its square is not. Half precision is widened.
 """
 
 import math
-from functools import cache
+from collections.abc import Iterable
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from .cpu_sums import (
-    SHARE,
-    are_small,
-    line_grad_sums,
-    line_moments,
-    moments,
-    plane_grad_sums,
-    take_groups,
-)
-from .cpu_views import PART, in_parts, per_plane, view_rows, view_values
 from .layouts import as_layout, layout
-from .rows import BlockGroups, Sizes, group_sum, has_numbers, merge_blocks, widen
+from .rows import Groups, Sizes, are_equal, block_sum, widen
 from .rows import backward_rows as backward_rows
 from .rows import dx_coefficients as dx_coefficients
 from .rows import merge_moments as merge_moments
 from .rows import normaliser_rows as normaliser_rows
 from .rows import param_grads as param_grads
 
-_MANY = 2**10  # lines with the same row, whose gradient takes two passes
-_SMALL = 2**22  # values that two passes over cached parts map faster than one pass over all
+Cut = tuple[Sizes, Groups]  # parts of each block, and the groups of these
+
+_SMALL = 2**14  # values of a block that are copied in less time than aten is called
+_CHUNK = 2**17  # values per thread that stay in a cache from one pass to the next
 
 
-def block_moments(
-    x: Tensor, sizes: Sizes, groups: BlockGroups | None = None
-) -> tuple[Tensor, Tensor]:
+def block_moments(x: Tensor, sizes: Sizes, groups: Groups = None) -> tuple[Tensor, Tensor]:
     """See `reference.block_moments`."""
-    _keep_freed_memory()
-    x, channels_last = layout(widen(x))
-    can_look = has_numbers(x)
-    # Not traced: a graph for any size can't hold aten's batch norm.
-    if channels_last and can_look and not are_small(x, sizes):
-        mean, std = merge_blocks(*line_moments(x, sizes), sizes, groups)
-    elif groups is not None and groups.number * SHARE < len(sizes):
-        # The first block of a pool is less than a guess has to see.
-        return merge_blocks(*block_moments(x, sizes), sizes, groups)
-    else:
-        mean, std = moments(x, sizes, groups, channels_last)
-    if x.dtype == torch.float32 and can_look and not math.isfinite(std.sum()):
-        _look_again(x, sizes, groups, mean, std)
+    x, channels_last = _layout(x, sizes)
+    batches, cut = _parts(channels_last, sizes, groups, x)
+    moments = (torch.batch_norm_update_stats(part, None, None, 0.0) for (part,) in batches)
+    mean, std = _merge(*_rows(moments, x), cut)
+    if x.dtype == torch.float32 and not math.isfinite(std.sum()):
+        mean, std = (row.float() for row in block_moments(x.double(), sizes, groups))
     return mean, std
 
 
-@cache
-def _keep_freed_memory() -> None:
-    """Let glibc keep up to 64 MiB that a step frees for the next step.
-
-    It keeps twice the largest block up to 32 MiB that the process has freed. The output, gradient
-    and sums of a layer by itself are more, so that a loop over one would get new pages at each
-    step, and take up to three times as long. The block that is freed here has no pages.
-    """
-    bytes(2**25 - 2**14)
-
-
-def _look_again(
-    x: Tensor, sizes: Sizes, groups: BlockGroups | None, mean: Tensor, std: Tensor
-) -> None:
-    """Write the moments whose squares float32 doesn't hold: a deviation fits where values do."""
-    channels = (mean.isfinite() & ~std.isfinite()).any(dim=0).nonzero()[:, 0]
-    if len(channels) == 0:  # the values themselves are infinite
-        return
-    for some in channels.split(max(1, PART * x.shape[1] // x.numel())):
-        again = block_moments(x[:, some].double(), sizes, groups)
-        for rows, new in zip((mean, std), again, strict=True):
-            rows[:, some] = new.to(rows.dtype)
-
-
 def block_affine(
-    x: Tensor,
-    sizes: Sizes,
-    center: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    groups: BlockGroups | None = None,
+    x: Tensor, sizes: Sizes, center: Tensor, scale: Tensor, shift: Tensor, groups: Groups = None
 ) -> Tensor:
     """See `reference.block_affine`."""
-    dtype = x.dtype
-    x, channels_last = layout(widen(x))
-    y = torch.empty_like(x)
-    scale, shift = take_groups(groups, scale, torch.addcmul(shift, center, scale, value=-1))
-    if not channels_last and x.numel() >= _SMALL:
-        _one_pass_affine(y, x, *per_plane(sizes, scale, shift))
-        return y.to(dtype)
-    views = (view_values(tensor, sizes, channels_last) for tensor in (y, x))
-    rows = view_rows(sizes, channels_last, scale, shift)
+    like, (x, channels_last) = x, _layout(x, sizes)
     if channels_last:
-        out, values = views
-        torch.addcmul(rows[1], values, rows[0], out=out)
-    else:
-        for out, values, scales, shifts in in_parts(*views, *rows):
-            torch.mul(values, scales, out=out).add_(shifts)
-    return y.to(dtype)
+        shift = torch.addcmul(shift, center, scale, value=-1)
+        scale, shift = (_per_sample(row, x, sizes, groups, 1) for row in (scale, shift))
+        return _as(like, x, torch.addcmul(shift, _flat(x, True), scale))
+    owners = _owners(sizes, groups)
+    scale, shift, center = (row.index_select(0, owners).view(-1) for row in (scale, shift, center))
+    planes, one = x.view(1, len(scale), -1), torch.ones_like(scale)
+    y = torch.native_batch_norm(planes, scale, shift, center, one, False, 0.0, 0.0)[0]
+    return _as(like, x, y)
 
 
 def block_grad_sums(
-    dy: Tensor,
-    x: Tensor,
-    sizes: Sizes,
-    center: Tensor,
-    scale: Tensor,
-    groups: BlockGroups | None = None,
+    dy: Tensor, x: Tensor, sizes: Sizes, center: Tensor, scale: Tensor, groups: Groups = None
 ) -> tuple[Tensor, Tensor]:
     """See `reference.block_grad_sums`."""
-    x, channels_last = layout(widen(x))
+    x, channels_last = _layout(x, sizes)
     dy = as_layout(widen(dy), channels_last)
-    sums_of_blocks = line_grad_sums if channels_last else plane_grad_sums
-    total, dot = sums_of_blocks(dy, x, sizes, *take_groups(groups, center, scale))
-    return group_sum(total, groups), group_sum(dot, groups)
+    batches, cut = _parts(channels_last, sizes, groups, dy, x)
+    if cut is not None:
+        center, scale = (row.index_select(0, _owners(*cut)) for row in (center, scale))
+    rows = (row.reshape(len(batches), -1) for row in (center, scale))
+    total, dot = _rows(map(_grad_sums, batches, *rows), x)
+    return _sum(total, cut), _sum(dot, cut)
 
 
 def block_grad_affine(
@@ -135,40 +79,122 @@ def block_grad_affine(
     b: Tensor,
     center: Tensor,
     c: Tensor,
-    users: BlockGroups | None = None,
-    groups: BlockGroups | None = None,
+    users: Groups = None,
+    groups: Groups = None,
 ) -> Tensor:
     """See `reference.block_grad_affine`."""
-    dtype = x.dtype
-    x, channels_last = layout(widen(x))
-    dy, dx = as_layout(widen(dy), channels_last), torch.empty_like(x)
-    views = (view_values(tensor, sizes, channels_last) for tensor in (dx, dy, x))
-    (a,) = take_groups(users, a)
-    if channels_last and x.numel() >= _MANY * b.numel():
-        # The error of aten's mean of so many lines is larger than that of a shift by it.
-        b, c = take_groups(groups, b, torch.addcmul(c, b, center, value=-1))
-        rows = view_rows(sizes, channels_last, a, b, c)
-        for out, grads, values, factors, dx_coefficients, shifts in in_parts(*views, *rows, room=2):
-            torch.addcmul(shifts, values, dx_coefficients, out=out).addcmul_(grads, factors)
-        return dx.to(dtype)
-    rows = view_rows(sizes, channels_last, a, *take_groups(groups, b, center, c))
-    for out, grads, values, factors, dx_coefficients, centers, shifts in in_parts(*views, *rows):
+    like, (x, channels_last) = x, _layout(x, sizes)
+    flat, axis = _flat(x, channels_last), 1 if channels_last else 2
+    grads, dx = _flat(as_layout(widen(dy), channels_last), channels_last), torch.empty_like(flat)
+    a = _per_sample(a, x, sizes, users, axis)
+    b, center, c = (_per_sample(row, x, sizes, groups, axis) for row in (b, center, c))
+    for out, values, d, slope, mean, shift, factor in _chunks(dx, flat, grads, b, center, c, a):
         # x * b would be as large as the mean, and so would be what its rounding leaves.
-        torch.sub(values, centers, out=out)
+        torch.sub(values, mean, out=out)
         if channels_last:
-            torch.addcmul(shifts, out, dx_coefficients, out=out)
-        else:  # over planes, aten vectorises an operation with one number per plane, not with two
-            out.mul_(dx_coefficients).add_(shifts)
-        out.addcmul_(grads, factors)
-    return dx.to(dtype)
+            torch.addcmul(shift, out, slope, out=out)
+        else:  # aten vectorises an operation with one number per plane, not with two
+            out.mul_(slope).add_(shift)
+        out.addcmul_(d, factor)
+    return _as(like, x, dx)
 
 
-def _one_pass_affine(y: Tensor, x: Tensor, scale: Tensor, shift: Tensor) -> None:
-    """Write ``x * scale + shift``, with a number per plane."""
-    # A batch norm in eval mode, with running statistics 0 and 1.
-    zero, one, unused = torch.zeros_like(scale), torch.ones_like(scale), x.new_empty(0)
-    planes = 1, len(scale), x.shape[2:].numel()
-    torch.native_batch_norm(
-        x.view(planes), scale, shift, zero, one, False, 0.0, 0.0,
-        out=(y.view(planes), unused, unused.clone()),
-    )  # fmt: skip
+def _layout(x: Tensor, sizes: Sizes) -> tuple[Tensor, bool]:
+    """See `layouts.layout`. Channels-last is what aten knows as such, in blocks of one size."""
+    x, channels_last = layout(widen(x))
+    known = are_equal(sizes) and (x.ndim != 3 or x.shape[2] == 1)
+    return (x, True) if channels_last and known else (x.contiguous(), False)
+
+
+def _as(like: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """View y, which has the order of x in memory, as x, in the dtype and layout of `like`."""
+    y = y.as_strided(x.size(), x.stride())
+    return y if like is x else torch.empty_like(like).copy_(y)
+
+
+def _parts(
+    channels_last: bool, sizes: Sizes, groups: Groups, *tensors: Tensor
+) -> tuple[list[tuple[Tensor, ...]], Cut | None]:
+    """Return batches whose channels, axis 1, are parts, and how these merge; None: not at all."""
+    (samples, channels), number = tensors[0].shape[:2], groups.number if groups else len(sizes)
+    if not channels_last:
+        return [tuple(x.view(1, samples * channels, -1) for x in tensors)], (sizes, groups)
+    flat = [_flat(x, True).reshape(-1, channels) for x in tensors]
+    if number == 1:
+        return [tuple(flat)], None
+    if flat[0].numel() < _SMALL * len(sizes):
+        order = _side_by_side(sizes, groups, len(flat[0]) // samples)
+        return [tuple(x.index_select(0, order).view(-1, number * channels) for x in flat)], None
+    blocks = (x.view(len(sizes), -1, channels).unbind() for x in flat)
+    return list(zip(*blocks, strict=True)), groups and ((1,) * len(sizes), groups)
+
+
+def _grad_sums(batch: tuple[Tensor, ...], center: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``sum dy`` and ``sum dy * (x - center) * scale`` of channels."""
+    # The gradients of bias and weight of a batch norm whose saved mean and rstd these are.
+    _, dot, total = torch.ops.aten.native_batch_norm_backward(
+        *batch, None, None, None, center, scale, True, 0.0, [False, True, True]
+    )
+    return total, dot
+
+
+def _rows(found: Iterable[tuple[Tensor, ...]], x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the two that were found of all batches as rows ``[parts, C]``."""
+    first, second = (r[0] if len(r) == 1 else torch.cat(r) for r in zip(*found, strict=True))
+    return first.view(-1, x.shape[1]), second.view(-1, x.shape[1])
+
+
+def _sum(parts: Tensor, cut: Cut | None) -> Tensor:
+    """Sum rows of parts to those of blocks or groups."""
+    if cut is None or cut[1] is None:
+        return parts if cut is None else block_sum(parts, cut[0])
+    parts = parts.index_select(0, _side_by_side(*cut, 1))
+    return parts.view(-1, cut[1].number, parts.shape[1]).sum(dim=0)
+
+
+def _merge(mean: Tensor, var: Tensor, cut: Cut | None) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation of blocks or groups; all parts have as many values."""
+    if cut is None:
+        return mean, var.sqrt_()
+    total, owners = _sum(mean.double(), cut), _owners(*cut)
+    size = owners.bincount(minlength=len(total)).clamp_(min=1).unsqueeze(1)
+    center = (total / size).to(mean.dtype)
+    distance = mean - center.index_select(0, owners)
+    return center, _sum(torch.addcmul(var, distance, distance), cut).div_(size).sqrt_()
+
+
+def _flat(x: Tensor, channels_last: bool) -> Tensor:
+    """View ``[N, C, *]`` as ``[N, C, L]``, channels-last as ``[N, L, C]``; ``[N, C]`` stays."""
+    if x.ndim == 2:
+        return x
+    return x.movedim(1, -1).flatten(1, -2) if channels_last else x.flatten(2)
+
+
+def _per_sample(row: Tensor, x: Tensor, sizes: Sizes, groups: Groups, axis: int) -> Tensor:
+    """Give each sample its row, to broadcast with `_flat`; one row is for all."""
+    row = row if len(row) == 1 else row.index_select(0, _owners(sizes, groups))
+    return row if x.ndim == 2 else row.unsqueeze(axis)
+
+
+def _chunks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """Cut tensors along samples, for several passes over what stays in a cache."""
+    samples = len(tensors[0])
+    size = max(1, _CHUNK * torch.get_num_threads() * samples // tensors[0].numel())
+    if size >= samples:
+        return [tensors]
+    return zip(*(x.expand(samples, *x.shape[1:]).split(size) for x in tensors), strict=True)
+
+
+@lru_cache(maxsize=1024)
+def _owners(sizes: Sizes, groups: Groups) -> Tensor:
+    """Return the row of each sample or part: its block, or the group of that."""
+    owners = range(len(sizes)) if groups is None else groups.owners
+    return torch.tensor([row for row, n in zip(owners, sizes, strict=True) for _ in range(n)])
+
+
+@lru_cache(maxsize=1024)
+def _side_by_side(sizes: Sizes, groups: Groups, length: int) -> Tensor:
+    """Return the first position of each block or group, then the second of each, and so on."""
+    number = len(sizes) if groups is None else groups.number
+    samples = _owners(sizes, groups).argsort(stable=True)[:, None]
+    return (samples * length + torch.arange(length)).view(number, -1).t().flatten()

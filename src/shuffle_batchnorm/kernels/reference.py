@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .rows import (
-    BlockGroups,
+    Groups,
     Sizes,
     block_sum,
     counts,
@@ -28,9 +28,7 @@ from .rows import normaliser_rows as normaliser_rows
 from .rows import param_grads as param_grads
 
 
-def block_moments(
-    x: Tensor, sizes: Sizes, groups: BlockGroups | None = None
-) -> tuple[Tensor, Tensor]:
+def block_moments(x: Tensor, sizes: Sizes, groups: Groups = None) -> tuple[Tensor, Tensor]:
     """Return the mean and (biased) standard deviation of blocks or groups, 0 if empty.
 
     Two passes over each sample's channel, its plane, then the planes of a block are merged. Every
@@ -58,12 +56,7 @@ def block_moments(
 
 
 def block_affine(
-    x: Tensor,
-    sizes: Sizes,
-    center: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    groups: BlockGroups | None = None,
+    x: Tensor, sizes: Sizes, center: Tensor, scale: Tensor, shift: Tensor, groups: Groups = None
 ) -> Tensor:
     """Return ``y = (x - center) * scale + shift`` in x's dtype and layout.
 
@@ -80,12 +73,7 @@ def block_affine(
 
 
 def block_grad_sums(
-    dy: Tensor,
-    x: Tensor,
-    sizes: Sizes,
-    center: Tensor,
-    scale: Tensor,
-    groups: BlockGroups | None = None,
+    dy: Tensor, x: Tensor, sizes: Sizes, center: Tensor, scale: Tensor, groups: Groups = None
 ) -> tuple[Tensor, Tensor]:
     """Return the sums of ``dy`` and of ``dy * (x - center) * scale`` over blocks or groups."""
     dy_planes, x_planes = _planes(dy), _planes(x)
@@ -105,8 +93,8 @@ def block_grad_affine(
     b: Tensor,
     center: Tensor,
     c: Tensor,
-    users: BlockGroups | None = None,
-    groups: BlockGroups | None = None,
+    users: Groups = None,
+    groups: Groups = None,
 ) -> Tensor:
     """Return ``dx = a * dy + b * (x - center) + c``, in x's dtype and layout.
 
@@ -123,7 +111,7 @@ def _planes(x: Tensor) -> Tensor:
     return widen(x.reshape(x.shape[0], x.shape[1], x.shape[2:].numel()))
 
 
-def _of_blocks(groups: BlockGroups | None, *rows: Tensor) -> tuple[Tensor, ...]:
+def _of_blocks(groups: Groups, *rows: Tensor) -> tuple[Tensor, ...]:
     """Give each block the row of its group."""
     return rows if groups is None else tuple(take(row, groups.owners) for row in rows)
 

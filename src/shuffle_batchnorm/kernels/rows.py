@@ -39,6 +39,9 @@ class BlockGroups(NamedTuple):
         return _argsort(self.owners) if torch.compiler.is_compiling() else _sorted(self.owners)
 
 
+Groups = BlockGroups | None  # None: each block is a group of its own
+
+
 def _argsort(owners: Order) -> Order:
     return tuple(sorted(range(len(owners)), key=owners.__getitem__))
 
@@ -144,7 +147,7 @@ def block_sum(samples: Tensor, sizes: Sizes) -> Tensor:
     return filled.view(len(sizes), len(positions) // len(sizes), rows.shape[1]).sum(dim=1)
 
 
-def group_sum(rows: Tensor, groups: BlockGroups | None) -> Tensor:
+def group_sum(rows: Tensor, groups: Groups) -> Tensor:
     """Sum the blocks of each group: ``[blocks, C]`` to ``[groups, C]``; None: no groups."""
     if groups is None:
         return rows
@@ -152,9 +155,7 @@ def group_sum(rows: Tensor, groups: BlockGroups | None) -> Tensor:
     return rows.view(groups.number, groups.members, -1).sum(dim=1) if groups.members > 1 else rows
 
 
-def merge_blocks(
-    mean: Tensor, std: Tensor, sizes: Sizes, groups: BlockGroups | None
-) -> tuple[Tensor, Tensor]:
+def merge_blocks(mean: Tensor, std: Tensor, sizes: Sizes, groups: Groups) -> tuple[Tensor, Tensor]:
     """Merge moments of blocks, ``[blocks, C]`` each to ``[groups, C]``; None: no groups."""
     if groups is None:
         return mean, std

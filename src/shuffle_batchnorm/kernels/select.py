@@ -16,14 +16,14 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from . import cpu, reference
-from .rows import BlockGroups, Running, Sizes
+from .rows import BlockGroups, Groups, Running, Sizes, has_numbers
 
 
 class Kernels(Protocol):
     """What a kernel module offers; ``sizes`` are the samples per block, in order."""
 
     def block_moments(
-        self, x: Tensor, sizes: Sizes, groups: BlockGroups | None = None
+        self, x: Tensor, sizes: Sizes, groups: Groups = None
     ) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation ``[blocks, C]``; with groups, ``[groups, C]``."""
 
@@ -34,7 +34,7 @@ class Kernels(Protocol):
         center: Tensor,
         scale: Tensor,
         shift: Tensor,
-        groups: BlockGroups | None = None,
+        groups: Groups = None,
     ) -> Tensor:
         """Return ``(x - center) * scale + shift``; with groups, of rows ``[groups, C]``."""
 
@@ -45,7 +45,7 @@ class Kernels(Protocol):
         sizes: Sizes,
         center: Tensor,
         scale: Tensor,
-        groups: BlockGroups | None = None,
+        groups: Groups = None,
     ) -> tuple[Tensor, Tensor]:
         """Return the sums of ``dy`` and of ``dy * (x - center) * scale``, ``[blocks, C]``.
 
@@ -61,8 +61,8 @@ class Kernels(Protocol):
         b: Tensor,
         center: Tensor,
         c: Tensor,
-        users: BlockGroups | None = None,
-        groups: BlockGroups | None = None,
+        users: Groups = None,
+        groups: Groups = None,
     ) -> Tensor:
         """Return ``a * dy + b * (x - center) + c``; `a` may be of users, the rest of groups."""
 
@@ -98,9 +98,9 @@ class Kernels(Protocol):
 
 def select(x: Tensor) -> Kernels:
     """Return the kernels for a tensor: its device's own, or the reference."""
-    # The compiler fuses the reference better than opaque calls, and aten's loops divide by the
-    # number of values.
-    if torch.compiler.is_compiling() or x.numel() == 0:
+    # The compiler fuses the reference better than opaque calls, whose number depends on a batch's
+    # size and numbers; and aten's loops divide by the number of values.
+    if torch.compiler.is_compiling() or not has_numbers(x) or x.numel() == 0:
         return reference
     if x.is_cuda:
         # A kernel of ours reads memory, which a subclass, like a fake tensor, may not have.

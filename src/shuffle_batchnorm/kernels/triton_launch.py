@@ -14,14 +14,12 @@ from torch.autograd.graph import increment_version
 from . import rows as torch_rows
 from . import triton_kernels, triton_rows
 from .layouts import as_layout, layout
-from .rows import BlockGroups, Running, Sizes, accumulation_dtype, constant, merge_blocks
+from .rows import Groups, Running, Sizes, accumulation_dtype, constant, merge_blocks
 from .rows import merge_moments as merge_in_torch
 from .tiles import MERGED, elementwise, merge_tile, reduction, row_tile
 
 
-def block_moments(
-    x: Tensor, sizes: Sizes, groups: BlockGroups | None = None
-) -> tuple[Tensor, Tensor]:
+def block_moments(x: Tensor, sizes: Sizes, groups: Groups = None) -> tuple[Tensor, Tensor]:
     """See `reference.block_moments`."""
     members = 1 if groups is None else groups.members
     if members > MERGED:
@@ -49,12 +47,7 @@ def block_moments(
 
 
 def block_affine(
-    x: Tensor,
-    sizes: Sizes,
-    center: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    groups: BlockGroups | None = None,
+    x: Tensor, sizes: Sizes, center: Tensor, scale: Tensor, shift: Tensor, groups: Groups = None
 ) -> Tensor:
     """See `reference.block_affine`."""
     x, channels_last = layout(x)
@@ -62,12 +55,7 @@ def block_affine(
 
 
 def block_grad_sums(
-    dy: Tensor,
-    x: Tensor,
-    sizes: Sizes,
-    center: Tensor,
-    scale: Tensor,
-    groups: BlockGroups | None = None,
+    dy: Tensor, x: Tensor, sizes: Sizes, center: Tensor, scale: Tensor, groups: Groups = None
 ) -> tuple[Tensor, Tensor]:
     """See `reference.block_grad_sums`."""
     x, channels_last = layout(x)
@@ -100,8 +88,8 @@ def block_grad_affine(
     b: Tensor,
     center: Tensor,
     c: Tensor,
-    users: BlockGroups | None = None,
-    groups: BlockGroups | None = None,
+    users: Groups = None,
+    groups: Groups = None,
 ) -> Tensor:
     """See `reference.block_grad_affine`."""
     x, channels_last = layout(x)
@@ -211,10 +199,10 @@ def _affine(
     center: Tensor,
     scale: Tensor,
     shift: Tensor,
-    groups: BlockGroups | None,
+    groups: Groups,
     dy: Tensor | None = None,
     factor: Tensor | None = None,
-    users: BlockGroups | None = None,
+    users: Groups = None,
 ) -> Tensor:
     tiles = elementwise(x.shape, sizes, channels_last, x.itemsize)
     blocks = constant(tiles.table, torch.int64, x)
@@ -228,14 +216,14 @@ def _affine(
     return y
 
 
-def _order(groups: BlockGroups | None, blocks: int, like: Tensor) -> tuple[int, Tensor]:
+def _order(groups: Groups, blocks: int, like: Tensor) -> tuple[int, Tensor]:
     """Return the number of groups, and their blocks in order; without groups each block is one."""
     if groups is None:
         return blocks, constant(tuple(range(blocks)), torch.int64, like)
     return groups.number, constant(groups.order, torch.int64, like)
 
 
-def _owners(groups: BlockGroups | None, like: Tensor) -> Tensor | None:
+def _owners(groups: Groups, like: Tensor) -> Tensor | None:
     """Return the number of each block's row; None if it is its own."""
     return None if groups is None else constant(groups.owners, torch.int64, like)
 
