@@ -25,6 +25,7 @@ from meters import received_messages
 from torch import Tensor
 
 from shuffle_batchnorm.comm.world import resolve
+from shuffle_batchnorm.kernels.select import select
 from shuffle_batchnorm.moco.ranks.launch import Rank, launch
 from shuffle_batchnorm.norm.mixing import Options, make_plan
 from shuffle_batchnorm.norm.statistics import RowFormat, mix, mix_gradients, prepare_call
@@ -70,7 +71,7 @@ def _contestants(channels: int) -> tuple[Contestants, Contestants]:
     backward: Contestants = {SYNC_BN: lambda: dist.all_reduce(sums)}
     for mode in MODES:
         plan = make_plan(Options(mode), world.size, world.rank)
-        call = prepare_call(plan, (), RowFormat(channels, row.dtype))
+        call = prepare_call(plan, (), RowFormat(channels, row.dtype), select(row))
         blocks = plan.groups * plan.per_group
         forward[mode] = partial(mix, row.expand(blocks, -1).contiguous(), call, world)
         of_blocks = sums.view(2, -1).expand(blocks, -1, -1).contiguous()

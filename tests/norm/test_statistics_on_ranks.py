@@ -11,6 +11,7 @@ from torch import Tensor
 from ranks import run_on_ranks
 from shuffle_batchnorm import shuffle_batch_norm
 from shuffle_batchnorm.comm.world import resolve
+from shuffle_batchnorm.kernels.select import select
 from shuffle_batchnorm.norm.mixing import Options, make_plan
 from shuffle_batchnorm.norm.statistics import RowFormat, mix, mix_gradients, prepare_call
 
@@ -73,7 +74,7 @@ def _merged(groups: int, offset: int) -> dict[int, list[Tensor]]:
     generator = torch.Generator().manual_seed(world.rank)
     rows = torch.rand(plan.groups * plan.per_group, 11, generator=generator)
     rows[:, 0] = torch.randint(2, 9, (len(rows),), generator=generator)
-    call = prepare_call(plan, (), RowFormat(5, rows.dtype))
+    call = prepare_call(plan, (), RowFormat(5, rows.dtype), select(rows))
     used = mix(rows, call, world)
     sums = mix_gradients(rows[:, 1:].contiguous().view(-1, 2, 5), call, world)
     first = plan.rank * plan.groups

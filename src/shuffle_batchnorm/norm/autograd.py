@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from shuffle_batchnorm.comm.world import World
-from shuffle_batchnorm.kernels.select import select
 
 from .mixing import CALL
 from .statistics import Call, asks_peers, mix_gradients
@@ -77,7 +76,7 @@ class Normalise(torch.autograd.Function):
         ctx.call = number, call, world
         shift = mean.new_zeros(()) if bias is None else bias.to(mean.dtype)
         shift = shift.expand_as(mean)
-        return select(x).block_affine(x, call.sizes, mean, scale, shift, call.mixing.users)
+        return call.kernels.block_affine(x, call.sizes, mean, scale, shift, call.mixing.users)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -120,7 +119,7 @@ def _gradients(
 
     Always exchanges, even where no gradient of the input is needed: a peer may need one.
     """
-    kernels, sizes, (groups, users) = select(x), call.sizes, call.mixing
+    kernels, sizes, (groups, users) = call.kernels, call.sizes, call.mixing
     total, dot = kernels.block_grad_sums(dy, x, sizes, mean, rstd, users)
     if asks_peers(call.plan):
         dweight, dbias, weighted = kernels.param_grads(total, dot, weight)

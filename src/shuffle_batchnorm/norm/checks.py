@@ -7,6 +7,7 @@ from torch import Tensor
 
 from shuffle_batchnorm.comm import agreement, failures
 from shuffle_batchnorm.comm.world import World
+from shuffle_batchnorm.kernels import select
 from shuffle_batchnorm.kernels.rows import accumulation_dtype
 
 from .mixing import CALL, Options, Plan, make_plan
@@ -109,8 +110,8 @@ def _reject(
     """Take part in the exchange for which the peers are here, so that they learn of it."""
     tensors = [t for t in (input, *parameters) if isinstance(t, Tensor)]
     device = tensors[-1].device if tensors else torch.device("cpu")
-    call = prepare_call(plan, (), row_format)
-    mix(rejection(call, device), call, world)
+    rows = rejection(plan, row_format, device)
+    mix(rows, prepare_call(plan, (), row_format, select.select(rows)), world)
 
 
 def _expected_format(input: Any, parameters: Parameters, num_features: int | None) -> RowFormat:

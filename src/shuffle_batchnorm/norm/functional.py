@@ -14,6 +14,7 @@ from shuffle_batchnorm.comm.world import (
     check_process_group,
     resolve,
 )
+from shuffle_batchnorm.kernels import select
 from shuffle_batchnorm.kernels.rows import (
     Running,
     accumulation_dtype,
@@ -23,7 +24,6 @@ from shuffle_batchnorm.kernels.rows import (
     move,
     unbiased_variance,
 )
-from shuffle_batchnorm.kernels.select import select
 
 from .autograd import Normalise
 from .checks import Parameters, agree_once, check_input, refuse
@@ -162,7 +162,7 @@ def normalise(
         source: tuple[Tensor, ...] | tuple[None, ...] = (None, None, None)
         if statistics.source is not None:
             count, mean, std = statistics.source
-            source_rstd, _ = select(std).normaliser_rows(mean, std, None, eps, count, None)
+            source_rstd, _ = call.kernels.normaliser_rows(mean, std, None, eps, count, None)
             source = (count, mean, source_rstd)
     output = Normalise.apply(  # type: ignore[no-untyped-call]
         input, weight, bias, statistics.counts, statistics.mean, rstd,
@@ -222,7 +222,7 @@ def _prepare(
         # So does a graph for batches of any size.
         plan = plan.without_empty_blocks(batch)
     row_format = RowFormat(input.shape[1], accumulation_dtype(input))
-    return prepare_call(plan, plan.sizes(batch), row_format)
+    return prepare_call(plan, plan.sizes(batch), row_format, select.select(input))
 
 
 def _warn_if_nothing_is_shuffled(options: Options, plan: Plan) -> None:
@@ -251,7 +251,7 @@ def _normaliser_rows(
             _move_running(running, count, statistics, sizes, call.plan)
             running = None
     # Else each normaliser has as many blocks here, so their average is that over the blocks.
-    return select(input).normaliser_rows(mean, std, weight, eps, count, running)
+    return call.kernels.normaliser_rows(mean, std, weight, eps, count, running)
 
 
 def _move_running(

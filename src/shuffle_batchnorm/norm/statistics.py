@@ -13,6 +13,7 @@ from torch import Tensor
 
 from shuffle_batchnorm.comm import collectives, failures
 from shuffle_batchnorm.comm.world import World
+from shuffle_batchnorm.kernels import select
 from shuffle_batchnorm.kernels.rows import (
     BlockGroups,
     Order,
@@ -21,7 +22,7 @@ from shuffle_batchnorm.kernels.rows import (
     per_sample,
     take,
 )
-from shuffle_batchnorm.kernels.select import select
+from shuffle_batchnorm.kernels.select import Kernels
 
 from .mixing import CALL, Plan, block_sizes
 from .routes import Route, find_route, gather_members
@@ -94,6 +95,7 @@ class Call(NamedTuple):
         mixing: who normalises whom, where no peer is asked.
         route: of statistics to the ranks that use them, if there is one.
         back: of gradients, likewise.
+        kernels: those for the input.
     """
 
     plan: Plan
@@ -102,14 +104,17 @@ class Call(NamedTuple):
     mixing: LocalMixing
     route: Route | None
     back: Route | None
+    kernels: Kernels
 
 
-def prepare_call(plan: Plan, sizes: tuple[int, ...], row_format: RowFormat) -> Call:
+def prepare_call(
+    plan: Plan, sizes: tuple[int, ...], row_format: RowFormat, kernels: Kernels
+) -> Call:
     """Find who normalises whom, or which rows travel."""
     route = back = None
     if asks_peers(plan) and plan.shuffles:
         route, back = find_route(plan), find_route(plan.transposed())
-    return Call(plan, sizes, row_format, find_mixing(plan), route, back)
+    return Call(plan, sizes, row_format, find_mixing(plan), route, back, kernels)
 
 
 def find_mixing(plan: Plan) -> LocalMixing:
@@ -131,7 +136,7 @@ def statistics_of(x: Tensor, call: Call, world: World) -> Statistics:
 
     Communication: that of `mix`.
     """
-    kernels, plan, sizes, (groups, users) = select(x), call.plan, call.sizes, call.mixing
+    kernels, plan, sizes, (groups, users) = call.kernels, call.plan, call.sizes, call.mixing
     if not asks_peers(plan):
         mean, std = kernels.block_moments(x, sizes, groups)
         # A group of blocks has as many as any.
@@ -144,9 +149,9 @@ def statistics_of(x: Tensor, call: Call, world: World) -> Statistics:
     return Statistics(*used, source=source)
 
 
-def rejection(call: Call, device: torch.device) -> Tensor:
+def rejection(plan: Plan, row_format: RowFormat, device: torch.device) -> Tensor:
     """Return the rows that a rank sends in place of statistics if it rejects its input."""
-    (channels, dtype), blocks = call.row_format, call.plan.groups * call.plan.per_group
+    (channels, dtype), blocks = row_format, plan.groups * plan.per_group
     rows = torch.zeros(blocks, 2 * channels + 1, dtype=dtype, device=device)
     rows[:, 0] = _REJECTED
     return rows
@@ -170,12 +175,12 @@ def mix(rows: Tensor, call: Call, world: World) -> Tensor:
     doing = _doing(rows, call)
     if call.plan.mode == "sync":
         members = collectives.all_gather(rows.view(-1), world, CALL, doing)[None]
-        return select(rows).merge_moments(members)[0]
+        return call.kernels.merge_moments(members)[0]
     if call.route is None:
         return rows
     members = gather_members(rows, call.route, world, CALL, doing)
     if members.shape[1] > 1:
-        members = select(rows).merge_moments(members)
+        members = call.kernels.merge_moments(members)
     return take(members.flatten(0, 1), call.route.used)
 
 
@@ -217,7 +222,7 @@ def per_sample_statistics(statistics: Statistics, sizes: tuple[int, ...]) -> tup
 def own_statistics(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """Return the mean and std ``[N, C]`` of each sample's own group, as plain BN has them."""
     sizes = block_sizes(x.shape[0], groups, 1)
-    mean, std = select(x).block_moments(x, sizes)
+    mean, std = select.select(x).block_moments(x, sizes)
     return per_sample(mean, sizes), per_sample(std, sizes)
 
 
