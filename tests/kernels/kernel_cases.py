@@ -155,17 +155,20 @@ def assert_one_rounding(
 MIXED = BlockGroups(2, (0, 1, 0, 1, 0, 1))
 ONE_GROUP = BlockGroups(1, (0,) * 6)
 GROUPED = pytest.mark.parametrize(
-    ("shape", "sizes", "groups"),
+    ("shape", "sizes", "groups", "channels_last"),
     [
-        ((12, 5, 4, 6), (2,) * 6, MIXED),
-        ((6, 5, 49), (1,) * 6, MIXED),
-        ((10, 5, 7), (2, 2, 1) * 2, MIXED),
-        ((4, 5, 7), (1, 1, 0) * 2, MIXED),
-        ((204, 3, 20), (34,) * 6, MIXED),  # more than the sixteen of which a guess sees one
-        ((6, 5), (1,) * 6, MIXED),
-        ((10, 5), (2, 2, 1) * 2, MIXED),
-        ((12, 5, 4), (2,) * 6, ONE_GROUP),
-        ((12, 5), (2,) * 6, ONE_GROUP),
+        ((12, 5, 4, 6), (2,) * 6, MIXED, False),
+        ((12, 5, 4, 6), (2,) * 6, MIXED, True),
+        ((6, 5, 49), (1,) * 6, MIXED, False),
+        ((6, 5, 7, 7), (1,) * 6, MIXED, True),
+        ((10, 5, 7), (2, 2, 1) * 2, MIXED, False),
+        ((10, 5, 7, 1), (2, 2, 1) * 2, MIXED, True),
+        ((4, 5, 7), (1, 1, 0) * 2, MIXED, False),
+        ((6, 5), (1,) * 6, MIXED, False),
+        ((10, 5), (2, 2, 1) * 2, MIXED, False),
+        ((12, 5, 4), (2,) * 6, ONE_GROUP, False),
+        ((12, 5, 4, 1), (2,) * 6, ONE_GROUP, True),
+        ((12, 5), (2,) * 6, ONE_GROUP, False),
     ],
     ids=str,
 )

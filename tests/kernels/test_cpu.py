@@ -51,7 +51,7 @@ def test_samples_far_apart_cost_no_digits(samples: int, blocks: int) -> None:
 
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_groups_far_apart_do_not_see_each_other(channels_last: bool) -> None:
-    """Catches a center between groups; what is left is the rounding of parts' means at 1e5."""
+    """Catches a center between groups; what is left is aten's rounding of means of 1e5."""
     x = torch.randn(64, 3, 8, 1)
     x[16:48] += 1e5  # group 1
     x = x.contiguous(memory_format=LAST2D) if channels_last else x
@@ -60,7 +60,7 @@ def test_groups_far_apart_do_not_see_each_other(channels_last: bool) -> None:
     for k, group in enumerate((blocks[::3], blocks[1:3])):
         deviation, center = torch.std_mean(torch.cat(group), dim=(0, 2, 3), correction=0)
         torch.testing.assert_close(mean[k], center.float(), rtol=3e-7, atol=1e-6)
-        torch.testing.assert_close(std[k], deviation.float(), rtol=2e-4 if k else 1e-6, atol=0)
+        torch.testing.assert_close(std[k], deviation.float(), rtol=5e-4 if k else 1e-6, atol=0)
 
 
 @pytest.mark.parametrize("shape", [(6, 3), (6, 3, 4)], ids=str)

@@ -50,16 +50,17 @@ def test_reference_is_the_formula(
     assert_near(all_four(REFERENCE, x, dy, sizes, rows), loops(x, dy, sizes, rows), tolerance)
 
 
-@pytest.fixture(params=["side by side", "block by block"])
-def _calls(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Take even small channels-last blocks one by one, as large ones are."""
-    if request.param == "block by block":
+@pytest.fixture(params=["small", "large"])
+def _size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the CPU kernels take even small blocks one by one and in chunks, as large ones are."""
+    if request.param == "large":
         monkeypatch.setattr(cpu, "_SMALL", 0)
+        monkeypatch.setattr(cpu, "_CHUNK", 7)
 
 
 @NAMED
 @DTYPES
-@pytest.mark.usefixtures("_calls")
+@pytest.mark.usefixtures("_size")
 def test_cpu_is_the_reference(
     case: tuple[Callable[[], Tensor], tuple[int, ...]], dtype: torch.dtype
 ) -> None:
@@ -142,8 +143,7 @@ def test_moments_of_the_reference_keep_their_digits(shape: tuple[int, ...], bloc
 
 @pytest.mark.parametrize("kernels", [CPU, REFERENCE], ids=["cpu", "reference"])
 @GROUPED
-@pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.usefixtures("_calls")
+@pytest.mark.usefixtures("_size")
 def test_groups_are_made_of_their_blocks(
     kernels: Kernels,
     shape: tuple[int, ...],

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kernels.kernel_cases import all_four, rows_for
 from shuffle_batchnorm.kernels import cpu, reference, select

@@ -27,8 +27,16 @@ BOTH = TRITON, REFERENCE
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 pytestmark = [pytest.mark.gpu] if CUDA else []  # make gpu-check compiles them
-ROWS = pytest.mark.parametrize("rows", [1, 3, 32, 70])
-CHANNELS = pytest.mark.parametrize("channels", [1, 5, 33])
+ROWS = 1, 3, 32, 70  # a tile has 32
+CHANNELS = 1, 5, 33
+EDGES = pytest.mark.parametrize(
+    ("rows", "channels", "dtype"),
+    [
+        *((rows, channels, torch.float32) for rows in ROWS for channels in CHANNELS),
+        (70, 33, torch.float64),
+    ],
+    ids=str,
+)
 HOSTS = pytest.mark.skipif(CUDA, reason="gloo's ranks are on the CPU")
 
 
@@ -44,10 +52,15 @@ def _counts(rows: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.arange(rows, device=DEVICE).to(dtype).repeat_interleave(3)[::3, None]
 
 
-@ROWS
-@CHANNELS
-@pytest.mark.parametrize("step", [0.0, 0.1, 0.7, 1, torch.tensor(0.1)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("rows", "channels", "step", "dtype"),
+    [
+        *((rows, channels, 0.1, torch.float32) for rows in ROWS for channels in CHANNELS),
+        *((3, 5, step, torch.float32) for step in (0.0, 0.7, 1, torch.tensor(0.1))),
+        *((3, 5, step, torch.bfloat16) for step in (0.1, torch.tensor(0.1))),
+    ],
+    ids=str,
+)
 def test_rows_of_normalisers(
     rows: int, channels: int, step: float | Tensor, dtype: torch.dtype
 ) -> None:
@@ -88,9 +101,7 @@ def test_deviations_at_the_ends_of_float32(eps: float) -> None:
     torch.testing.assert_close(got, want, equal_nan=True)
 
 
-@ROWS
-@CHANNELS
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@EDGES
 def test_rows_of_gradients(rows: int, channels: int, dtype: torch.dtype) -> None:
     """Catches a row or channel at the end of a tile, sums that change their places, n of 0."""
     total, dot, rstd, factor = _rows(4, rows, channels, dtype)
@@ -107,16 +118,14 @@ def test_rows_of_gradients(rows: int, channels: int, dtype: torch.dtype) -> None
     torch.testing.assert_close(got, want)
 
 
-@pytest.mark.parametrize("members", [1, 4, 32, 70])
-@CHANNELS
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_merged_rows(members: int, channels: int, dtype: torch.dtype) -> None:
+@EDGES
+def test_merged_rows(rows: int, channels: int, dtype: torch.dtype) -> None:
     """Catches a member left out, one that weighs too much, means far apart that cancel."""
-    rows = torch.randn(3, members, 2 * channels + 1, device=DEVICE, dtype=dtype).abs()
-    rows[..., 0] = torch.arange(members)  # the first of none
-    rows[..., 1 : channels + 1] += 1e3
-    rows[1, ..., 0] = 0  # nothing in all
-    got, want = (chosen.merge_moments(rows) for chosen in BOTH)
+    data = torch.randn(3, rows, 2 * channels + 1, device=DEVICE, dtype=dtype).abs()
+    data[..., 0] = torch.arange(rows)  # the first of none
+    data[..., 1 : channels + 1] += 1e3
+    data[1, ..., 0] = 0  # nothing in all
+    got, want = (chosen.merge_moments(data) for chosen in BOTH)
     torch.testing.assert_close(got, want, rtol=1e-6 if dtype == torch.float32 else 1e-12, atol=0)
 
 
@@ -258,8 +267,16 @@ def _step_on(mode: str, groups: int, sizes: list[int], dtype: torch.dtype) -> li
 
 
 @HOSTS
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("sizes", [[8, 8], [6, 10], [4, 2]], ids=str)
+@pytest.mark.parametrize(
+    ("sizes", "dtype"),
+    [
+        ([8, 8], torch.float64),
+        ([6, 10], torch.float64),
+        ([6, 10], torch.float32),
+        ([4, 2], torch.float64),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("mode", ["sync", "swap", "regroup"])
 def test_layers_of_ranks_on_triton_kernels(mode: str, sizes: list[int], dtype: torch.dtype) -> None:
     """Catches rows that arrive with gaps, counts that differ, and statistics of uneven blocks."""
