@@ -60,7 +60,7 @@ def _sampled(length: int, drop_last: bool) -> int:
 def test_the_sampler_loads_what_the_shuffle_would_send(
     world_size: int, length: int, drop_last: bool, read: int
 ) -> None:
-    """Catches a key loaded on the wrong rank or at the wrong place, and a repeated epoch."""
+    """Catches a key loaded on the wrong rank or at the wrong position, and a repeated epoch."""
     assert sum(run_on_ranks(world_size, _sampled, length, drop_last)) == 2 * read
 
 

@@ -55,7 +55,9 @@ def check_sizes(call: str, sizes: Sizes, world_size: int) -> None:
     if keys > batch:
         raise ValueError(f"{call}: keys_per_batch {keys} is larger than batch_size {batch}")
     if keys % per_pass:
-        raise ValueError(f"{call}: keys_per_batch {keys} is not divisible by keys_per_pass {per_pass}")
+        raise ValueError(
+            f"{call}: keys_per_batch {keys} is not divisible by keys_per_pass {per_pass}"
+        )
     if pool < 2 * batch - per_pass:
         raise ValueError(
             f"{call}: {pool} images are too few for fresh batches: a batch of {batch} and "

@@ -167,7 +167,9 @@ def measure_leak(
     agreement.agree(CALL, terms, error, world)
 
     sources = (encode_query, encode_key, augment)
-    used = all_modules([*(root for source in sources for root in find_roots(source)), *modules]).values()
+    used = all_modules(
+        [*(root for source in sources for root in find_roots(source)), *modules]
+    ).values()
     fixed = None if queue is None else queue.detach().to("cpu", torch.float64, copy=True)
     probe = _Probe(encode_query, encode_key, images, augment, fixed, sizes, seed, world)
     with torch.no_grad(), isolated(used, shuffle_worlds(used, world)):
@@ -209,7 +211,11 @@ class _Probe:
         """
         batch = draw_batch(self.sizes, self.seed, number)
         first = self.world.rank * self._each
-        own = ((batch.positions >= first) & (batch.positions < first + self._each)).nonzero().flatten()
+        own = (
+            ((batch.positions >= first) & (batch.positions < first + self._each))
+            .nonzero()
+            .flatten()
+        )
         rows = batch.positions[own] - first
         try:
             found, refused = self._encode(batch, number, rows)

@@ -168,7 +168,9 @@ def _scales(names: list[str], calls: Mapping[str, _Calls], world: World) -> dict
     """Return the root mean square of every layer's outputs on all ranks."""
     seen = [calls.get(name, _Calls()) for name in names]
     sums = [[call.squares for call in seen], [float(call.numbers) for call in seen]]
-    squares, numbers = total(torch.tensor(sums, dtype=torch.float64, device="cpu"), world, CALL).tolist()
+    squares, numbers = total(
+        torch.tensor(sums, dtype=torch.float64, device="cpu"), world, CALL
+    ).tolist()
     return {
         name: math.sqrt(square / number) if number else 0.0
         for name, square, number in zip(names, squares, numbers, strict=True)
