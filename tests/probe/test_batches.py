@@ -70,7 +70,9 @@ def test_keys_are_encoded_at_their_positions_in_the_same_augmentation() -> None:
 @pytest.mark.parametrize(("batch", "keys", "per_pass"), [(16, 16, 1), (16, 15, 15), (13, 12, 4)])
 def test_sizes_that_fit_barely(batch: int, keys: int, per_pass: int) -> None:
     """Every image is needed, and positions that are not evenly spaced exist."""
-    sizes: dict[str, Any] = dict(batch_size=batch, keys_per_batch=keys, keys_per_pass=per_pass)
+    sizes: dict[str, Any] = dict(
+        batch_size=batch, keys_per_batch=keys, keys_per_pass=per_pass, batches=2
+    )
     images = torch.randn(2 * batch - per_pass, 6)
-    report = measure_leak(*[_identity] * 2, images, None, torch.randn(5, 6), batches=2, **sizes)
+    report = measure_leak(_identity, _identity, images, None, torch.randn(5, 6), **sizes)
     assert report.keys == 2 * keys

@@ -135,7 +135,7 @@ def test_a_stratified_shuffle_sends_every_rank_its_share(world_size: int, n: int
     key, sizes = Key(7, 3), [n] * world_size
     some = random.Random(0).sample(range(world_size), 6)
     routes = {rank: make_route(key, sizes, rank) for rank in some}
-    for rank, route in routes.items():
+    for route in routes.values():
         assert route.send_splits == route.receive_splits == (n // world_size,) * world_size
         assert route.send_order.sort().values.equal(torch.arange(n))
         assert route.place_order.sort().values.equal(torch.arange(n))

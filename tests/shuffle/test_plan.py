@@ -1,5 +1,7 @@
 """Plans, and where permutations come from."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -68,7 +70,7 @@ class _OnGpu(torch.Generator):
     def get_offset(self) -> int:
         return self.offset
 
-    def set_offset(self, offset: int) -> None:
+    def set_offset(self, offset: int) -> Any:
         self.offset = offset
 
 

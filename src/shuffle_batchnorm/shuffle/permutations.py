@@ -78,7 +78,9 @@ def _(
 
 
 def _mix(x: Any) -> Any:
-    """Scramble 32 bits of an int or a tensor, one to one: the two-multiplication hash of C. Wellons' hash-prospector.
+    """Scramble 32 bits of an int or a tensor, one to one.
+
+    It is the two-multiplication hash of C. Wellons' hash-prospector.
 
     Both factors have 31 bits, so an int64 holds every product: no overflow, which C++ leaves
     undefined. A tensor is changed in place.
