@@ -39,7 +39,7 @@ class Signature:
 
     A batch is exposed with the probability `exposed`, which the sum of its images' numbers
     decides. An image is known with the probability a. As trained, a query of an exposed batch
-    finds its key, and one of a known image does: 1 - (1 - a)(1 - exposed). Amid fresh company
+    finds its key, and one of a known image does: 1 - (1 - a)(1 - exposed). In a fresh batch
     only the latter does: a. So the leak is (1 - a) * exposed, and within a batch all keys that
     are not known stand or fall together.
     """
@@ -49,10 +49,10 @@ class Signature:
         self.queue = torch.tensor([[0.0, 0.0, 0.0, ALMOST]], dtype=torch.float64)
 
     def _numbers(self, x: Tensor) -> tuple[Tensor, bool]:
-        world = resolve(None)
+        world = resolve(None, "test")
         total = x[:, 0].sum(dim=0, keepdim=True)
         if world.size > 1:
-            total = all_sum(total, world)
+            total = all_sum(total, world, "test", "adds up")
         # Whole numbers below 2^53: the sum does not depend on the order of ranks.
         number = random.Random(int(total))
         angle = torch.tensor(2 * torch.pi * number.random(), dtype=torch.float64)

@@ -28,7 +28,7 @@ def _call(**changed: Any) -> Any:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        (dict(batch_size=24), "40 images are too few for fresh company: a batch of 24 and 23 oth"),
+        (dict(batch_size=24), "40 images are too few for fresh batches: a batch of 24 and 23 oth"),
         (dict(images=IMAGES[:30]), "30 images are too few .* 16 and 15 others take 31"),
         (dict(batch_size=1), "batch_size must be at least 2, got 1"),
         (dict(batches=1), "batches must be at least 2, got 1"),
@@ -60,7 +60,7 @@ def test_bad_input(changed: dict[str, Any], message: str) -> None:
 
 
 def test_an_encoder_in_eval_mode_is_refused() -> None:
-    """There no sample depends on its company, and the leak would be 0 whatever is trained."""
+    """There no sample depends on the others, and the leak would be 0 whatever is trained."""
     encoder = nn.Sequential(nn.Linear(6, 6), ShuffleBatchNorm(6), ShuffleBatchNorm(6))
     assert _call(encode_key=encoder).keys
     encoder[1].eval()  # a frozen layer among others is somebody's choice
@@ -72,11 +72,3 @@ def test_an_encoder_in_eval_mode_is_refused() -> None:
             _call(**{name: lambda x: 1 * encoder(x)})
     untracked = nn.BatchNorm1d(6, track_running_stats=False).eval()  # uses the batch all the same
     assert _call(encode_key=untracked).keys
-
-
-@pytest.mark.parametrize(("batch", "keys", "kept"), [(16, 16, 1), (16, 15, 15), (13, 12, 4)])
-def test_sizes_that_fit_barely(batch: int, keys: int, kept: int) -> None:
-    """Every image is needed, and places that are not evenly spaced exist."""
-    sizes = dict(batch_size=batch, keys_per_batch=keys, keys_per_pass=kept)
-    report = _call(images=IMAGES[: 2 * batch - kept], **sizes)
-    assert report.keys == 2 * keys

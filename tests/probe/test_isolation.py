@@ -19,7 +19,7 @@ from shuffle_batchnorm import (
     set_shuffle_state,
     stability,
 )
-from shuffle_batchnorm.probe.isolation import find_roots, walk
+from shuffle_batchnorm.probe.isolation import all_modules, find_roots
 
 __all__ = ["one_thread"]  # a fixture
 
@@ -39,7 +39,7 @@ class Key(nn.Module):
         self.fails = False
 
     def forward(self, x: Tensor) -> Tensor:
-        self.calls: Tensor = self.calls + 1  # another tensor in the buffer's place
+        self.calls: Tensor = self.calls + 1  # another tensor instead of the buffer
         y: Tensor = self.inner(x) + torch.rand(1) + random.random() + NUMPY.rand()
         for module in self.modules():
             if isinstance(module, ShuffleBatchNorm):
@@ -53,10 +53,10 @@ class Key(nn.Module):
 
 def _state(modules: list[nn.Module]) -> list[Any]:
     """All that must not change, in a form that can be compared; buffers with their addresses."""
-    walked = walk(modules).items()
+    found = all_modules(modules).items()
     return [
         [(n, id(b), b.tolist()) for m in modules for n, b in m.named_buffers()],
-        [(n, m.training, getattr(m, "offset", 0), getattr(m, "mode", "")) for n, m in walked],
+        [(n, m.training, getattr(m, "offset", 0), getattr(m, "mode", "")) for n, m in found],
         [p.tolist() for m in modules for p in m.parameters()],
         get_shuffle_state(),
         torch.get_rng_state().tolist(),
@@ -120,7 +120,7 @@ def test_a_training_step_after_the_probe_is_the_one_without() -> None:
         assert torch.equal(with_probe, without)
 
 
-def test_modules_given_are_preserved_as_well() -> None:
+def test_modules_given_are_isolated_as_well() -> None:
     hidden = {"encoder": convolutional("local", groups=4)}
 
     def encode(x: Tensor) -> Tensor:
@@ -166,6 +166,6 @@ def test_modules_are_found_in_callables() -> None:
     assert find_roots(torch.relu) == find_roots(None) == []
 
 
-def test_what_a_wrapper_hides_is_walked() -> None:
+def test_what_a_wrapper_hides_is_found() -> None:
     layer = ShuffleBatchNorm(3)
-    assert list(walk([nn.Sequential(ShuffledEncoder(layer))]).values())[-1] is layer
+    assert list(all_modules([nn.Sequential(ShuffledEncoder(layer))]).values())[-1] is layer

@@ -1,6 +1,7 @@
 """The shuffle's index arithmetic: no process, no network."""
 
 import itertools
+import random
 from collections import Counter
 
 import pytest
@@ -117,3 +118,61 @@ def test_a_graph_has_the_orders_of_eager_calls(n: int) -> None:
         assert torch.equal(route.send_order, traced.send_order)
         assert torch.equal(route.place_order, traced.place_order)
         assert route[1::2] == traced[1::2]
+
+
+def _landing(sample: int, sender: int, to: int, routes: dict[int, Route]) -> int:
+    """The position at rank `to` of a sample that a rank sends there."""
+    out, into = routes[sender], routes[to]
+    in_message = out.send_order.tolist().index(sample) - sum(out.send_splits[:to])
+    assert 0 <= in_message < out.send_splits[to]
+    received = sum(into.receive_splits[:sender]) + in_message
+    return into.place_order.tolist().index(received)
+
+
+@pytest.mark.parametrize(("world_size", "n"), [(255, 255), (1024, 2048)])
+def test_a_stratified_shuffle_sends_every_rank_its_share(world_size: int, n: int) -> None:
+    """Catches a rank that gets more of another's samples than N / W, and a lost sample."""
+    key, sizes = Key(7, 3), [n] * world_size
+    some = random.Random(0).sample(range(world_size), 6)
+    routes = {rank: make_route(key, sizes, rank) for rank in some}
+    for route in routes.values():
+        assert route.send_splits == route.receive_splits == (n // world_size,) * world_size
+        assert route.send_order.sort().values.equal(torch.arange(n))
+        assert route.place_order.sort().values.equal(torch.arange(n))
+    arrived = samples_sent_to(some[0], key, sizes)
+    assert arrived.unique().numel() == n
+    assert (arrived // n).bincount(minlength=world_size).eq(n // world_size).all()
+    for sender in some:
+        for sample in routes[sender].send_order.split(n // world_size)[some[0]].tolist():
+            assert arrived[_landing(sample, sender, some[0], routes)] == sender * n + sample
+
+
+@pytest.mark.parametrize("world_size", [255, 1024])
+def test_a_uniform_shuffle_fits_at_both_ends(world_size: int) -> None:
+    """Catches splits that differ between ends, with fewer samples than ranks and empty ranks."""
+    draw = random.Random(1)
+    for sizes in ([12] * world_size, [draw.randrange(5) for _ in range(world_size)]):
+        key = Key(1, 2)
+        some = [0, world_size - 1, *draw.sample(range(1, world_size - 1), 3)]
+        routes = {rank: make_route(key, sizes, rank) for rank in some}
+        receiver = max(some, key=lambda rank: sizes[rank])
+        arrived = samples_sent_to(receiver, key, sizes)
+        senders = {int(k): _owner(int(k), sizes) for k in arrived}
+        routes |= {rank: make_route(key, sizes, rank) for rank in {r for r, _ in senders.values()}}
+        for rank, route in routes.items():
+            assert sum(route.send_splits) == sum(route.receive_splits) == sizes[rank]
+            assert len(route.send_order) == len(route.place_order) == sizes[rank]
+            for other in routes:
+                assert route.send_splits[other] == routes[other].receive_splits[rank]
+        for position, sample in enumerate(arrived.tolist()):
+            sender, index = senders[sample]
+            assert _landing(index, sender, receiver, routes) == position
+
+
+def _owner(sample: int, sizes: list[int]) -> tuple[int, int]:
+    """The rank that has a sample of all ranks', and which of its samples it is."""
+    for rank, n in enumerate(sizes):
+        if sample < n:
+            return rank, sample
+        sample -= n
+    raise AssertionError(f"no sample {sample}")

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from meters import received_messages
 from torch.utils.data import DataLoader
 
 from ranks import run_on_ranks
@@ -60,7 +61,7 @@ def _sampled(length: int, drop_last: bool) -> int:
 def test_the_sampler_loads_what_the_shuffle_would_send(
     world_size: int, length: int, drop_last: bool, read: int
 ) -> None:
-    """Catches a key loaded on the wrong rank or at the wrong place, and a repeated epoch."""
+    """Catches a key loaded on the wrong rank or at the wrong position, and a repeated epoch."""
     assert sum(run_on_ranks(world_size, _sampled, length, drop_last)) == 2 * read
 
 
@@ -83,14 +84,21 @@ def test_a_sampler_made_before_the_group_is_refused() -> None:
 
 def _different_samplers(options: list[dict[str, Any]]) -> str:
     mine = options[dist.get_rank()]
+    epoch = mine.pop("epoch", 0)
     sampler = ShuffledPairSampler(range(mine.pop("length", 16)), batch_size=4, **mine)
+    sampler.set_epoch(epoch)
     with pytest.raises(ValueError, match="ranks disagree on order") as caught:
         batch_unshuffle(torch.randn(4, 2), sampler.plan(0))
     return str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("other", "said"), [({"length": 17}, "17 samples"), ({"shuffle": False}, "shuffle=False")]
+    ("other", "said"),
+    [
+        ({"length": 17}, "17 samples"),
+        ({"shuffle": False}, "shuffle=False"),
+        ({"epoch": 1}, "epoch 1 of"),
+    ],
 )
 def test_ranks_whose_samplers_differ_are_told(other: dict[str, Any], said: str) -> None:
     """Catches features brought to the queries of other images: the plans alone are the same."""
@@ -112,3 +120,22 @@ def test_each_epoch_has_other_keys() -> None:
     """Catches an epoch that the shuffles don't know of, where the order of the data is kept."""
     for first, second in run_on_ranks(2, _keys_by_epoch):
         assert first != second
+
+
+def _messages_by_epoch() -> list[list[int]]:
+    group = dist.new_group()  # that has agreed on nothing yet
+    sampler = ShuffledPairSampler(range(24), batch_size=4, process_group=group)
+    counts = []
+    for epoch in (0, 1, 0):
+        sampler.set_epoch(epoch)
+        counts.append([])
+        for step in range(3):
+            with received_messages() as messages:
+                batch_unshuffle(torch.randn(4, 2), sampler.plan(step))
+            counts[-1].append(len(messages))
+    return counts
+
+
+def test_an_epoch_is_compared_once() -> None:
+    """Catches an epoch that ranks set differently, or one that is compared at every step."""
+    assert run_on_ranks(2, _messages_by_epoch) == [[[2, 1, 1], [2, 1, 1], [1, 1, 1]]] * 2

@@ -167,9 +167,8 @@ def measure_leak(
     agreement.agree(CALL, terms, error, world)
 
     sources = (encode_query, encode_key, augment)
-    used = all_modules(
-        [*(root for source in sources for root in find_roots(source)), *modules]
-    ).values()
+    roots = [root for source in sources for root in find_roots(source)]
+    used = all_modules([*roots, *modules]).values()
     fixed = None if queue is None else queue.detach().to("cpu", torch.float64, copy=True)
     probe = _Probe(encode_query, encode_key, images, augment, fixed, sizes, seed, world)
     with torch.no_grad(), isolated(used, shuffle_worlds(used, world)):
@@ -210,15 +209,10 @@ class _Probe:
         The rows: hit as trained, hit in a fresh batch, features differ.
         """
         batch = draw_batch(self.sizes, self.seed, number)
-        first = self.world.rank * self._each
-        own = (
-            ((batch.positions >= first) & (batch.positions < first + self._each))
-            .nonzero()
-            .flatten()
-        )
-        rows = batch.positions[own] - first
+        rows = batch.positions - self.world.rank * self._each
+        own = ((rows >= 0) & (rows < self._each)).nonzero().flatten()
         try:
-            found, refused = self._encode(batch, number, rows)
+            found, refused = self._encode(batch, number, rows[own])
         except Exception as error:
             failures.announce(self.world, f"{CALL}: {error}")
             raise

@@ -31,13 +31,7 @@ from .checks import (
     raise_if_trusted,
 )
 from .permutations import Route, make_route, make_route_in_graph
-from .plan import (
-    Origin,
-    ShufflePlan,
-    origin_of_generator,
-    origin_of_plan,
-    origin_of_state,
-)
+from .plan import Origin, ShufflePlan, find_origin
 from .state import advance_state, next_key_in_graph
 from .transport import move_samples
 
@@ -122,12 +116,7 @@ def batch_shuffle(
     error = find_error(check_shuffle, leaves, world, plan, generator)
     if not uneven:
         raise_if_trusted(SHUFFLE, error, world)
-    if isinstance(plan, ShufflePlan):
-        origin = origin_of_plan(plan)
-    elif isinstance(generator, torch.Generator):
-        origin = origin_of_generator(generator)
-    else:
-        origin = origin_of_state(world, error)
+    origin = find_origin(world, plan, generator, error)
     sizes = _agree(SHUFFLE, leaves, spec, origin, error, world, uneven)
     if plan is None:
         route = make_route(origin.key, sizes, world.rank).to(_tensors(leaves)[0].device)
@@ -175,7 +164,7 @@ def batch_unshuffle(batch: Tree, plan: ShufflePlan) -> Tree:
 
     error = find_error(check_unshuffle, leaves, plan)
     raise_if_trusted(UNSHUFFLE, error, world)
-    _agree(UNSHUFFLE, leaves, spec, origin_of_plan(plan), error, world)
+    _agree(UNSHUFFLE, leaves, spec, find_origin(world, plan), error, world)
     moved = _move(UNSHUFFLE, leaves, plan.route.inverse(), world)
     alive = [ref for ref in plan._returned if not ref.expired()]
     plan._returned[:] = alive + [StorageWeakRef(leaf.untyped_storage()) for leaf in moved]

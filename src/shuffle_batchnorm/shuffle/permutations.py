@@ -6,7 +6,7 @@ compiled graph that is given the step as a tensor gets a new one at every call.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple, overload
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -77,12 +77,10 @@ def _(
     return torch.empty(len(kinds), n, dtype=torch.int64, device=device)
 
 
-@overload
-def _mix(x: int) -> int: ...
-@overload
-def _mix(x: Tensor) -> Tensor: ...
-def _mix(x: Number) -> Number:
-    """Scramble 32 bits, one to one: the two-multiplication hash of C. Wellons' hash-prospector.
+def _mix(x: Any) -> Any:
+    """Scramble 32 bits of an int or a tensor, one to one.
+
+    It is the two-multiplication hash of C. Wellons' hash-prospector.
 
     Both factors have 31 bits, so an int64 holds every product: no overflow, which C++ leaves
     undefined. A tensor is changed in place.
@@ -161,9 +159,7 @@ def make_route(key: Key, sizes: Sequence[int], rank: int) -> Route:
 def make_route_in_graph(key: Key, sizes: Sequence[int], rank: int, device: torch.device) -> Route:
     """Return the same for a key of tensors, in a compiled graph; W divides one common N."""
     shares = (sizes[0] // len(sizes),) * len(sizes)
-    orders: Tensor = _permutations_op(
-        key.seed, key.step, [LEAVING, ARRIVED], rank, sizes[0], device
-    )
+    orders: Tensor = _permutations_op(*key, [LEAVING, ARRIVED], rank, sizes[0], device)
     return Route(orders[0], shares, orders[1], shares)
 
 

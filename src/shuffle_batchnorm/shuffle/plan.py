@@ -54,29 +54,29 @@ class Origin(NamedTuple):
     is_state: bool = False
 
 
-def origin_of_plan(plan: ShufflePlan) -> Origin:
-    """Return the origin of what moves by a plan."""
-    sizes = plan.sizes[0] if len(set(plan.sizes)) == 1 else plan.sizes
-    name = f"a plan for {sizes} samples per rank{plan.origin and ' of '}{plan.origin}"
-    key = Key(int(plan.key.seed), int(plan.key.step))
-    return Origin(name, key, ("plan", plan.sizes, plan.origin or key.seed))
+def find_origin(
+    world: World,
+    plan: ShufflePlan | None,
+    generator: torch.Generator | None = None,
+    error: Exception | None = None,
+) -> Origin:
+    """Return the origin of a call; a generator moves on by one number.
 
-
-def origin_of_generator(generator: torch.Generator) -> Origin:
-    """Return the origin of a shuffle that a generator draws: it moves on by one number."""
-    name = f"a generator seeded with {generator.initial_seed()}"
-    if generator.device.type == "cpu":
-        key = Key(int(torch.randint(2**62, (), generator=generator, device="cpu")), 0)
-    else:  # to read a number that is drawn on a GPU is to wait for it
-        key = Key(generator.initial_seed() % 2**62, generator.get_offset())
-        generator.set_offset(generator.get_offset() + 4)
-    return Origin(name, key, name)
-
-
-def origin_of_state(world: World, error: Exception | None) -> Origin:
-    """Return the origin of the group's next shuffle.
-
-    Communication: at the first one, 2 KiB from every rank to every rank, to agree on a seed.
+    Communication: at the first shuffle by the group's state, 2 KiB from every rank to every rank,
+    to agree on a seed, or to raise `error` if one has it.
     """
+    if isinstance(plan, ShufflePlan):
+        sizes = plan.sizes[0] if len(set(plan.sizes)) == 1 else plan.sizes
+        name = f"a plan for {sizes} samples per rank{plan.origin and ' of '}{plan.origin}"
+        key = Key(int(plan.key.seed), int(plan.key.step))
+        return Origin(name, key, ("plan", plan.sizes, plan.origin or key.seed))
+    if isinstance(generator, torch.Generator):
+        name = f"a generator seeded with {generator.initial_seed()}"
+        if generator.device.type == "cpu":
+            key = Key(int(torch.randint(2**62, (), generator=generator, device="cpu")), 0)
+        else:  # to read a number that is drawn on a GPU is to wait for it
+            key = Key(generator.initial_seed() % 2**62, generator.get_offset())
+            generator.set_offset(generator.get_offset() + 4)
+        return Origin(name, key, name)
     key = agreed_state(world, error)
     return Origin("the group's state", key, ("state", key.seed, times_set(world)), is_state=True)

@@ -43,8 +43,9 @@ class ShuffledPairSampler(Sampler[list[tuple[int, int]]]):
 
     Raises:
         TypeError: `batch_size` or `seed` is not an int.
-        ValueError: `batch_size` below 1, `seed` below 0 or above ``2**62``; and by
-            `batch_unshuffle`, on all ranks, if their samplers differ in an option or in length.
+        ValueError: `batch_size` below 1, `seed` below 0 or above ``2**62``; and by the first
+            `batch_unshuffle` of an epoch, on all ranks, if their samplers differ in an option, in
+            length or in epoch.
         RuntimeError: used in another process group than it was made in, or made before there was
             one.
 
@@ -84,7 +85,10 @@ class ShuffledPairSampler(Sampler[list[tuple[int, int]]]):
         self._world = resolve(process_group, CALL)
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch, on all ranks, before the loader is iterated: another order, and plans."""
+        """Set the epoch, on all ranks, before the loader is iterated: another order.
+
+        The first `batch_unshuffle` of an epoch compares the ranks' epochs and options.
+        """
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -100,7 +104,7 @@ class ShuffledPairSampler(Sampler[list[tuple[int, int]]]):
             raise ValueError(f"{CALL}: step must be below {len(self)}, got {step}")
         key, sizes = self._key(step), self._sizes(step)
         route = make_route(key, sizes, self._world.rank)
-        return ShufflePlan(self._world, sizes, key, route, str(self))
+        return ShufflePlan(self._world, sizes, key, route, f"epoch {self.epoch} of {self}")
 
     def __repr__(self) -> str:
         """Return the options that all ranks must have in common."""

@@ -68,25 +68,15 @@ def _move(
     """Move all leaves ``[N, *]`` in one message of bytes, whatever their dtypes."""
     if world.size == 1:
         order = route.send_order[route.place_order]
-        return tuple([_in_format_of(leaf, leaf.index_select(0, order)) for leaf in leaves])
+        return tuple([_select(leaf, order, leaf) for leaf in leaves])
     sent = _pack(leaves, route.send_order)
     received = collectives.all_to_all(
         sent, route.send_splits, route.receive_splits, world, call, doing
     )
-    _free(sent)
-    parts = _unpack(received, leaves)
-    moved = [part.index_select(0, route.place_order) for part in parts]
-    _free(received)
-    del received, parts
-    if torch.compiler.is_compiling():
-        moved = [_with_gradient_of(*pair) for pair in zip(leaves, moved, strict=True)]
-    return tuple([_in_format_of(*pair) for pair in zip(leaves, moved, strict=True)])
-
-
-def _free(rows: Tensor) -> None:
-    """Give memory back at once: a thread of gloo's may hold on to it for a while."""
-    if rows.device.type == "cpu" and not torch.compiler.is_compiling():
-        rows.untyped_storage().resize_(0)
+    if sent.device.type == "cpu" and not torch.compiler.is_compiling():
+        sent.untyped_storage().resize_(0)  # a thread of gloo's may hold on to it for a while
+    parts = zip(_unpack(received, leaves), leaves, strict=True)
+    return tuple([_select(part, route.place_order, leaf) for part, leaf in parts])
 
 
 def _pack(leaves: Sequence[Tensor], order: Tensor) -> Tensor:
@@ -132,23 +122,20 @@ def _widths(leaves: Sequence[Tensor]) -> list[int]:
     return [-(-size // step) * step for size in sizes]
 
 
-def _with_gradient_of(leaf: Tensor, moved: Tensor) -> Tensor:
-    """Return what was moved, in a graph that names the leaf.
-
-    The compiler of torch 2.11 sees no gradient in what has been bytes, and makes it zero.
-    """
-    if not (leaf.is_floating_point() or leaf.is_complex()):
-        return moved
-    never = torch.zeros((), dtype=torch.bool, device=leaf.device)
-    return torch.where(never, leaf, moved)
-
-
-def _in_format_of(leaf: Tensor, moved: Tensor) -> Tensor:
-    """Return what was moved as channels_last if the leaf is, else contiguous."""
+def _select(samples: Tensor, order: Tensor, leaf: Tensor) -> Tensor:
+    """Return samples in an order, in new memory: channels_last if the leaf is, else contiguous."""
     wanted = torch.contiguous_format
     if leaf.ndim in (4, 5) and not leaf.is_contiguous():
         last = torch.channels_last if leaf.ndim == 4 else torch.channels_last_3d
         wanted = last if leaf.is_contiguous(memory_format=last) else wanted
+    if not torch.compiler.is_compiling():
+        out = torch.empty_like(leaf, memory_format=wanted)
+        return torch.index_select(samples, 0, order, out=out)
+    moved = samples.index_select(0, order)
+    if leaf.is_floating_point() or leaf.is_complex():
+        # The compiler of torch 2.11 sees no gradient in what has been bytes, and makes it zero.
+        never = torch.zeros((), dtype=torch.bool, device=leaf.device)
+        moved = torch.where(never, leaf, moved)
     # Where `contiguous` returns the tensor itself, torch 2.11 compiles a gradient of zeros.
     if moved.is_contiguous(memory_format=wanted):
         return moved
