@@ -227,12 +227,12 @@ def assert_ended(group: int) -> None:
 
 
 @contextlib.contextmanager
-def training() -> Iterator[subprocess.Popen[str]]:
-    """main.py with two workers that have begun to train, and would for long."""
+def training(until: str = "Loss") -> Iterator[subprocess.Popen[str]]:
+    """main.py with two workers that have printed this word, and would train for long."""
     process = start((*PYTHON, "--gpu", "0,1", "--data", "random", "--epochs", "100000"))
     try:
         assert process.stdout is not None
-        assert any("Loss" in line for line in process.stdout)
+        assert any(until in line for line in process.stdout)
         yield process
     finally:
         with contextlib.suppress(ProcessLookupError):
@@ -249,9 +249,15 @@ def test_killed_parent_leaves_no_workers() -> None:
         assert_ended(process.pid)
 
 
-def test_ctrl_c_prints_no_traceback() -> None:
-    """Catches a KeyboardInterrupt in the parent, in a worker, or in none of them."""
-    with training() as process:
+@pytest.mark.parametrize("moment", ["Loss", "gloo"])
+def test_ctrl_c_prints_no_traceback(moment: str) -> None:
+    """Catches a KeyboardInterrupt in the parent or in a worker, and a signal that nobody hears.
+
+    While the workers train, and while they still import torch.
+    """
+    with training(moment) as process:
+        while len(members(process.pid)) < 4:  # two workers, and one that multiprocessing starts
+            time.sleep(0.01)
         os.killpg(process.pid, signal.SIGINT)
         _, stderr = process.communicate(timeout=60)
         assert (process.returncode, stderr) == (130, "")

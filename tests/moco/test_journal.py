@@ -79,7 +79,7 @@ def test_one_line_per_epoch_without_a_terminal(
     book.on_step()
     book.on_epoch(epoch(2) | {"seconds": 40.0, "loss": 1.23456, "samples_per_second": 99.6})
     out, err = capsys.readouterr()
-    assert out == "[ 2/12] loss 1.235, pretext 1.500, kNN 0.500, 100 samples/s, 3:20 left\n"
+    assert out == "[ 2/12] loss 1.235, pretext 1.500, kNN 0.500, 100 samples/s, 0:03:20 left\n"
     assert err == ""
 
 

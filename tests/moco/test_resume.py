@@ -61,8 +61,10 @@ def test_an_old_comparison_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     ended, resumed = compare(config, ["local", "regroup"], [0], tmp_path, command="")
     assert ended == json.loads((OLD / "runs" / "local-seed0" / "record.json").read_text())
     run = tmp_path / "runs" / "regroup-seed0"
-    assert load(run / "last.pt")["step"] == 22
     expected = json.loads((OLD / "uninterrupted.json").read_text())
+    ended_at = load(run / "last.pt")
+    assert ended_at["step"] == 22
+    assert ended_at["best_knn"] == expected["curve"][0]["knn"]  # before the checkpoint
     assert_close(resumed, expected)
     assert json.loads((run / "record.json").read_text()) == resumed
     steps, old_steps = (

@@ -14,7 +14,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -116,9 +116,9 @@ class Journal:
         if self._bar is not None:
             self._bar.set_description_str(f"epoch {row['epoch']}/{self.epochs}", refresh=False)
             return
-        left = (self.steps - row["step"]) * row["seconds"] / row["step"]
+        left = timedelta(seconds=round((self.steps - row["step"]) * row["seconds"] / row["step"]))
         which = f"[{row['epoch']:>{len(str(self.epochs))}}/{self.epochs}]"
-        self.say(f"{which} {_figures(row)}, {_clock(left)} left")
+        self.say(f"{which} {_figures(row)}, {left} left")
 
     def say(self, text: str) -> None:
         """Print a line, past the bar."""
@@ -219,11 +219,4 @@ def _figures(row: Row) -> str:
     return (
         f"loss {row['loss']:.3f}, pretext {row['pretext_accuracy']:.3f}{knn}, "
         f"{row['samples_per_second']:.0f} samples/s"
-    )
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return (
-        f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
     )

@@ -62,11 +62,8 @@ class Measurements:
 
         Communication: that of the running statistics' average; features to rank 0, the result back.
         """
-
-        def classify(train: Features, test: Features) -> float:
-            return knn_accuracy(*train, *test, classes=self.images.classes)
-
-        return self._classified(classify)
+        classes = self.images.classes
+        return self._classified(lambda train, test: knn_accuracy(*train, *test, classes=classes))
 
     def linear(self) -> float:
         """Return the share of held-out images that a linear classifier gives their label.

@@ -88,11 +88,9 @@ class Trainer:
         optim = config.optim
         self.model = build_model(config, images, rank.device)
         self.parallel = parallelise(self.model, rank)
+        weights = self.model.encoder_q.parameters()
         self.optimizer = torch.optim.SGD(
-            self.model.encoder_q.parameters(),
-            lr=optim.lr,
-            momentum=optim.sgd_momentum,
-            weight_decay=optim.weight_decay,
+            weights, optim.lr, optim.sgd_momentum, weight_decay=optim.weight_decay
         )
         self.batches = EpochBatches(
             len(images.train),  # type: ignore[arg-type]

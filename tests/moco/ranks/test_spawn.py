@@ -5,6 +5,7 @@ That they end when their parent is killed is in test_main.
 
 import atexit
 import functools
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -118,6 +119,22 @@ def test_signal_reaches_the_ranks(tmp_path: Path) -> None:
     thread.join()
     assert alive(tmp_path) == []
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_signal_reaches_ranks_that_still_start(tmp_path: Path) -> None:
+    """Catches a rank that a signal ends, or passes by, while it imports torch."""
+
+    def signal_early() -> None:
+        while len(multiprocessing.active_children()) < 2:
+            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=signal_early)
+    thread.start()
+    with pytest.raises(Stopped, match="train: stopped by SIGINT on rank"):
+        spawn_ranks(wait_for_stop, 2, str(tmp_path), graceful=True)
+    thread.join()
+    assert alive(tmp_path) == []
 
 
 def test_second_signal_means_it(tmp_path: Path) -> None:

@@ -66,9 +66,7 @@ def row(one: Summary) -> tuple[str, ...]:
         name(one),
         with_error(leak),
         interval(leak.low, leak.high) if leak else NOTHING,
-        with_error(one.knn),
-        with_error(one.pretext_accuracy),
-        with_error(one.loss),
+        *(with_error(score) for score in (one.knn, one.pretext_accuracy, one.loss)),
         with_error(one.seconds, 1),
     )
 
@@ -86,11 +84,10 @@ def run_row(record: Record) -> tuple[str, ...]:
         str(record["seed"]),
         DIVERGED if bad else cell("leak"),
         NOTHING if bad else own_interval(record),
-        cell("leak_as_trained"),
-        cell("leak_fresh"),
-        cell("knn"),
-        cell("pretext_accuracy"),
-        cell("loss"),
+        *(
+            cell(key)
+            for key in ("leak_as_trained", "leak_fresh", "knn", "pretext_accuracy", "loss")
+        ),
         cell("seconds", 1),
         cell("samples_per_second", 0),
     )

@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Any, NamedTuple, NoReturn
@@ -24,6 +25,7 @@ _GRACE = 2.0
 _LEAVE = 60.0
 # Seconds after which a second signal is another one.
 _TWICE = 2.0
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class RankError(RuntimeError):
@@ -49,16 +51,29 @@ class StopRequest:
 
 
 @contextmanager
-def handling_signals(handler: Any) -> Iterator[None]:
+def handling_signals(handler: Callable[[int, Any], None]) -> Iterator[None]:
     """Handle SIGTERM and SIGINT inside a block; only a main thread can, others change nothing."""
     is_main = threading.current_thread() is threading.main_thread()
-    numbers = (signal.SIGTERM, signal.SIGINT) if is_main else ()
-    before = {number: signal.signal(number, handler) for number in numbers}
+    before = {number: signal.signal(number, handler) for number in _SIGNALS if is_main}
     try:
         yield
     finally:
         for number, old in before.items():
             signal.signal(number, old)
+
+
+@contextmanager
+def holding_signals() -> Iterator[None]:
+    """Hold SIGTERM and SIGINT back until the end of a block, and in processes started in it.
+
+    A terminal's Ctrl-C goes to all processes, also to those that still import torch.
+    """
+    resource_tracker.ensure_running()  # to start it would let signals through
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager
@@ -122,18 +137,16 @@ def spawn_ranks(
             process.terminate() if graceful and len(asked) == 1 else process.kill()
 
     try:
-        # A terminal's Ctrl-C goes to all processes: the children inherit that it is ignored, and
-        # are told from here, once.
-        with handling_signals(signal.SIG_IGN):
-            for index in range(size):
-                mine, theirs = context.Pipe(duplex=False)
-                work = (theirs, function, index, args)
-                processes.append(context.Process(target=_be_rank, args=work))
-                processes[index].start()
-                theirs.close()
-                pipes.append(mine)
-            with handling_signals(forward):
-                _collect(outcomes, processes, pipes, asked)
+        with handling_signals(forward):
+            with holding_signals():
+                for index in range(size):
+                    mine, theirs = context.Pipe(duplex=False)
+                    work = (theirs, function, index, args)
+                    processes.append(context.Process(target=_be_rank, args=work))
+                    processes[index].start()
+                    theirs.close()
+                    pipes.append(mine)
+            _collect(outcomes, processes, pipes, asked)
     finally:
         for index, process in enumerate(processes):
             process.join(_GRACE if index in outcomes else 0)
@@ -227,7 +240,9 @@ def _be_rank(
         stop.signum = signum
 
     signal.signal(signal.SIGTERM, note)
+    # Of a terminal's Ctrl-C the parent tells.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     try:
         outcome = _Outcome(function(index, stop, *args), None, time.monotonic())
     except BaseException as error:  # the parent must learn of SystemExit too
