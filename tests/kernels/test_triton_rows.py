@@ -235,8 +235,8 @@ def test_launches_of_a_step(mode: str, most: tuple[int, int]) -> None:
     [
         ("sync", 1, (10, 6)),
         ("swap", 1, (10, 5)),
-        ("swap", 2, (12, 7)),
-        ("regroup", 1, (13, 9)),
+        ("swap", 2, (13, 8)),
+        ("regroup", 1, (12, 8)),
         ("regroup", 2, (13, 9)),
     ],
 )
