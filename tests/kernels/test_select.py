@@ -1,5 +1,6 @@
 """Which kernels a tensor gets: by device and dtype, and where Triton does not work."""
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -62,7 +63,7 @@ def test_triton_is_chosen_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     x: Any = _OnAGPU()
     monkeypatch.setattr(select, "Tensor", _OnAGPU)
     monkeypatch.setattr(torch, "ones", lambda *shape, **_: torch.full(shape, 1.0))
-    assert select.select(x).__name__.endswith("triton_launch")  # type: ignore[attr-defined]
+    assert select.select(x).__name__.endswith("triton_launch")
     x.dtype = torch.float8_e4m3fn
     assert select.select(x) is REFERENCE
     x.dtype = torch.float32
@@ -105,3 +106,14 @@ def test_a_kernel_that_fails_later_fails_at_the_choice(
     monkeypatch.setattr(f"shuffle_batchnorm.kernels.{module}.{name}", None)
     with pytest.warns(UserWarning, match="Triton does not work here"):
         assert select.select(x) is REFERENCE
+
+
+def test_all_kernels_are_called_alike() -> None:
+    """Catches an argument that one of the modules has in another place, or has not."""
+    triton = pytest.importorskip("shuffle_batchnorm.kernels.triton_launch")
+    heavy = ("block_moments", "block_affine", "block_grad_sums", "block_grad_affine")
+    rows = ("normaliser_rows", "merge_moments", "param_grads", "dx_coefficients", "backward_rows")
+    for name in (*heavy, *rows):
+        signature = inspect.signature(getattr(reference, name))
+        for module in (cpu, triton):
+            assert inspect.signature(getattr(module, name)) == signature, (module, name)

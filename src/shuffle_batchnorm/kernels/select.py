@@ -9,91 +9,16 @@ import warnings
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Protocol, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 from . import cpu, reference
-from .rows import BlockGroups, Groups, Running, Sizes, has_numbers
+from .rows import BlockGroups, Running, has_numbers
 
-
-class Kernels(Protocol):
-    """What a kernel module offers; ``sizes`` are the samples per block, in order."""
-
-    def block_moments(
-        self, x: Tensor, sizes: Sizes, groups: Groups = None
-    ) -> tuple[Tensor, Tensor]:
-        """Return mean and standard deviation ``[blocks, C]``; with groups, ``[groups, C]``."""
-
-    def block_affine(
-        self,
-        x: Tensor,
-        sizes: Sizes,
-        center: Tensor,
-        scale: Tensor,
-        shift: Tensor,
-        groups: Groups = None,
-    ) -> Tensor:
-        """Return ``(x - center) * scale + shift``; with groups, of rows ``[groups, C]``."""
-
-    def block_grad_sums(
-        self,
-        dy: Tensor,
-        x: Tensor,
-        sizes: Sizes,
-        center: Tensor,
-        scale: Tensor,
-        groups: Groups = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Return the sums of ``dy`` and of ``dy * (x - center) * scale``, ``[blocks, C]``.
-
-        With groups, rows and sums are ``[groups, C]``.
-        """
-
-    def block_grad_affine(
-        self,
-        dy: Tensor,
-        x: Tensor,
-        sizes: Sizes,
-        a: Tensor,
-        b: Tensor,
-        center: Tensor,
-        c: Tensor,
-        users: Groups = None,
-        groups: Groups = None,
-    ) -> Tensor:
-        """Return ``a * dy + b * (x - center) + c``; `a` may be of users, the rest of groups."""
-
-    def normaliser_rows(
-        self,
-        mean: Tensor,
-        std: Tensor,
-        weight: Tensor | None,
-        eps: float,
-        count: Tensor | int,
-        running: Running | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Return ``1 / sqrt(std**2 + eps)`` and that times the weight; move running statistics."""
-
-    def merge_moments(self, rows: Tensor) -> Tensor:
-        """Merge rows by Chan's formula, ``[R, S, 2 * C + 1]`` to ``[R, 1, 2 * C + 1]``."""
-
-    def param_grads(
-        self, total: Tensor, dot: Tensor, weight: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the gradients of weight and bias, and the sums that ranks exchange."""
-
-    def dx_coefficients(
-        self, total: Tensor, dot: Tensor, rstd: Tensor, factor: Tensor, count: Tensor | int
-    ) -> tuple[Tensor, Tensor]:
-        """Return `b` and `c` of `block_grad_affine`."""
-
-    def backward_rows(
-        self, total: Tensor, dot: Tensor, rstd: Tensor, factor: Tensor, count: int
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return the gradients of weight and bias, and `dx_coefficients`; in one process."""
+Kernels = Any  # a module with the functions of `reference`, in which mypy has checked them
 
 
 def select(x: Tensor) -> Kernels:
@@ -118,7 +43,7 @@ def _triton(device: torch.device) -> Kernels:
     if find_spec("triton") is None:
         return reference
     try:
-        triton = cast(Kernels, import_module(f"{__package__}.triton_launch"))
+        triton = import_module(f"{__package__}.triton_launch")
         _launch_all(triton, torch.ones(2, 1, device=device))
     except torch.OutOfMemoryError:
         raise  # it says nothing about Triton, and the next call asks again

@@ -76,7 +76,9 @@ class Normalise(torch.autograd.Function):
         ctx.call = number, call, world
         shift = mean.new_zeros(()) if bias is None else bias.to(mean.dtype)
         shift = shift.expand_as(mean)
-        return call.kernels.block_affine(x, call.sizes, mean, scale, shift, call.mixing.users)
+        kernels, users = call.kernels, call.mixing.users
+        y: Tensor = kernels.block_affine(x, call.sizes, mean, scale, shift, users)
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

@@ -251,7 +251,8 @@ def _normaliser_rows(
             _move_running(running, count, statistics, sizes, call.plan)
             running = None
     # Else each normaliser has as many blocks here, so their average is that over the blocks.
-    return call.kernels.normaliser_rows(mean, std, weight, eps, count, running)
+    rstd, scale = call.kernels.normaliser_rows(mean, std, weight, eps, count, running)
+    return rstd, scale
 
 
 def _move_running(

@@ -175,7 +175,8 @@ def mix(rows: Tensor, call: Call, world: World) -> Tensor:
     doing = _doing(rows, call)
     if call.plan.mode == "sync":
         members = collectives.all_gather(rows.view(-1), world, CALL, doing)[None]
-        return call.kernels.merge_moments(members)[0]
+        merged: Tensor = call.kernels.merge_moments(members)[0]
+        return merged
     if call.route is None:
         return rows
     members = gather_members(rows, call.route, world, CALL, doing)
