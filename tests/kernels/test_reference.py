@@ -50,16 +50,24 @@ def test_reference_is_the_formula(
     assert_near(all_four(REFERENCE, x, dy, sizes, rows), loops(x, dy, sizes, rows), tolerance)
 
 
-@pytest.fixture(params=["small", "large"])
+SMALL, LARGE = (2**14, 2**17), (0, 7)
+
+
+@pytest.fixture
 def _size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the CPU kernels take even small blocks one by one and in chunks, as large ones are."""
-    if request.param == "large":
-        monkeypatch.setattr(cpu, "_SMALL", 0)
-        monkeypatch.setattr(cpu, "_CHUNK", 7)
+    small, chunk = request.param
+    monkeypatch.setattr(cpu, "_SMALL", small)
+    monkeypatch.setattr(cpu, "_CHUNK", chunk)
 
 
 @NAMED
-@DTYPES
+@pytest.mark.parametrize(
+    ("_size", "dtype"),
+    [(SMALL, torch.float32), (SMALL, torch.float64), (LARGE, torch.float64)],
+    ids=str,
+    indirect=["_size"],
+)
 @pytest.mark.usefixtures("_size")
 def test_cpu_is_the_reference(
     case: tuple[Callable[[], Tensor], tuple[int, ...]], dtype: torch.dtype
@@ -72,7 +80,8 @@ def test_cpu_is_the_reference(
     gradients.append(gradients[0].movedim(1, -1).contiguous().movedim(-1, 1))
     gradients.append(gradients[0][:1, :1].expand_as(x))  # of a sum: strides of 0
     # Few blocks and many are for different loops of aten.
-    for dy, sizes in itertools.product(gradients, (case[1], block_sizes(len(x), 1, 9))):
+    cuts = (case[1], block_sizes(len(x), 1, 9))
+    for dy, sizes in zip([*gradients, gradients[0]], itertools.cycle(cuts), strict=False):
         rows = rows_for(x, sizes, 4)
         got, want = (all_four(k, x, dy, sizes, rows) for k in (CPU, REFERENCE))
         assert_near(got, want, 1e-12 if dtype == torch.float64 else 1e-5)
@@ -143,6 +152,7 @@ def test_moments_of_the_reference_keep_their_digits(shape: tuple[int, ...], bloc
 
 @pytest.mark.parametrize("kernels", [CPU, REFERENCE], ids=["cpu", "reference"])
 @GROUPED
+@pytest.mark.parametrize("_size", [SMALL, LARGE], ids=["small", "large"], indirect=True)
 @pytest.mark.usefixtures("_size")
 def test_groups_are_made_of_their_blocks(
     kernels: Kernels,

@@ -16,7 +16,6 @@ CASES = [
     ((8, 64, 8, 8), "float32", False, 2, False, 16),
     ((8, 64, 8, 8), "bfloat16", False, 8, True, 16),
     ((8, 64, 8, 8), "bfloat16", True, 2, False, 16),
-    ((8, 64, 8, 8), "float32", True, 2, True, 16),
     ((40, 24, 14, 14), "float32", True, 1, False, 16),  # 24 is no multiple of 16; splits
     ((8, 6, 14, 14), "bfloat16", False, 2, False, 8),  # L = 4 * 49
     ((8, 6, 7, 7), "float16", False, 2, False, 2),

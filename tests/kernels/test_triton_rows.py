@@ -270,7 +270,6 @@ def _step_on(mode: str, groups: int, sizes: list[int], dtype: torch.dtype) -> li
 @pytest.mark.parametrize(
     ("sizes", "dtype"),
     [
-        ([8, 8], torch.float64),
         ([6, 10], torch.float64),
         ([6, 10], torch.float32),
         ([4, 2], torch.float64),
