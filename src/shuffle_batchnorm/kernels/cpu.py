@@ -189,7 +189,8 @@ def _chunks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
 def _owners(sizes: Sizes, groups: Groups) -> Tensor:
     """Return the row of each sample or part: its block, or the group of that."""
     owners = range(len(sizes)) if groups is None else groups.owners
-    return torch.tensor([row for row, n in zip(owners, sizes, strict=True) for _ in range(n)])
+    rows = [row for row, n in zip(owners, sizes, strict=True) for _ in range(n)]
+    return torch.tensor(rows, device="cpu")
 
 
 @lru_cache(maxsize=1024)
@@ -197,4 +198,4 @@ def _side_by_side(sizes: Sizes, groups: Groups, length: int) -> Tensor:
     """Return the first position of each block or group, then the second of each, and so on."""
     number = len(sizes) if groups is None else groups.number
     samples = _owners(sizes, groups).argsort(stable=True)[:, None]
-    return (samples * length + torch.arange(length)).view(number, -1).t().flatten()
+    return (samples * length + torch.arange(length, device="cpu")).view(number, -1).t().flatten()
