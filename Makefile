@@ -46,6 +46,7 @@ format: setup ## mend what can be mended without thought
 
 # Compiling takes long, so the layer has two shapes there, and MoCo is left out.
 bench: setup ## measure layers, steps, exchanges, shuffles; print targets, draw docs/*_speed.png: 10 minutes
+	$(BIN)/python benchmarks/bench_host.py --save
 	$(BIN)/python benchmarks/bench_layer.py --seconds 4 --save
 	$(BIN)/python benchmarks/bench_layer.py --channels-last --seconds 2 --memory-batch 0 \
 		--save layer_channels_last

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import harness
-from peers import IN_STEP, MODES, PLAIN, SPLIT
+from peers import IN_STEP, MODES, PLAIN
 
 Row = dict[str, Any]
 
@@ -48,24 +48,26 @@ def slowest(summary: list[Row], peer: str, key: str = "geometric_mean") -> Row:
 
 
 def layer_targets(summary: list[Row], memory: list[Row]) -> list[Target]:
-    mean, largest = slowest(summary, PLAIN), slowest(summary, PLAIN, "largest")
-    split = slowest(summary, SPLIT)
-    name, peak = f"forward + backward / {PLAIN}", max(memory, key=lambda row: float(row["ratio"]))
-    shape = "x".join(map(str, largest["both"]["largest_shape"]))
+    peak = max(memory, key=lambda row: float(row["ratio"]))
     return [
-        Target(f"{name}, mean", mean["both"]["geometric_mean"], 1.10, mean["name"]),
-        Target(f"{name}, largest", largest["both"]["largest"], 1.35, f"{largest['name']}, {shape}"),
-        Target(
-            f"forward + backward / {SPLIT}", split["both"]["geometric_mean"], 1.05, split["name"]
-        ),
+        *mean_targets(summary, "contiguous"),
         Target(f"peak memory of a step / {PLAIN}", peak["ratio"], 1.02, peak["name"]),
     ]
 
 
-def channels_last_targets(summary: list[Row]) -> list[Target]:
+def mean_targets(summary: list[Row], layout: str) -> list[Target]:
     mean = slowest(summary, PLAIN)
     value = mean["both"]["geometric_mean"]
-    return [Target(f"channels-last, forward + backward / {PLAIN}", value, 1.10, mean["name"])]
+    return [Target(f"{layout}, forward + backward / {PLAIN}, mean", value, 1.35, mean["name"])]
+
+
+def host_targets(rows: list[Row]) -> list[Target]:
+    limits = {"local, groups=1": 5.0, "swap, groups=2": 6.5, "regroup, groups=2": 6.5}
+    return [
+        Target("host time / nn.BatchNorm1d", row["ratio"], limits[row["name"]], row["name"])
+        for row in rows
+        if row["name"] in limits
+    ]
 
 
 def compiled_targets(summary: list[Row], layout: str = "") -> list[Target]:
@@ -132,8 +134,9 @@ def saved(name: str) -> Row | None:
 
 def main() -> None:
     readers: dict[str, Callable[[Row], list[Target]]] = {
+        "host": lambda record: host_targets(record["rows"]),
         "layer": lambda record: layer_targets(record["summary"], record["memory"]),
-        "layer_channels_last": lambda record: channels_last_targets(record["summary"]),
+        "layer_channels_last": lambda record: mean_targets(record["summary"], "channels-last"),
         "layer_compiled": lambda record: compiled_targets(record["summary"]),
         "layer_channels_last_compiled": lambda record: compiled_targets(
             record["summary"], "channels-last, "

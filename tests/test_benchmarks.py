@@ -16,6 +16,7 @@ from unittest import mock
 import bench_batch_shuffle
 import bench_exchange
 import bench_gpu
+import bench_host
 import bench_kernels
 import bench_key_encoder
 import bench_layer
@@ -315,6 +316,21 @@ def test_gpu_program_refuses_a_machine_without_one(capsys: pytest.CaptureFixture
     assert "NOTHING WAS MEASURED" in capsys.readouterr().out
 
 
+def test_host(results: Path) -> None:
+    """Catches a contestant that is left out, and a ratio to another than plain batch norm."""
+    bench_host.main(["--runs=1", "--save"])
+    rows = {row["name"]: row for row in _record(results, "host")["rows"]}
+    assert rows.keys() >= {
+        "nn.BatchNorm1d",
+        "local, groups=1",
+        "swap, groups=2",
+        "regroup, groups=2",
+    }
+    plain = rows["nn.BatchNorm1d"]
+    for row in rows.values():
+        assert row["ratio"] == pytest.approx(row["seconds"] / plain["seconds"], rel=1e-2)
+
+
 def test_targets_are_read_from_results(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches a change of a results file that its reader does not know of."""
     bench_layer.main([*LAYER, *SHORT, "--save"])
@@ -327,9 +343,10 @@ def test_targets_are_read_from_results(results: Path, capsys: pytest.CaptureFixt
     bench_step.main([*STEP, *SHORT, "--compiled", "--steps", "supervised", "--save"])
     bench_exchange.main(["--world-sizes=2", "--channels=512", "--rounds=2", "--save"])
     bench_batch_shuffle.main(["--world-sizes=2", "--rounds=2", "--save"])
+    bench_host.main(["--runs=1", "--save"])
     targets.main()
     lines = capsys.readouterr().out.split("target  ")[-1].splitlines()[1:]
-    assert len(lines) == 4 + 1 + 2 + 2 + 2 + 1 + 1
+    assert len(lines) == 3 + 2 + 1 + 2 + 2 + 2 + 1 + 1
     (line,) = (line for line in lines if line.startswith("peak memory"))
     assert line.split()[-5:] == ["<=", "1.02", "MISSED", "regroup,", "groups=4"]
 

@@ -188,9 +188,8 @@ def _chunks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
 @lru_cache(maxsize=1024)
 def _owners(sizes: Sizes, groups: Groups) -> Tensor:
     """Return the row of each sample or part: its block, or the group of that."""
-    owners = range(len(sizes)) if groups is None else groups.owners
-    rows = [row for row, n in zip(owners, sizes, strict=True) for _ in range(n)]
-    return torch.tensor(rows, device="cpu")
+    owners = torch.tensor(range(len(sizes)) if groups is None else groups.owners, device="cpu")
+    return owners.repeat_interleave(torch.tensor(sizes, device="cpu"))
 
 
 @lru_cache(maxsize=1024)
