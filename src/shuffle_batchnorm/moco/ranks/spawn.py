@@ -131,10 +131,13 @@ def spawn_ranks(
     asked: list[int] = []  # signals that this process got
     outcomes: dict[int, _Outcome] = {}
 
-    def forward(signum: int, _frame: object) -> None:
-        asked.append(signum)
+    def tell() -> None:
         for process in processes:
             process.terminate() if graceful and len(asked) == 1 else process.kill()
+
+    def forward(signum: int, _frame: object) -> None:
+        asked.append(signum)
+        tell()
 
     try:
         with handling_signals(forward):
@@ -142,10 +145,13 @@ def spawn_ranks(
                 for index in range(size):
                     mine, theirs = context.Pipe(duplex=False)
                     work = (theirs, function, index, args)
-                    processes.append(context.Process(target=_be_rank, args=work))
-                    processes[index].start()
-                    theirs.close()
+                    process = context.Process(target=_be_rank, args=work)
+                    process.start()
+                    processes.append(process)
                     pipes.append(mine)
+                    theirs.close()
+            if asked:
+                tell()  # also those that were not there yet
             _collect(outcomes, processes, pipes, asked)
     finally:
         for index, process in enumerate(processes):
