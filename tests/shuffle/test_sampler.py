@@ -125,7 +125,7 @@ def test_each_epoch_has_other_keys() -> None:
 def _messages_by_epoch() -> list[list[int]]:
     group = dist.new_group()  # that has agreed on nothing yet
     sampler = ShuffledPairSampler(range(24), batch_size=4, process_group=group)
-    counts = []
+    counts: list[list[int]] = []
     for epoch in (0, 1, 0):
         sampler.set_epoch(epoch)
         counts.append([])
