@@ -61,7 +61,7 @@ def measure(rank: Rank, network: str, rounds: int) -> list[dict[str, Any]]:
     contestants = _contestants(network)
     together: dict[str, Callable[[], Any]] = {}
     for name, run in contestants.items():
-        for _ in range(6):  # until the habits of a loop are learned
+        for _ in range(6):  # the first of a kind is compared
             run()
         together |= {name: run, f"wait after {name}": dist.barrier}
     seconds = seconds_of(together, rounds)
