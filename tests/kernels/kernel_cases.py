@@ -28,6 +28,7 @@ CASES: dict[str, tuple[Callable[[], Tensor], tuple[int, ...]]] = {
     "C beyond two vectors of 64": (lambda: randn(4, 130, 3, 3).contiguous(), (2, 2)),
     "C=65 channels-last": (lambda: randn(4, 65, 3, 3).contiguous(memory_format=LAST2D), (2, 2)),
     "L=1 without space axes": (lambda: randn(12, 7), (6, 6)),
+    "C=1 and L=1: rows of one number, which may lie apart": (lambda: randn(8, 1), (4, 4)),
     "L=1 with space axes": (lambda: randn(12, 7, 1, 1), (5, 7)),
     "L=1, channels last": (lambda: randn(12, 7, 1, 1).contiguous(memory_format=LAST2D), (5, 7)),
     "L not a multiple of a vector": (lambda: randn(4, 3, 17), (2, 2)),
@@ -84,6 +85,14 @@ def rows_for(x: Tensor, sizes: tuple[int, ...], number: int) -> list[Tensor]:
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     shape = (len(sizes), x.shape[1])
     return [torch.randn(shape, dtype=torch.float64).to(x.device, dtype) for _ in range(number)]
+
+
+def packed_rows(x: Tensor, sizes: tuple[int, ...]) -> list[Tensor]:
+    """Rows as the layer passes them: parts of longer ones, at odd addresses, or one for all."""
+    a, b, center, c = rows_for(x, sizes, 4)
+    packed = torch.cat([c[:, :1], a, b, center], dim=1)
+    a, b, center = packed[:, 1:].chunk(3, dim=1)
+    return [a, b, center, c[:1].expand_as(center)]
 
 
 def all_four(

@@ -22,6 +22,7 @@ from kernels.kernel_cases import (
     cast,
     check_groups,
     loops,
+    packed_rows,
     randn,
     rows_for,
 )
@@ -82,7 +83,7 @@ def test_cpu_is_the_reference(
     # Few blocks and many are for different loops of aten.
     cuts = (case[1], block_sizes(len(x), 1, 9))
     for dy, sizes in zip([*gradients, gradients[0]], itertools.cycle(cuts), strict=False):
-        rows = rows_for(x, sizes, 4)
+        rows = packed_rows(x, sizes)
         got, want = (all_four(k, x, dy, sizes, rows) for k in (CPU, REFERENCE))
         assert_near(got, want, 1e-12 if dtype == torch.float64 else 1e-5)
         for name, tensor in want.items():

@@ -19,8 +19,8 @@ from kernels.kernel_cases import (
     cast,
     check_groups,
     loops,
+    packed_rows,
     randn,
-    rows_for,
 )
 from shuffle_batchnorm import ShuffleBatchNorm
 from shuffle_batchnorm.kernels import reference, select, tiles
@@ -72,16 +72,8 @@ def _input(*shape: int, channels_last: bool = False, dtype: torch.dtype = torch.
     return _in_lines(x) if channels_last else x
 
 
-def _packed_rows(x: Tensor, sizes: tuple[int, ...]) -> list[Tensor]:
-    """Rows as the layer passes them: parts of longer ones, at odd addresses, or one for all."""
-    a, b, center, c = rows_for(x, sizes, 4)
-    packed = torch.cat([c[:, :1], a, b, center], dim=1)
-    a, b, center = packed[:, 1:].chunk(3, dim=1)
-    return [a, b, center, c[:1].expand_as(center)]
-
-
 def _check(x: Tensor, dy: Tensor, sizes: tuple[int, ...]) -> dict[str, Tensor]:
-    rows = _packed_rows(x, sizes)
+    rows = packed_rows(x, sizes)
     got, want = (all_four(k, x, dy, sizes, rows) for k in (TRITON, REFERENCE))
     assert_near(got, want, 1e-12 if x.dtype == torch.float64 else 1e-5)
     for name, tensor in want.items():
@@ -124,7 +116,7 @@ def test_any_channels_and_any_length(shape: tuple[int, ...], channels_last: bool
 def test_any_sizes_of_blocks(sizes: tuple[int, ...], channels_last: bool) -> None:
     """Catches blocks thought equal, a sample counted in its neighbour, NaN from an empty block."""
     x, dy = _input(8, 5, 7, channels_last=channels_last), _input(8, 5, 7)
-    rows = _packed_rows(x, sizes)
+    rows = packed_rows(x, sizes)
     got, want = all_four(TRITON, x, dy, sizes, rows), loops(x, dy, sizes, rows)
     assert_near(got, want, 1e-12)
     empty = [k for k, n in enumerate(sizes) if n == 0]
@@ -150,7 +142,7 @@ def test_half_precision_is_summed_in_float32(dtype: torch.dtype, channels_last: 
     """Catches sums, counts and affine steps in half precision (pytorch#96203)."""
     x = (_input(8, 3, 20, 33, channels_last=channels_last) * 10).to(dtype)
     dy, sizes = _input(8, 3, 20, 33, dtype=dtype), (3, 5)
-    assert_one_rounding(TRITON, x, dy, sizes, _packed_rows(x, sizes))
+    assert_one_rounding(TRITON, x, dy, sizes, packed_rows(x, sizes))
 
 
 @pytest.mark.usefixtures("_many_splits")
@@ -171,7 +163,7 @@ def test_splits_add_up_and_repeat_their_bits(
     torch.manual_seed(1)
     once = _check(x, dy, sizes)
     torch.manual_seed(1)
-    again = all_four(TRITON, x, dy, sizes, _packed_rows(x, sizes))
+    again = all_four(TRITON, x, dy, sizes, packed_rows(x, sizes))
     for name, tensor in once.items():
         assert torch.equal(tensor, again[name]), name
 

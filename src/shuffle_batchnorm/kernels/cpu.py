@@ -66,7 +66,7 @@ def block_grad_sums(
     batches, cut = _parts(channels_last, sizes, groups, dy, x)
     if cut is not None:
         center, scale = (row.index_select(0, _owners(*cut)) for row in (center, scale))
-    rows = (row.reshape(len(batches), -1) for row in (center, scale))
+    rows = (row.reshape(len(batches), -1).contiguous() for row in (center, scale))  # aten's wish
     total, dot = _rows(map(_grad_sums, batches, *rows), x)
     return _sum(total, cut), _sum(dot, cut)
 
@@ -86,15 +86,15 @@ def block_grad_affine(
     like, (x, channels_last) = x, _layout(x, sizes)
     flat, axis = _flat(x, channels_last), 1 if channels_last else 2
     grads, dx = _flat(as_layout(widen(dy), channels_last), channels_last), torch.empty_like(flat)
+    is_centred = axis == 2 or x.ndim == 2
+    c = c if is_centred else torch.addcmul(c, b, center, value=-1)
     a = _per_sample(a, x, sizes, users, axis)
     b, center, c = (_per_sample(row, x, sizes, groups, axis) for row in (b, center, c))
     for out, values, d, slope, mean, shift, factor in _chunks(dx, flat, grads, b, center, c, a):
-        # x * b would be as large as the mean, and so would be what its rounding leaves.
-        torch.sub(values, mean, out=out)
-        if channels_last:
-            torch.addcmul(shift, out, slope, out=out)
-        else:  # aten vectorises an operation with one number per plane, not with two
-            out.mul_(slope).add_(shift)
+        if is_centred:  # x * b would be as large as the mean, and so would be its rounding
+            torch.sub(values, mean, out=out).mul_(slope).add_(shift)
+        else:  # the rounding of aten's sum over channels-last values is larger than that
+            torch.addcmul(shift, values, slope, out=out)
         out.addcmul_(d, factor)
     return _as(like, x, dx)
 
