@@ -100,6 +100,29 @@ def test_a_caught_error_does_not_spoil_the_next_step(mode: str) -> None:
     assert run_on_ranks(2, _goes_on_after_an_error, mode) == [3, 3]
 
 
+def _goes_on_after_a_rejection(mode: str) -> tuple[str, int]:
+    layer = ShuffleBatchNorm(4, mode=mode, groups=2, process_group=new_group())
+    texts = []
+    for step in range(4):
+        bad = step == 1 and dist.get_rank() == 1
+        try:
+            layer(_good(7, 4) if bad else _good())
+        except (ValueError, RuntimeError) as error:
+            texts.append(str(error))
+    (text,) = texts
+    assert layer.num_batches_tracked is not None
+    return text, int(layer.num_batches_tracked)
+
+
+@pytest.mark.parametrize("mode", COMMUNICATING)
+def test_a_rejection_ends_the_step_of_both_ranks_and_no_more(mode: str) -> None:
+    """Catches a rank that rejects its input without a word in the exchange its peer is in."""
+    (peer, steps), (own, own_steps) = run_on_ranks(2, _goes_on_after_a_rejection, mode)
+    assert "a peer of rank 0 rejected its input in this call" in peer
+    assert "batch 7 is not divisible by groups=2" in own
+    assert steps == own_steps == 3
+
+
 DISAGREEMENTS: dict[str, list[dict[str, Any]]] = {
     "channels": [dict(num_features=4), dict(num_features=6)],
     "dtype": [dict(dtype=torch.float32), dict(dtype=torch.float64)],
