@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist, fmean, stdev
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 from scipy.special import stdtrit
 
@@ -41,17 +41,14 @@ class Estimate:
     low: float | None = None
     high: float | None = None
 
-    @property
-    def covers_zero(self) -> bool | None:
-        """Whether the interval holds 0; None without an interval."""
-        if self.low is None or self.high is None:
-            return None
-        return self.low <= 0 <= self.high
-
 
 @dataclass(frozen=True)
 class Summary:
-    """The runs of one `--bn`; an estimate is None where no run that went well has the number."""
+    """The runs of one `--bn`; what no run that went well has is None.
+
+    `scale` is the largest of the key encoder's activations against `local`, over layers and runs;
+    `radius` is the spectral radius of the mixing.
+    """
 
     bn: str
     runs: int
@@ -61,14 +58,19 @@ class Summary:
     pretext_accuracy: Estimate | None
     loss: Estimate | None
     seconds: Estimate | None
+    scale: float | None
+    radius: float | None
 
 
 def number(record: Record, key: str) -> float | None:
     """The number under `key` if there is a finite one."""
     value = record.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return float(value) if math.isfinite(value) else None
+    return float(value) if is_number(value) else None
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether a value is a finite number; a bool is none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def diverged(record: Record) -> bool:
@@ -154,9 +156,8 @@ def summarise_one(bn: str, runs: Sequence[Record]) -> Summary:
     """The summary of the runs of one `--bn`."""
     good = [run for run in runs if not diverged(run)]
 
-    def mean(key: str) -> Estimate | None:
-        values = [number(run, key) for run in good]
-        return mean_over_seeds([value for value in values if value is not None])
+    def values(key: str) -> list[float]:
+        return [value for run in good if (value := number(run, key)) is not None]
 
     measured = [run for run in good if number(run, "leak") is not None]
     leak = combine_leaks(
@@ -164,8 +165,19 @@ def summarise_one(bn: str, runs: Sequence[Record]) -> Summary:
         [number(run, "leak_standard_error") for run in measured],
         [run.get("leak_interval") for run in measured],
     )
-    scores = {key: mean(key) for key in ("knn", "pretext_accuracy", "loss", "seconds")}
-    return Summary(bn=bn, runs=len(runs), diverged=len(runs) - len(good), leak=leak, **scores)
+    ratios = [ratio for run in good for ratio in (run.get("stability") or {}).get("ratio") or []]
+    return Summary(
+        bn=bn,
+        runs=len(runs),
+        diverged=len(runs) - len(good),
+        leak=leak,
+        knn=mean_over_seeds(values("knn")),
+        pretext_accuracy=mean_over_seeds(values("pretext_accuracy")),
+        loss=mean_over_seeds(values("loss")),
+        seconds=mean_over_seeds(values("seconds")),
+        scale=max(filter(is_number, ratios), default=None),
+        radius=max(values("spectral_radius"), default=None),
+    )
 
 
 def on_a_par(summaries: Sequence[Summary]) -> set[str]:
