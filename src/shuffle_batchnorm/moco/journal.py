@@ -24,17 +24,9 @@ from .checkpoint import CheckpointError, read_json, write_atomically, write_json
 from .config import CALL, Config, to_dict
 
 Row = Mapping[str, Any]
-EPOCH_COLUMNS = (
-    "epoch",
-    "step",
-    "loss",
-    "pretext_accuracy",
-    "knn",
-    "lr",
-    "samples_per_second",
-    "seconds",
-)
-STEP_COLUMNS = ("step", "epoch", "loss", "pretext_accuracy", "lr", "samples_per_second")
+_SCORES, _RATES = ("loss", "pretext_accuracy"), ("lr", "samples_per_second")
+EPOCH_COLUMNS = ("epoch", "step", *_SCORES, "knn", *_RATES, "seconds")
+STEP_COLUMNS = ("step", "epoch", *_SCORES, *_RATES)
 CONFIG, RECORD, LOG, STEPS = "config.json", "record.json", "log.csv", "steps.csv"
 
 
@@ -105,7 +97,7 @@ class Journal:
         """Log the steps since the last row; `row` has `STEP_COLUMNS`."""
         self._steps.append(row)
         if self._board is not None:
-            for name in ("loss", "pretext_accuracy", "lr", "samples_per_second"):
+            for name in (*_SCORES, *_RATES):
                 self._board.add_scalar(f"train/{name}", row[name], row["step"])
         self._bar.set_postfix_str(_figures(row), refresh=False)
 

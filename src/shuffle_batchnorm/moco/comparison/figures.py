@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator
 
 from .style import INK, PAGE, RC, Style, style_of, wrapped
 from .summary import Record, Summary, by_bn, diverged, number, summarise
-from .tables import DIVERGED, interval, written
+from .tables import DIVERGED, interval, note_of_diverged, written
 
 
 class Band(NamedTuple):
@@ -168,9 +168,7 @@ def draw_bars(axes: Axes, records: Sequence[Record], *, with_interval: bool) -> 
         good = [run for run in by_bn(records)[one.bn] if not diverged(run)]
         dots = [dot for dot in (number(run, "leak") for run in good) if dot is not None]
         # Spread out, so that they don't hide one another.
-        rows = [
-            y + 0.36 * (k / (len(dots) - 1) - 0.5) if len(dots) > 1 else y for k in range(len(dots))
-        ]
+        rows = [y + 0.45 * ((k + 0.5) / len(dots) - 0.5) for k in range(len(dots))]
         dot: dict[str, Any] = dict(s=16, facecolor="white", linewidth=1.1, zorder=3)
         axes.scatter(dots, rows, edgecolor=colour, **dot)
     axes.axvline(0, color=INK, linewidth=1, zorder=1)
@@ -189,11 +187,6 @@ def leak_in_words(one: Summary, *, with_interval: bool) -> str:
         if with_interval and one.leak.low is not None:
             words += f"  {interval(one.leak.low, one.leak.high)}"
     return words + (note_of_diverged(one, "\n{}") if one.diverged < one.runs else "")
-
-
-def note_of_diverged(one: Summary, form: str = " ({})") -> str:
-    """What is said of a `--bn` some of whose runs diverged."""
-    return form.format(f"{one.diverged} of {one.runs} diverged") if one.diverged else ""
 
 
 def draw_legend(figure: Figure, records: Sequence[Record]) -> None:

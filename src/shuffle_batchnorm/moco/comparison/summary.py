@@ -4,6 +4,7 @@ Runs that diverged (a loss or a score that is not finite) are counted and left o
 network that gives NaN has a leak of 0, and that would read as a cure.
 """
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -54,12 +55,12 @@ class Summary:
     runs: int
     diverged: int
     leak: Estimate | None
+    scale: float | None
+    radius: float | None
     knn: Estimate | None
     pretext_accuracy: Estimate | None
     loss: Estimate | None
     seconds: Estimate | None
-    scale: float | None
-    radius: float | None
 
 
 def number(record: Record, key: str) -> float | None:
@@ -165,19 +166,13 @@ def summarise_one(bn: str, runs: Sequence[Record]) -> Summary:
         [number(run, "leak_standard_error") for run in measured],
         [run.get("leak_interval") for run in measured],
     )
+    means = {
+        key: mean_over_seeds(values(key)) for key in ("knn", "pretext_accuracy", "loss", "seconds")
+    }
     ratios = [ratio for run in good for ratio in (run.get("stability") or {}).get("ratio") or []]
-    return Summary(
-        bn=bn,
-        runs=len(runs),
-        diverged=len(runs) - len(good),
-        leak=leak,
-        knn=mean_over_seeds(values("knn")),
-        pretext_accuracy=mean_over_seeds(values("pretext_accuracy")),
-        loss=mean_over_seeds(values("loss")),
-        seconds=mean_over_seeds(values("seconds")),
-        scale=max(filter(is_number, ratios), default=None),
-        radius=max(values("spectral_radius"), default=None),
-    )
+    scale = max(filter(is_number, ratios), default=None)
+    radius = max(values("spectral_radius"), default=None)
+    return Summary(bn, len(runs), len(runs) - len(good), leak, scale, radius, **means)
 
 
 def on_a_par(summaries: Sequence[Summary]) -> set[str]:
@@ -201,20 +196,9 @@ def on_a_par(summaries: Sequence[Summary]) -> set[str]:
     }
 
 
-def finite(value: Any) -> Any:
-    """`value` with None for every number that JSON has no word for."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {key: finite(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(entry) for entry in value]
-    return value
-
-
 def tidy(record: Record) -> Record:
     """A record that strict JSON can hold; `diverged` says what its NaNs meant."""
-    cleaned: Record = finite(record)
+    cleaned: Record = json.loads(json.dumps(record), parse_constant=lambda _: None)
     return cleaned | {"diverged": True} if diverged(record) else cleaned
 
 

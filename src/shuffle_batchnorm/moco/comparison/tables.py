@@ -50,18 +50,18 @@ def interval(low: float | None, high: float | None) -> str:
     return NOTHING if low is None or high is None else f"[{written(low)}, {written(high)}]"
 
 
-def name(one: Summary) -> str:
-    """The `--bn`, and how many of its runs diverged."""
-    return f"{one.bn} ({one.diverged} of {one.runs} diverged)" if one.diverged else one.bn
+def note_of_diverged(one: Summary, form: str = " ({})") -> str:
+    """What is said of a `--bn` some of whose runs diverged."""
+    return form.format(f"{one.diverged} of {one.runs} diverged") if one.diverged else ""
 
 
 def row(one: Summary) -> tuple[str, ...]:
     """The cells of one `--bn`, in the order of HEADER."""
+    name, leak = one.bn + note_of_diverged(one), one.leak
     if one.diverged == one.runs:
-        return (name(one), DIVERGED, NOTHING, *[DIVERGED] * 3, NOTHING)
-    leak = one.leak
+        return (name, DIVERGED, NOTHING, *[DIVERGED] * 3, NOTHING)
     return (
-        name(one),
+        name,
         with_error(leak),
         interval(leak.low, leak.high) if leak else NOTHING,
         *(with_error(score) for score in (one.knn, one.pretext_accuracy, one.loss)),

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from shuffle_batchnorm.moco.config import CALL, DataConfig
 from shuffle_batchnorm.shuffle.permutations import DATA_SET, Key, permutation
 
-from .cifar import archive_name, read_cifar
+from .cifar import read_cifar
 from .folders import FolderImages
 from .images import ArrayImages, DataError, Images, resized
 
@@ -62,8 +62,8 @@ def load_data(config: DataConfig) -> Images:
 
 
 _WHAT = {
-    "cifar10": f"the folder that holds {archive_name('cifar10')}",
-    "cifar100": f"the folder that holds {archive_name('cifar100')}",
+    "cifar10": "the folder that holds cifar-10-python.tar.gz",
+    "cifar100": "the folder that holds cifar-100-python.tar.gz",
     "imagefolder": "the folder that holds train/<class> and val/<class>",
 }
 
