@@ -1,6 +1,7 @@
 """From a configuration to a model, and from loaded images to what it takes."""
 
 import inspect
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -38,18 +39,8 @@ def build_model(config: Config, images: Images, device: torch.device) -> MoCo:
         sizes = images.channels, images.image_size
         encoder_q = normalise_query(make_encoder(config.network, *sizes), config.norm)
         encoder_k = normalise_key(make_encoder(config.network, *sizes), config.norm)
-    moco = config.moco
-    model = MoCo(
-        encoder_q,
-        encoder_k,
-        queue=moco.queue,
-        dim=config.network.dim,
-        temperature=moco.temperature,
-        momentum=moco.momentum,
-        symmetric=moco.symmetric,
-        buffers=moco.buffers,
-        seed=config.run.seed,
-    )
+    dim, seed = config.network.dim, config.run.seed
+    model = MoCo(encoder_q, encoder_k, dim=dim, seed=seed, **asdict(config.moco))
     model.to(device, torch.float64 if config.run.precision == "float64" else torch.float32)
     if config.run.channels_last:
         # Only what has four axes has channels to put last.
@@ -66,7 +57,7 @@ def normalise_query(encoder: nn.Module, norm: NormConfig) -> nn.Module:
     Communication: none here; that of mode ``sync`` in its layers.
 
     Args:
-        encoder: with ``nn.BatchNorm`` layers; changed in rank.
+        encoder: with ``nn.BatchNorm`` layers; changed in place.
         norm: the mode of the keys, and how many groups there are on each rank.
 
     Returns:
@@ -89,7 +80,7 @@ def normalise_key(encoder: nn.Module, norm: NormConfig) -> nn.Module:
     others rows of statistics in every layer, ``local`` nothing.
 
     Args:
-        encoder: with ``nn.BatchNorm`` layers; changed in rank.
+        encoder: with ``nn.BatchNorm`` layers; changed in place.
         norm: mode, groups on each rank, blocks and offset.
 
     Returns:

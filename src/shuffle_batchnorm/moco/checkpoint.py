@@ -17,6 +17,7 @@ from typing import IO, Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from .config import CALL, UserError, flag
 
@@ -24,21 +25,11 @@ LAST, PREVIOUS, BEST = "last.pt", "last.previous.pt", "best.pt"
 FORMAT = 1
 # Without these it is no checkpoint; see `Trainer.save` for all that is in it.
 PARTS = {"format", "config", "world_size", "step", "model", "optimizer", "ranks"}
-# Flags that may change when a run goes on: they say where and how fast, not what is trained.
+# Flags that may change when a run goes on: they say where and how it runs, not what is trained.
 # The number of ranks counts as it is, not as the flag says: torchrun ignores the flag.
-FREE = frozenset(
-    [
-        "data_path",
-        "workers",
-        "output",
-        "ranks",
-        "device",
-        "resume",
-        "save_every",
-        "log_every",
-        "tensorboard",
-    ]
-)
+_WHERE = {"data_path", "output", "ranks", "device"}
+_HOW = {"workers", "resume", "save_every", "log_every", "tensorboard"}
+FREE = frozenset(_WHERE | _HOW)
 
 State = dict[str, Any]
 
@@ -66,7 +57,7 @@ def save(path: Path, state: State) -> None:
 
 
 def write_atomically(path: Path, data: bytes, keep: Path | None = None) -> None:
-    """Replace a file by one with other content, in one step that can't be seen half done.
+    """Replace a file by one with other content, which can't be seen half written.
 
     Args:
         path: the file.
@@ -83,34 +74,13 @@ def write_atomically(path: Path, data: bytes, keep: Path | None = None) -> None:
             file.flush()
             os.fsync(file.fileno())
         if keep is not None and path.exists():
-            _keep(path, keep)
+            path.replace(keep)  # until the next line there is no `path`: `find` knows
         aside.replace(path)
-        _sync_folder(path.parent)
     except OSError as error:
         with suppress(OSError):
             aside.unlink(missing_ok=True)
         was = f"; the {path.name} before it is untouched" if path.exists() else ""
         raise CheckpointError(f"{CALL}: can't write {path}: {error.strerror}{was}") from error
-
-
-def _keep(path: Path, keep: Path) -> None:
-    """Give a file a second name, taken from what had it; the file is never without a name."""
-    link = keep.with_name(f"{keep.name}.{os.getpid()}.tmp")
-    try:
-        link.unlink(missing_ok=True)
-        link.hardlink_to(path)
-    except OSError:  # a file system without links; `find` tries the new name as well
-        path.replace(keep)
-    else:
-        link.replace(keep)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_json(path: Path, value: object) -> None:
@@ -213,13 +183,7 @@ def refuse_changes(
 
 def to_cpu(value: Any) -> Any:
     """Return a copy of nested dicts, lists and tuples with their tensors on the CPU."""
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {key: to_cpu(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(to_cpu(item) for item in value)
-    return value
+    return pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), value)
 
 
 @contextmanager
@@ -263,10 +227,6 @@ def _locked(lock: Path) -> IO[str] | None:
     except BlockingIOError:
         file.close()
         return None
-    except OSError:
-        return file  # a file system without locks
-    # Whoever had it before may have removed it since: then others would lock a new one.
-    if lock.exists() and lock.stat().st_ino == os.fstat(file.fileno()).st_ino:
-        return file
-    file.close()
-    return None
+    except OSError:  # a file system without locks
+        pass
+    return file

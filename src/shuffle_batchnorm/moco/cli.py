@@ -39,41 +39,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     try:
         act = _parse(list(sys.argv[1:] if arguments is None else arguments))
-        return act if isinstance(act, int) else _do(act)
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package not in EXTRA:
-            raise
-        return _refuse(f'this needs {package}: pip install "shuffle_batchnorm[train]"')
-    except KeyboardInterrupt:
-        return _refuse("stopped", 128 + signal.SIGINT)
-
-
-def _parse(arguments: list[str]) -> Callable[[], None] | int:
-    """Return what to do, or the exit code if there is nothing to do."""
-    import tyro
-
-    from .commands import Command
-
-    said = io.StringIO()
-    parser_options = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
-    try:
-        with contextlib.redirect_stderr(said):
-            wanted: Any = tyro.cli(
-                Command,
-                prog=PROGRAM,
-                description="Train MoCo without the leak, and measure the leak.",
-                args=arguments,
-                config=parser_options,
-            )
-    except SystemExit as end:
-        return _refuse(_one_line(said.getvalue())) if end.code else 0
-    act: Callable[[], None] = wanted.act
-    return act
-
-
-def _do(act: Callable[[], None]) -> int:
-    try:
         act()
     except UserError as error:
         return _refuse(str(error))
@@ -81,7 +46,42 @@ def _do(act: Callable[[], None]) -> int:
         return _refuse(str(stopped), 128 + stopped.signum)
     except RankError as error:
         return _refuse(str(error), FAILURE)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRA:
+            raise
+        return _refuse(f'this needs {package}: pip install "shuffle_batchnorm[train]"')
+    except KeyboardInterrupt:
+        return _refuse("stopped", 128 + signal.SIGINT)
     return 0
+
+
+def _parse(arguments: list[str]) -> Callable[[], None]:
+    """Return what to do.
+
+    Raises:
+        UserError: what the flag parser says.
+    """
+    import tyro
+
+    from .commands import Command
+
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            wanted: Any = tyro.cli(
+                Command,
+                prog=PROGRAM,
+                description="Train MoCo without the leak, and measure the leak.",
+                args=arguments,
+                config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+            )
+    except SystemExit as end:
+        if end.code:
+            raise UserError(_one_line(said.getvalue())) from None
+        return lambda: None  # it has printed the help
+    act: Callable[[], None] = wanted.act
+    return act
 
 
 def _refuse(message: str, code: int = USER_ERROR) -> int:

@@ -16,13 +16,9 @@ from .config import (
     LEAK_KEYS,
     Config,
     ConfigError,
-    DataConfig,
     Device,
-    MoCoConfig,
-    NetworkConfig,
     Norm,
     NormConfig,
-    OptimConfig,
     RunConfig,
     from_dict,
     to_dict,
@@ -62,7 +58,7 @@ class SharedRun(RunConfig):
 
 
 @dataclass(frozen=True)
-class Compare:
+class Compare(Config):
     """Train with several --bn and seeds, in turn, and write one report.
 
     What has ended is not trained again, and what was interrupted goes on.
@@ -72,11 +68,7 @@ class Compare:
     """Batch norms of the key encoder: local, sync, swap, regroup, batch-shuffle."""
     seeds: Annotated[str, arg(metavar="INT,INT,...")] = "0"
     """Seeds of weights, order, views and queue."""
-    data: DataConfig = field(default_factory=DataConfig)
-    network: NetworkConfig = field(default_factory=NetworkConfig)
     norm: SharedNorm = field(default_factory=SharedNorm)
-    moco: MoCoConfig = field(default_factory=MoCoConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
     run: SharedRun = field(default_factory=SharedRun)
 
     def act(self) -> None:

@@ -183,28 +183,20 @@ class _Range(NamedTuple):
         return f"from {self.low:g} to below {self.high:g}"
 
 
-_ABOVE_0 = _Range(0, with_low=False)
+_ABOVE_0, _AT_LEAST_1 = _Range(0, with_low=False), _Range(1)
+# Every other whole number is at least 1.
 _RANGES = {
     "image_size": _Range(8),
     "workers": _Range(0),
-    "dim": _Range(1),
-    "groups": _Range(1),
-    "blocks": _Range(1),
-    "queue": _Range(1),
+    "offset": _Range(-math.inf),
     "momentum": _Range(0, 1),
     "temperature": _ABOVE_0,
-    "epochs": _Range(1),
     "batch_size": _Range(2),
     "lr": _ABOVE_0,
     "sgd_momentum": _Range(0, 1),
     "weight_decay": _Range(0),
     "warmup_epochs": _Range(0),
-    "accumulate": _Range(1),
     "seed": _Range(0, 2**31),
-    "ranks": _Range(1),
-    "save_every": _Range(1),
-    "eval_every": _Range(1),
-    "log_every": _Range(1),
 }
 _PARTS = get_type_hints(Config)
 # Choices are checked here too: a configuration need not come from the command line.
@@ -244,8 +236,9 @@ def validate(config: Config, world_size: int) -> None:
 2 ranks x 16 groups = 32
     """
     for name, value in flat(config).items():
-        if name in _RANGES and value is not None and value not in _RANGES[name]:
-            raise ConfigError(f"{CALL}: {flag(name)} must be {_RANGES[name]}, got {value}")
+        valid = _RANGES.get(name, _AT_LEAST_1)
+        if (name in _RANGES or type(value) is int) and value is not None and value not in valid:
+            raise ConfigError(f"{CALL}: {flag(name)} must be {valid}, got {value}")
         if name in _CHOICES and value not in _CHOICES[name]:
             names = ", ".join(_CHOICES[name])
             raise ConfigError(f"{CALL}: {flag(name)} must be one of {names}, got {value}")

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from shuffle_batchnorm.probe.isolation import isolated
+
 Batches = Iterable[tuple[Tensor, Tensor]]
 
 
@@ -40,10 +42,9 @@ def extract_features(
         (torch.Size([6, 5]), [0, 1, 2, 3, 0, 1])
     """
     backbone: nn.Module = getattr(encoder, "backbone", encoder)
-    flags = [(module, module.training) for module in backbone.modules()]
-    backbone.eval()
     features, labels = [], []
-    try:
+    with isolated(backbone.modules(), []):
+        backbone.eval()
         for images, targets in loader:
             inputs = images.to(device, non_blocking=True)
             encoded: Tensor = backbone(inputs if prepare is None else prepare(inputs))
@@ -51,9 +52,6 @@ def extract_features(
                 encoded = encoded.float()
             features.append(F.normalize(encoded, dim=1))
             labels.append(targets.to(device, non_blocking=True))
-    finally:
-        for module, training in flags:
-            module.training = training
     return torch.cat(features), torch.cat(labels)
 
 

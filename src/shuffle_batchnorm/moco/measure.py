@@ -3,18 +3,19 @@
 All ranks call these together; the model is afterwards what it was.
 """
 
+import functools
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch import Tensor
+from torch.utils.data import BatchSampler, Dataset
 
 from shuffle_batchnorm.norm.contexts import synchronize_running_stats
+from shuffle_batchnorm.probe.isolation import isolated
 from shuffle_batchnorm.probe.leak import LeakReport, measure_leak, stability
 
 from . import checkpoint
@@ -22,7 +23,7 @@ from .build import Views, build_model
 from .checkpoint import State
 from .config import CALL, LEAK_BATCHES, LEAK_KEYS, Config, ConfigError, Device, from_dict, validate
 from .data.images import Images
-from .data.loading import load_data, make_loader, whole_batches
+from .data.loading import load_data, make_loader
 from .evaluation import extract_features, knn_accuracy, linear_probe
 from .model import MoCo
 from .random_state import own_random_state
@@ -116,8 +117,13 @@ class Measurements:
         }
 
     def _classified(self, classify: Callable[[Features, Features], float]) -> float:
-        """Return on all ranks what comes of the features of both parts, which rank 0 has."""
-        with averaged_running_stats(self.model.encoder_q), self.views.autocast():
+        """Return on all ranks what comes of the features of both parts, which rank 0 has.
+
+        The ranks encode with the mean of their running statistics.
+        """
+        encoder = self.model.encoder_q
+        with isolated(encoder.modules(), []), self.views.autocast():
+            synchronize_running_stats(encoder)
             train, test = (self._features(part) for part in (self.images.train, self.images.test))
         accuracy = classify(train, test) if train is not None and test is not None else -1.0
         return broadcast_object(self.rank, accuracy)
@@ -126,7 +132,7 @@ class Measurements:
         """Return features and labels of a part on rank 0; every rank encodes a share of it."""
         rank, encoder = self.rank, self.model.encoder_q
         share = range(rank.index, len(part), rank.world_size)  # type: ignore[arg-type]
-        batches = [[share[i] for i in b] for b in whole_batches(len(share), EVALUATION_BATCH)]
+        batches = BatchSampler(share, EVALUATION_BATCH, drop_last=False)
         # Made anew each time, or its workers would stay beside those of the training.
         loader = make_loader(part, batches, self.config.data.workers)
         own = extract_features(encoder, loader, rank.device, prepare=self.views.as_they_are)
@@ -137,16 +143,7 @@ class Measurements:
         return torch.cat(features).to(rank.device), torch.cat(labels).to(rank.device)
 
 
-@contextmanager
-def averaged_running_stats(encoder: nn.Module) -> Iterator[None]:
-    """Average the running statistics over the ranks inside a block; then each has its own again."""
-    before = [(buffer, buffer.clone()) for buffer in encoder.buffers()]
-    synchronize_running_stats(encoder)
-    try:
-        yield
-    finally:
-        for buffer, value in before:
-            buffer.copy_(value)
+Measure = Callable[[Measurements], Figures]
 
 
 def check_images(config: Config, images: Images, world_size: int, keys: int = LEAK_KEYS) -> None:
@@ -201,7 +198,7 @@ def evaluate_checkpoint(
         ConfigError: `ranks` does not divide its groups.
         DataError: no such data set.
     """
-    return _launch(_evaluate, "evaluate", path, ranks, device, data_path)
+    return _launch("evaluate", _evaluate, path, ranks, device, data_path)
 
 
 def probe_checkpoint(
@@ -231,52 +228,41 @@ def probe_checkpoint(
     for name, value, least in (("--batches", batches, 2), ("--keys", keys, 1)):
         if value < least:
             raise ConfigError(f"probe: {name} must be at least {least}, got {value}")
-    return _launch(_probe, "probe", path, ranks, device, data_path, batches, keys)
+    probe = functools.partial(_probe, batches=batches, keys=keys)
+    return _launch("probe", probe, path, ranks, device, data_path)
 
 
 def _launch(
-    function: Callable[..., Figures],
-    call: str,
-    path: Path,
-    ranks: int | None,
-    device: Device,
-    data_path: Path | None,
-    *args: int,
+    call: str, what: Measure, path: Path, ranks: int | None, device: Device, data_path: Path | None
 ) -> Figures:
-    """Call ``function(measurements, *args)`` on ranks that have the model of a checkpoint."""
+    """Measure something of a checkpoint's model, on its ranks; `call` is for messages."""
     state = checkpoint.load(path)
     config = from_dict(state["config"])
     total = state["world_size"] * config.norm.groups
     size = world_size(state["world_size"] if ranks is None else ranks, device)
     if size < 1 or total % size:
         raise ConfigError(f"{call}: --ranks {size} does not divide the {total} groups of the run")
-    data = config.data if data_path is None else replace(config.data, data_path=data_path)
-    norm = replace(config.norm, groups=total // size)
-    # Compiling takes longer than measuring.
-    run = replace(config.run, ranks=size, device=device, compile=False)
-    config = replace(config, run=run, data=data, norm=norm)
+    config = replace(
+        config,
+        data=replace(config.data, data_path=data_path or config.data.data_path),
+        norm=replace(config.norm, groups=total // size),
+        # Compiling takes longer than measuring.
+        run=replace(config.run, ranks=size, device=device, compile=False),
+    )
     validate(config, size)
-    work = function, config, state, args
-    figures: Figures = launch(_measure, *work, ranks=size, device=device)
+    figures: Figures = launch(_measure, what, config, state, ranks=size, device=device)
     return figures
 
 
-def _measure(
-    rank: Rank,
-    function: Callable[..., Figures],
-    config: Config,
-    state: State,
-    args: tuple[int, ...],
-) -> Figures:
+def _measure(rank: Rank, what: Measure, config: Config, state: State) -> Figures:
     with own_random_state():
         images = load_data(config.data)
         model = build_model(config, images, rank.device)
         restore_model(model, state, rank)
-        views = Views(config, images, rank)
-        measurements = Measurements(config, model, images, views, rank)
+        measurements = Measurements(config, model, images, Views(config, images, rank), rank)
         if not measurements.is_finite():
             raise ConfigError("the model has diverged: not all of its numbers are finite")
-        figures = function(measurements, *args)
+        figures = what(measurements)
     return {"epoch": state["epoch"], "step": state["step"], "bn": config.norm.bn, **figures}
 
 
@@ -284,7 +270,7 @@ def _evaluate(measurements: Measurements) -> Figures:
     return {"knn": measurements.knn(), "linear": measurements.linear()}
 
 
-def _probe(measurements: Measurements, batches: int, keys: int) -> Figures:
+def _probe(measurements: Measurements, *, batches: int, keys: int) -> Figures:
     config = measurements.config
     check_images(config, measurements.images, measurements.rank.world_size, keys)
     if keys > config.optim.batch_size:

@@ -182,7 +182,7 @@ class MoCo(nn.Module):
             follow(key, query, None)
         if self.buffers_follow == "own":
             return
-        pairs = list(zip(self.encoder_k.buffers(), self.encoder_q.buffers(), strict=True))
+        pairs = zip(self.encoder_k.buffers(), self.encoder_q.buffers(), strict=True)
         for key_buffer, query_buffer in pairs:
             if self.buffers_follow == "momentum" and key_buffer.is_floating_point():
                 key_buffer.lerp_(query_buffer, 1 - self.momentum)

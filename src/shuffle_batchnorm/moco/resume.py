@@ -39,11 +39,8 @@ def find_run(config: Config, rank: Rank) -> RunState:
                 "another --output"
             )
         return RunState()
-    now = {
-        "config": to_dict(config),
-        "world_size": rank.world_size,
-        "device": rank.device.type,
-    }
+    where = {"world_size": rank.world_size, "device": rank.device.type}
+    now = {"config": to_dict(config), **where}
     if record.exists():
         refuse_changes(CALL, folder / CONFIG, read_json(folder / CONFIG), now)
         return RunState(record=read_json(record))

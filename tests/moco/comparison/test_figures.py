@@ -1,6 +1,5 @@
 """The figures, by what matplotlib was told to draw; how they look is for eyes."""
 
-import math
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -17,12 +16,9 @@ from PIL import Image
 from moco.comparison.made_up import diverged_record, made_up_record, made_up_records
 from shuffle_batchnorm.moco.comparison.figures import (
     DRAWINGS,
-    band,
     draw_curves,
     draw_leak,
     draw_leak_and_cure,
-    draw_stability,
-    geometric_mean,
     save_figures,
 )
 from shuffle_batchnorm.moco.comparison.style import RC, STYLES, style_of, wrapped
@@ -104,29 +100,9 @@ def test_the_end_of_a_run_that_diverged_has_a_cross_and_a_note() -> None:
         assert "diverged" in [text.get_text() for text in drawn(draw(runs))[0].texts]
 
 
-def test_stability_is_logarithmic_and_names_the_radius() -> None:
-    figure = draw_stability(made_up_records(("local", "swap")))
-    (axes,) = drawn(figure)
-    assert axes.get_yscale() == "log"
-    (line,) = lines(axes, "swap")
-    assert list(line.get_ydata()) == pytest.approx([1, 2, 4, 8])
-    assert words(figure) == ["local: 1.00", "swap: 2.00"]
-
-
-def test_a_scale_beyond_every_number_is_left_out() -> None:
-    run = made_up_record("swap", stability=dict(ratio=[1.0, math.inf, None, 1e30]))
-    (axes,) = drawn(draw_stability([run]))
-    assert list(lines(axes, "swap")[0].get_xdata()) == [1, 4]
-
-
-def test_the_mean_of_scales_is_geometric() -> None:
-    assert geometric_mean([0.1, 10.0]) == pytest.approx(1.0)
-    assert band([{1: 2.0}, {2: 3.0}], max).mean == [2.0, 3.0]
-
-
 @pytest.mark.parametrize(
     ("missing", "draw"),
-    [("curve", draw_curves), ("stability", draw_stability), ("leak", draw_leak)],
+    [("curve", draw_curves), ("leak", draw_leak)],
 )
 @pytest.mark.parametrize("value", [None, "absent"])
 def test_what_is_missing_is_not_drawn(missing: str, draw: Any, value: str | None) -> None:
@@ -160,9 +136,9 @@ def test_nothing_overlaps_or_sticks_out(name: str) -> None:
 
 def test_files_are_those_that_could_be_drawn(tmp_path: Path) -> None:
     runs = made_up_records(["$a$ < b & c", "local"], range(12))
-    runs = [{k: v for k, v in run.items() if k != "stability"} for run in runs]
+    runs = [{k: v for k, v in run.items() if k != "curve"} for run in runs]
     saved = save_figures(tmp_path / "figures", runs)
-    assert set(saved) == {"leak", "curves", "leak_and_cure"}
+    assert set(saved) == {"leak", "leak_and_cure"}
     assert wrapped("$a$") == r"\$a\$"  # not a formula
     with Image.open(saved["leak"]) as image:
         assert image.format == "PNG"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from shuffle_batchnorm.moco.config import DataConfig
 from shuffle_batchnorm.moco.data.images import DataError
-from shuffle_batchnorm.moco.data.loading import EpochBatches, load_data, make_loader, whole_batches
+from shuffle_batchnorm.moco.data.loading import EpochBatches, load_data, make_loader
 
 
 def test_digits_are_split_alike_every_time() -> None:
@@ -118,7 +118,3 @@ def test_a_batch_holds_the_images_it_names() -> None:
     for position, index in enumerate((5, 3, 1400)):
         torch.testing.assert_close(batch[position], train[index][0])
         assert labels[position] == train[index][1]
-
-
-def test_evaluation_sees_every_image_once() -> None:
-    assert list(whole_batches(5, 2)) == [[0, 1], [2, 3], [4]]

@@ -28,7 +28,7 @@ from shuffle_batchnorm.moco.trainer import train as train_run
 
 from .report import write_report
 from .summary import Record, check_record, tidy
-from .tables import run_line, text_table
+from .tables import markdown_table, run_line
 
 Train: TypeAlias = Callable[[Config], Record]
 
@@ -87,7 +87,7 @@ def compare(
     if not is_first():
         return []
     page = write_report(output, results, command=command, setup=setup(config, environments))
-    print(f"\n{text_table(results)}\n\nThe page: {page}", flush=True)
+    print(f"\n{markdown_table(results)}\nThe page: {page}", flush=True)
     return results
 
 

@@ -1,4 +1,4 @@
-"""The figures of a comparison: curves, leak, stability, and the one that opens the README.
+"""The figures of a comparison: curves, leak, and the one that opens the README.
 
 Every `draw_...` returns a Figure, or None where the records lack what it shows. A `--bn` has the
 same colour, line and marker in all of them.
@@ -14,15 +14,15 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
+from matplotlib.ticker import MaxNLocator
 
 from .style import INK, PAGE, RC, Style, style_of, wrapped
 from .summary import Record, Summary, by_bn, diverged, number, summarise
-from .tables import DIVERGED, interval, written
+from .tables import DIVERGED, interval, note_of_diverged, written
 
 
 class Band(NamedTuple):
-    """Values over epochs or layers: mean, smallest and largest over the seeds that have one."""
+    """Values over epochs: mean, smallest and largest over the seeds that have one."""
 
     x: list[float]
     mean: list[float]
@@ -30,12 +30,12 @@ class Band(NamedTuple):
     high: list[float]
 
 
-def band(series: Iterable[dict[float, float]], mean: Callable[[list[float]], float]) -> Band:
+def band(series: Iterable[dict[float, float]]) -> Band:
     """Put the series of several seeds together, each x with the seeds that have a value there."""
     runs = list(series)
     x = sorted({x for run in runs for x in run})
     columns = [[run[at] for run in runs if at in run] for at in x]
-    return Band(x, *([of(column) for column in columns] for of in (mean, min, max)))
+    return Band(x, *([of(column) for column in columns] for of in (fmean, min, max)))
 
 
 def points(record: Record, key: str) -> dict[float, float]:
@@ -43,23 +43,6 @@ def points(record: Record, key: str) -> dict[float, float]:
     entries = record.get("curve") or []
     pairs = [(number(entry, "epoch"), number(entry, key)) for entry in entries]
     return {epoch: value for epoch, value in pairs if epoch is not None and value is not None}
-
-
-def ratios(record: Record) -> dict[float, float]:
-    """Layer, from 1, to the scale of its activations against local's."""
-    values = (record.get("stability") or {}).get("ratio") or []
-    pairs = [(layer, number({"ratio": value}, "ratio")) for layer, value in enumerate(values, 1)]
-    return {layer: value for layer, value in pairs if value is not None and value > 0}
-
-
-def radius_of(record: Record) -> float | None:
-    """The spectral radius of a run's mixing, from the record or its stability."""
-    return number({**(record.get("stability") or {}), **record}, "spectral_radius")
-
-
-def geometric_mean(values: list[float]) -> float:
-    """The mean that belongs on a logarithmic axis."""
-    return math.exp(fmean(math.log(value) for value in values))
 
 
 def draw_curves(records: Sequence[Record]) -> Figure | None:
@@ -72,7 +55,7 @@ def draw_curves(records: Sequence[Record]) -> Figure | None:
     for axes, key in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
         draw_curve(axes, records, key)
         axes.set_title(panels[key], loc="left")
-    draw_legend(figure, records, note_of_diverged)
+    draw_legend(figure, records)
     return figure
 
 
@@ -86,37 +69,6 @@ def draw_leak(records: Sequence[Record]) -> Figure | None:
     draw_bars(axes, records, with_interval=True)
     axes.text(1.03, 1.02, "leak  [95 % interval]", transform=axes.transAxes, weight="bold")
     axes.set_xlabel("leak: pretext accuracy, training batch − fresh batch")
-    return figure
-
-
-def draw_stability(records: Sequence[Record]) -> Figure | None:
-    """Activation scale of every BN layer against `local`, on a logarithmic axis."""
-    known = [record for record in records if ratios(record)]
-    if not known:
-        return None
-    figure = Figure(figsize=(PAGE * 0.8, 3.1), layout="constrained")
-    axes = figure.subplots()
-    axes.axhline(1, color=INK, linewidth=1, zorder=1)
-    bns = list(by_bn(records))
-    for bn, runs in by_bn(known).items():
-        draw_band(axes, band(map(ratios, runs), geometric_mean), style_of(bn, bns))
-    axes.set(yscale="log", xlabel="batch norm layer, from the input")
-    axes.set_ylabel("activation scale / that of local")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-    lowest, highest = axes.get_ylim()
-    lowest, highest = min(lowest, 0.5), max(highest, 2.0)  # noise about 1 is no trend
-    axes.set_ylim(lowest, highest)
-    if highest < 1000 * lowest:
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        axes.yaxis.set_minor_locator(NullLocator())
-
-    def radius(one: Summary) -> str:
-        radii = [radius_of(record) for record in by_bn(records)[one.bn]]
-        found = [value for value in radii if value is not None]
-        return f": {max(found):.2f}" if found else ""
-
-    draw_legend(figure, known, radius, "spectral radius of who normalises whom")
     return figure
 
 
@@ -136,14 +88,13 @@ def draw_leak_and_cure(records: Sequence[Record]) -> Figure | None:
             axes.set_title("What the network learns", loc="left")
             axes.set_ylabel("kNN accuracy")
         if has_curve:
-            draw_legend(figure, records, note_of_diverged)
+            draw_legend(figure, records)
     return figure
 
 
 DRAWINGS: dict[str, Callable[[Sequence[Record]], Figure | None]] = {
     "leak": draw_leak,
     "curves": draw_curves,
-    "stability": draw_stability,
     "leak_and_cure": draw_leak_and_cure,
 }
 
@@ -188,7 +139,7 @@ def draw_curve(axes: Axes, records: Sequence[Record], key: str) -> None:
         style = style_of(bn, list(runs))
         found = [points(record, key) for record in some]
         if any(found):
-            draw_band(axes, band(found, fmean), style)
+            draw_band(axes, band(found), style)
         for record, values in zip(some, found, strict=True):
             if values and diverged(record):
                 last = max(values)
@@ -217,9 +168,7 @@ def draw_bars(axes: Axes, records: Sequence[Record], *, with_interval: bool) -> 
         good = [run for run in by_bn(records)[one.bn] if not diverged(run)]
         dots = [dot for dot in (number(run, "leak") for run in good) if dot is not None]
         # Spread out, so that they don't hide one another.
-        rows = [
-            y + 0.36 * (k / (len(dots) - 1) - 0.5) if len(dots) > 1 else y for k in range(len(dots))
-        ]
+        rows = [y + 0.45 * ((k + 0.5) / len(dots) - 0.5) for k in range(len(dots))]
         dot: dict[str, Any] = dict(s=16, facecolor="white", linewidth=1.1, zorder=3)
         axes.scatter(dots, rows, edgecolor=colour, **dot)
     axes.axvline(0, color=INK, linewidth=1, zorder=1)
@@ -240,21 +189,14 @@ def leak_in_words(one: Summary, *, with_interval: bool) -> str:
     return words + (note_of_diverged(one, "\n{}") if one.diverged < one.runs else "")
 
 
-def note_of_diverged(one: Summary, form: str = " ({})") -> str:
-    """What is said of a `--bn` some of whose runs diverged."""
-    return form.format(f"{one.diverged} of {one.runs} diverged") if one.diverged else ""
-
-
-def draw_legend(
-    figure: Figure, records: Sequence[Record], words: Callable[[Summary], str], title: str = ""
-) -> None:
-    """One legend for all panels, below them; `words` says what stands behind a `--bn`."""
+def draw_legend(figure: Figure, records: Sequence[Record]) -> None:
+    """One legend for all panels, below them."""
     summaries = summarise(records)
     bns = [one.bn for one in summaries]
     handles = [Line2D([], [], **line(style_of(bn, bns))) for bn in bns]
-    labels = [f"{wrapped(one.bn)}{words(one)}" for one in summaries]
+    labels = [f"{wrapped(one.bn)}{note_of_diverged(one)}" for one in summaries]
     widths = [9 + max(map(len, label.splitlines())) for label in labels]  # 9 for the line's piece
     room = 15 * figure.get_figwidth() * 0.95  # letters in a line
     rows = min(len(bns), math.ceil(sum(widths) / room))
     where: dict[str, Any] = dict(loc="outside lower center", ncols=math.ceil(len(bns) / rows))
-    figure.legend(handles, labels, handlelength=3, title=title, **where)
+    figure.legend(handles, labels, handlelength=3, **where)

@@ -4,14 +4,14 @@ import base64
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jinja2
 
 from shuffle_batchnorm.moco.checkpoint import write_atomically
 
 from .figures import save_figures
-from .style import RC, style_of
+from .style import PAGE, style_of
 from .summary import Record, check_records, on_a_par, summarise
 from .tables import (
     HEADER,
@@ -26,13 +26,6 @@ from .tables import (
 )
 
 PAGE_NAME = "report.html"
-
-
-class Picture(NamedTuple):
-    """A figure of the page: its PNG in base64, and its width in inches."""
-
-    data: str
-    inches: float
 
 
 def write_report(
@@ -62,7 +55,7 @@ def write_report(
     """
     runs = check_records(records, "records")
     paths = save_figures(output / "figures", runs)
-    pictures = {name: read_picture(path) for name, path in paths.items()}
+    pictures = {name: base64.b64encode(p.read_bytes()).decode() for name, p in paths.items()}
     text = render(runs, pictures, command=command, setup=setup or {})
     write_atomically(output / "table.md", markdown_table(runs).encode())
     page = output / PAGE_NAME
@@ -70,16 +63,9 @@ def write_report(
     return page
 
 
-def read_picture(path: Path) -> Picture:
-    """A PNG, as the page holds it."""
-    png = path.read_bytes()
-    inches = int.from_bytes(png[16:20], "big") / RC["savefig.dpi"]  # bytes 16 to 20: its width
-    return Picture(base64.b64encode(png).decode(), inches)
-
-
 def render(
     records: Sequence[Record],
-    pictures: Mapping[str, Picture],
+    pictures: Mapping[str, str],
     *,
     command: str,
     setup: Mapping[str, Any],
@@ -102,6 +88,7 @@ def render(
         facts={key: common(records, key) for key in ("epochs", "world_size", "groups")},
         dataset=setup.get("data", {}).get("dataset"),
         pictures=pictures,
+        width=PAGE,
         header=HEADER,
         rows=[row(one) for one in summaries],
         colours={bn: style_of(bn, bns).colour for bn in bns},

@@ -4,12 +4,13 @@ Runs that diverged (a loss or a score that is not finite) are counted and left o
 network that gives NaN has a leak of 0, and that would read as a cure.
 """
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist, fmean, stdev
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 from scipy.special import stdtrit
 
@@ -41,22 +42,21 @@ class Estimate:
     low: float | None = None
     high: float | None = None
 
-    @property
-    def covers_zero(self) -> bool | None:
-        """Whether the interval holds 0; None without an interval."""
-        if self.low is None or self.high is None:
-            return None
-        return self.low <= 0 <= self.high
-
 
 @dataclass(frozen=True)
 class Summary:
-    """The runs of one `--bn`; an estimate is None where no run that went well has the number."""
+    """The runs of one `--bn`; what no run that went well has is None.
+
+    `scale` is the largest of the key encoder's activations against `local`, over layers and runs;
+    `radius` is the spectral radius of the mixing.
+    """
 
     bn: str
     runs: int
     diverged: int
     leak: Estimate | None
+    scale: float | None
+    radius: float | None
     knn: Estimate | None
     pretext_accuracy: Estimate | None
     loss: Estimate | None
@@ -66,9 +66,12 @@ class Summary:
 def number(record: Record, key: str) -> float | None:
     """The number under `key` if there is a finite one."""
     value = record.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return float(value) if math.isfinite(value) else None
+    return float(value) if is_number(value) else None
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether a value is a finite number; a bool is none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def diverged(record: Record) -> bool:
@@ -154,9 +157,8 @@ def summarise_one(bn: str, runs: Sequence[Record]) -> Summary:
     """The summary of the runs of one `--bn`."""
     good = [run for run in runs if not diverged(run)]
 
-    def mean(key: str) -> Estimate | None:
-        values = [number(run, key) for run in good]
-        return mean_over_seeds([value for value in values if value is not None])
+    def values(key: str) -> list[float]:
+        return [value for run in good if (value := number(run, key)) is not None]
 
     measured = [run for run in good if number(run, "leak") is not None]
     leak = combine_leaks(
@@ -164,8 +166,13 @@ def summarise_one(bn: str, runs: Sequence[Record]) -> Summary:
         [number(run, "leak_standard_error") for run in measured],
         [run.get("leak_interval") for run in measured],
     )
-    scores = {key: mean(key) for key in ("knn", "pretext_accuracy", "loss", "seconds")}
-    return Summary(bn=bn, runs=len(runs), diverged=len(runs) - len(good), leak=leak, **scores)
+    means = {
+        key: mean_over_seeds(values(key)) for key in ("knn", "pretext_accuracy", "loss", "seconds")
+    }
+    ratios = [ratio for run in good for ratio in (run.get("stability") or {}).get("ratio") or []]
+    scale = max(filter(is_number, ratios), default=None)
+    radius = max(values("spectral_radius"), default=None)
+    return Summary(bn, len(runs), len(runs) - len(good), leak, scale, radius, **means)
 
 
 def on_a_par(summaries: Sequence[Summary]) -> set[str]:
@@ -189,20 +196,9 @@ def on_a_par(summaries: Sequence[Summary]) -> set[str]:
     }
 
 
-def finite(value: Any) -> Any:
-    """`value` with None for every number that JSON has no word for."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {key: finite(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(entry) for entry in value]
-    return value
-
-
 def tidy(record: Record) -> Record:
     """A record that strict JSON can hold; `diverged` says what its NaNs meant."""
-    cleaned: Record = finite(record)
+    cleaned: Record = json.loads(json.dumps(record), parse_constant=lambda _: None)
     return cleaned | {"diverged": True} if diverged(record) else cleaned
 
 

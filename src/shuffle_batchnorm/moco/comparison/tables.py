@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from .summary import Estimate, Record, Summary, diverged, number, on_a_par, summarise
+from .summary import Estimate, Record, Summary, diverged, is_number, number, on_a_par, summarise
 
 HEADER = ("bn", "leak", "95 % interval", "kNN", "pretext accuracy", "loss", "seconds")
 RUN_HEADER = (
@@ -16,8 +16,8 @@ INTERVALS = (
     "it joins those of the runs' own probes and says nothing of other seeds."
 )
 ON_A_PAR = (
-    "kNN {mark}: the highest mean, and those less than two standard errors of the difference below "
-    "it."
+    "kNN in bold: the highest mean, and those less than two standard errors of the difference "
+    "below it."
 )
 LEFT_OUT = (
     "Diverged runs, whose loss or score is not finite, are left out of the means: their leak says "
@@ -40,10 +40,8 @@ def written(value: float | None, digits: int = 3) -> str:
 
 def with_error(estimate: Estimate | None, digits: int = 3) -> str:
     """A mean ± its standard error, if it has one."""
-    if estimate is None:
-        return NOTHING
-    if estimate.error is None:
-        return written(estimate.mean, digits)
+    if estimate is None or estimate.error is None:
+        return written(None if estimate is None else estimate.mean, digits)
     return f"{written(estimate.mean, digits)} ± {written(estimate.error, digits)}"
 
 
@@ -52,18 +50,18 @@ def interval(low: float | None, high: float | None) -> str:
     return NOTHING if low is None or high is None else f"[{written(low)}, {written(high)}]"
 
 
-def name(one: Summary) -> str:
-    """The `--bn`, and how many of its runs diverged."""
-    return f"{one.bn} ({one.diverged} of {one.runs} diverged)" if one.diverged else one.bn
+def note_of_diverged(one: Summary, form: str = " ({})") -> str:
+    """What is said of a `--bn` some of whose runs diverged."""
+    return form.format(f"{one.diverged} of {one.runs} diverged") if one.diverged else ""
 
 
 def row(one: Summary) -> tuple[str, ...]:
     """The cells of one `--bn`, in the order of HEADER."""
+    name, leak = one.bn + note_of_diverged(one), one.leak
     if one.diverged == one.runs:
-        return (name(one), DIVERGED, NOTHING, *[DIVERGED] * 3, NOTHING)
-    leak = one.leak
+        return (name, DIVERGED, NOTHING, *[DIVERGED] * 3, NOTHING)
     return (
-        name(one),
+        name,
         with_error(leak),
         interval(leak.low, leak.high) if leak else NOTHING,
         *(with_error(score) for score in (one.knn, one.pretext_accuracy, one.loss)),
@@ -95,10 +93,8 @@ def run_row(record: Record) -> tuple[str, ...]:
 
 def own_interval(record: Record) -> str:
     """The interval that a run's probe gave for its leak."""
-    ends = record.get("leak_interval")
-    if not isinstance(ends, list | tuple) or len(ends) != 2:
-        return NOTHING
-    return interval(*(number({"end": end}, "end") for end in ends))
+    ends = record.get("leak_interval") or ()
+    return interval(*ends) if len(ends) == 2 and all(map(is_number, ends)) else NOTHING
 
 
 def run_line(record: Record) -> str:
@@ -121,59 +117,39 @@ def count_of_seeds(summaries: Sequence[Summary]) -> str:
     return f"{words} seed{'' if high == 1 else 's'}"
 
 
-def notes(records: Sequence[Record], mark: str = "in bold") -> list[str]:
-    """What the table's numbers are: sentences to stand below it. `mark` is how kNN is marked."""
+def notes(records: Sequence[Record]) -> list[str]:
+    """What the table's numbers are: sentences to stand below it."""
     summaries = summarise(records)
     seeds = count_of_seeds(summaries)
     said = [f"Mean over {seeds} ± standard error." if seeds != "1 seed" else "One seed each."]
     said.append(INTERVALS)
     if on_a_par(summaries):
-        said.append(ON_A_PAR.format(mark=mark))
+        said.append(ON_A_PAR)
     if any(one.diverged for one in summaries):
         said.append(LEFT_OUT)
     return said
 
 
-def text_table(records: Sequence[Record]) -> str:
-    """The table for a terminal: one row per `--bn`, then the notes."""
-    summaries = summarise(records)
-    level = on_a_par(summaries)
-    rows = [list(HEADER)]
-    for one in summaries:
-        cells = list(row(one))
-        cells[3] += " *" if one.bn in level else "  " if level else ""
-        rows.append(cells)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(
-            cell.rjust(width) if column else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        ).rstrip()
-        for cells in rows
-    ]
-    lines.insert(1, "-" * max(map(len, lines)))
-    return "\n".join([*lines, "", *notes(records, "with *")])
-
-
 def markdown_table(records: Sequence[Record]) -> str:
-    """The table for `docs/`, in Markdown: one row per `--bn`, then the notes.
+    """The table in Markdown, aligned for a terminal too: one row per `--bn`, then the notes.
 
     Args:
         records: runs, as in `results.json`.
 
     Example:
         >>> runs = [dict(bn="local", seed=k, leak=0.3, knn=0.97) for k in range(3)]
-        >>> print(markdown_table(runs).splitlines()[2])
-        | `local` | 0.300 ± 0.000 | [0.300, 0.300] | 0.970 ± 0.000 | – | – | – |
+        >>> print(markdown_table(runs).splitlines()[2][:60])
+        | `local` | 0.300 ± 0.000 | [0.300, 0.300] | 0.970 ± 0.000 |
     """
     summaries = summarise(records)
     level = on_a_par(summaries)
-    lines = [f"| {' | '.join(HEADER)} |", f"|{'---|' * len(HEADER)}"]
+    rows: list[tuple[str, ...]] = [HEADER]
     for one in summaries:
-        cells = list(row(one))
+        words, leak, interval, knn, *others = row(one)
         bn = one.bn.replace("|", "\\|").replace("`", "'")
-        cells[0] = f"`{bn}`{cells[0][len(one.bn) :]}"
-        if one.bn in level:
-            cells[3] = f"**{cells[3]}**"
-        lines.append(f"| {' | '.join(cells)} |")
+        knn = f"**{knn}**" if one.bn in level else knn
+        rows.append((f"`{bn}`{words[len(one.bn) :]}", leak, interval, knn, *others))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rows.insert(1, tuple("-" * width for width in widths))
+    lines = [f"| {' | '.join(map(str.rjust, cells, widths))} |" for cells in rows]
     return "\n".join([*lines, "", " ".join(notes(records)), ""])

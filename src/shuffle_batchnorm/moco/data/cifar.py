@@ -1,5 +1,6 @@
 """CIFAR-10 and CIFAR-100 as their authors give them out: pickled batches, in an archive or not."""
 
+import gzip
 import io
 import pickle
 import tarfile
@@ -44,11 +45,6 @@ _FILES = {
 }
 
 
-def archive_name(dataset: str) -> str:
-    """Return the name of the archive of ``cifar10`` or ``cifar100``."""
-    return _FILES[dataset].archive
-
-
 def read_cifar(dataset: str, path: Path) -> tuple[ArrayImages, ArrayImages, int]:
     """Read CIFAR from its archive or from the folder in it.
 
@@ -67,7 +63,11 @@ def read_cifar(dataset: str, path: Path) -> tuple[ArrayImages, ArrayImages, int]
     """
     files = _FILES[dataset]
     wanted = [*files.train, files.test]
-    batches = _read_batches(files, wanted, path, f"{CALL}: --data-path {path}")
+    call = f"{CALL}: --data-path {path}"
+    batches = _read_batches(files, wanted, path, call)
+    missing = [name for name in wanted if name not in batches]
+    if missing:
+        raise DataError(f"{call} lacks {', '.join(missing)}: is it another data set, or cut off?")
     parts = [_decode(batches[name], files, f"{CALL}: {name} in {path}") for name in wanted]
     images, labels = (torch.cat(tensors) for tensors in zip(*parts[:-1], strict=True))
     return ArrayImages(images, labels), ArrayImages(*parts[-1]), files.classes
@@ -77,40 +77,30 @@ def _read_batches(files: _Files, wanted: list[str], path: Path, call: str) -> di
     """Return the pickled batches by name, from wherever they are."""
     for folder in (path / files.folder, path):
         if (folder / wanted[0]).is_file():
-            found = {name: folder / name for name in wanted if (folder / name).is_file()}
-            _check_complete(set(found), wanted, call)
-            return {name: file.read_bytes() for name, file in found.items()}
+            paths = [folder / name for name in wanted]
+            return {path.name: path.read_bytes() for path in paths if path.is_file()}
     archive = path if path.is_file() else path / files.archive
     if not archive.is_file():
         raise DataError(f"{call} holds neither {files.archive} nor {files.folder}")
     try:
-        batches = _unpack(archive, files.folder, set(wanted))
+        return _unpack(archive, files.folder, wanted)
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         raise DataError(
             f"{call}: {archive.name} is damaged or no .tar.gz archive: {error}"
         ) from error
-    _check_complete(set(batches), wanted, call)
-    return batches
 
 
-def _unpack(archive: Path, folder: str, wanted: set[str]) -> dict[str, bytes]:
+def _unpack(archive: Path, folder: str, wanted: list[str]) -> dict[str, bytes]:
     batches = {}
-    with tarfile.open(archive, "r:gz") as tar:
+    # All of it at once: its checksum is at the very end.
+    content = io.BytesIO(gzip.decompress(archive.read_bytes()))
+    with tarfile.open(fileobj=content, mode="r:") as tar:
         for member in tar:
             *_, parent, name = ("", *Path(member.name).parts)
             if member.isfile() and parent == folder and name in wanted:
                 stream = tar.extractfile(member)
                 batches[name] = b"" if stream is None else stream.read()
-        # What lies behind the last file too: the checksum of all of it is at the very end.
-        while tar.fileobj is not None and tar.fileobj.read(1 << 20):
-            pass
     return batches
-
-
-def _check_complete(found: set[str], wanted: list[str], call: str) -> None:
-    missing = [name for name in wanted if name not in found]
-    if missing:
-        raise DataError(f"{call} lacks {', '.join(missing)}: is it another data set, or cut off?")
 
 
 def _decode(content: bytes, files: _Files, call: str) -> tuple[Tensor, Tensor]:
@@ -129,10 +119,8 @@ def _decode(content: bytes, files: _Files, call: str) -> tuple[Tensor, Tensor]:
             f"{call} holds {data.dtype} {data.shape}, not uint8 {(len(labels), pixels)}"
         )
     numbers = torch.tensor(labels)
-    if (
-        numbers.is_floating_point()
-        or not 0 <= int(numbers.min()) <= int(numbers.max()) < files.classes
-    ):
+    is_whole = not numbers.is_floating_point()
+    if not (is_whole and 0 <= numbers.min() <= numbers.max() < files.classes):
         raise DataError(f"{call} has labels that are not whole numbers below {files.classes}")
     return torch.from_numpy(data.reshape(-1, *_SHAPE).copy()), numbers
 

@@ -4,12 +4,12 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from shuffle_batchnorm.moco.config import CALL, DataConfig
 from shuffle_batchnorm.shuffle.permutations import DATA_SET, Key, permutation
 
-from .cifar import archive_name, read_cifar
+from .cifar import read_cifar
 from .folders import FolderImages
 from .images import ArrayImages, DataError, Images, resized
 
@@ -62,8 +62,8 @@ def load_data(config: DataConfig) -> Images:
 
 
 _WHAT = {
-    "cifar10": f"the folder that holds {archive_name('cifar10')}",
-    "cifar100": f"the folder that holds {archive_name('cifar100')}",
+    "cifar10": "the folder that holds cifar-10-python.tar.gz",
+    "cifar100": "the folder that holds cifar-100-python.tar.gz",
     "imagefolder": "the folder that holds train/<class> and val/<class>",
 }
 
@@ -151,11 +151,6 @@ class EpochBatches(Sampler[list[int]]):
         for step in range(self.start_step, self.steps):
             first = step * self.batch_size + self.rank * share
             yield order[first : first + share]
-
-
-def whole_batches(length: int, batch_size: int = 256) -> BatchSampler:
-    """Return all indices in their order, in batches, for evaluation: the last may be smaller."""
-    return BatchSampler(range(length), batch_size, drop_last=False)
 
 
 def make_loader(
