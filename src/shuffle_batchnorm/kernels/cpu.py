@@ -66,8 +66,9 @@ def block_grad_sums(
     batches, cut = _parts(channels_last, sizes, groups, dy, x)
     if cut is not None:
         center, scale = (row.index_select(0, _owners(*cut)) for row in (center, scale))
-    rows = (row.reshape(len(batches), -1).contiguous() for row in (center, scale))  # aten's wish
-    total, dot = _rows(map(_grad_sums, batches, *rows), x)
+    rows = [row.reshape(-1).contiguous() for row in (center, scale)]  # aten's wish
+    split = [[row] if len(batches) == 1 else row.chunk(len(batches)) for row in rows]
+    total, dot = _rows(map(_grad_sums, batches, *split), x)
     return _sum(total, cut), _sum(dot, cut)
 
 
@@ -108,7 +109,7 @@ def _layout(x: Tensor, sizes: Sizes) -> tuple[Tensor, bool]:
 
 def _as(like: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """View y, which has the order of x in memory, as x, in the dtype and layout of `like`."""
-    y = y.as_strided(x.size(), x.stride())
+    y = y if y.shape == x.shape else y.as_strided(x.size(), x.stride())
     return y if like is x else torch.empty_like(like).copy_(y)
 
 
@@ -119,11 +120,11 @@ def _parts(
     (samples, channels), number = tensors[0].shape[:2], groups.number if groups else len(sizes)
     if not channels_last:
         return [tuple(x.view(1, samples * channels, -1) for x in tensors)], (sizes, groups)
-    flat = [_flat(x, True).reshape(-1, channels) for x in tensors]
+    flat = [x if x.ndim == 2 else _flat(x, True).reshape(-1, channels) for x in tensors]
     if number == 1:
         return [tuple(flat)], None
     if flat[0].numel() < _SMALL * len(sizes):
-        order = _side_by_side(sizes, groups, len(flat[0]) // samples)
+        order = _side_by_side(sizes, groups, flat[0].shape[0] // samples)
         return [tuple(x.index_select(0, order).view(-1, number * channels) for x in flat)], None
     blocks = (x.view(len(sizes), -1, channels).unbind() for x in flat)
     return list(zip(*blocks, strict=True)), groups and ((1,) * len(sizes), groups)
@@ -132,7 +133,7 @@ def _parts(
 def _grad_sums(batch: tuple[Tensor, ...], center: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Return ``sum dy`` and ``sum dy * (x - center) * scale`` of channels."""
     # The gradients of bias and weight of a batch norm whose saved mean and rstd these are.
-    _, dot, total = torch.ops.aten.native_batch_norm_backward(
+    _, dot, total = torch.ops.aten.native_batch_norm_backward.default(
         *batch, None, None, None, center, scale, True, 0.0, [False, True, True]
     )
     return total, dot
@@ -172,13 +173,13 @@ def _flat(x: Tensor, channels_last: bool) -> Tensor:
 
 def _per_sample(row: Tensor, x: Tensor, sizes: Sizes, groups: Groups, axis: int) -> Tensor:
     """Give each sample its row, to broadcast with `_flat`; one row is for all."""
-    row = row if len(row) == 1 else row.index_select(0, _owners(sizes, groups))
+    row = row if row.shape[0] == 1 else row.index_select(0, _owners(sizes, groups))
     return row if x.ndim == 2 else row.unsqueeze(axis)
 
 
 def _chunks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
     """Cut tensors along samples, for several passes over what stays in a cache."""
-    samples = len(tensors[0])
+    samples = tensors[0].shape[0]
     size = max(1, _CHUNK * torch.get_num_threads() * samples // tensors[0].numel())
     if size >= samples:
         return [tensors]

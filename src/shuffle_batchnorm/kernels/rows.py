@@ -214,7 +214,12 @@ def unbiased_variance(std: Tensor, count: Tensor | int) -> Tensor:
 
 def _average(rows: Tensor) -> Tensor:
     """Return the mean of rows, ``[R, C]`` to ``[C]``."""
-    return rows[0] if len(rows) == 1 else rows.mean(dim=0)
+    return rows[0] if rows.shape[0] == 1 else rows.mean(dim=0)
+
+
+def _total(rows: Tensor) -> Tensor:
+    """Return the sum of rows, ``[R, C]`` to ``[C]``."""
+    return rows[0] if rows.shape[0] == 1 else rows.sum(dim=0)
 
 
 def move(running: Tensor, new: Tensor, step: float | Tensor) -> None:
@@ -233,7 +238,7 @@ def param_grads(total: Tensor, dot: Tensor, weight: Tensor | None) -> tuple[Tens
     """
     sums = torch.stack([total, dot], dim=1)
     weighted = sums if weight is None else sums * weight.to(sums.dtype)
-    return dot.sum(dim=0), total.sum(dim=0), weighted
+    return _total(dot), _total(total), weighted
 
 
 def dx_coefficients(
@@ -256,7 +261,7 @@ def backward_rows(
     Of the sums of ``dy`` and of ``dy xhat`` over the users of each normaliser, ``[R, C]``.
     """
     b, c = dx_coefficients(total, dot, rstd, factor, count)
-    return dot.sum(dim=0), total.sum(dim=0), b, c
+    return _total(dot), _total(total), b, c
 
 
 def constant(values: tuple[float, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
