@@ -4,9 +4,8 @@ Input is cut into parts that aten takes as channels; what is found of parts is m
 input each sample's channel is a part, in ``[1, N * C, L]``. Of channels-last input and ``[N, C]``
 each block's are, in ``[n * L, C]``; small blocks are copied side by side, ``[n * L, blocks * C]``.
 
-The numerics are those of ``nn.BatchNorm2d``: aten and the merge sum squares of distances to a mean,
-so that next to nothing cancels, however large the mean. Statistics that are not finite are computed
-again in float64, as a deviation may be finite where its square is not. Half precision is widened.
+The numerics are those of ``nn.BatchNorm2d``: squares are of distances to a mean, so next to nothing
+cancels. What is not finite is computed again in float64: a deviation may be where its square isn't.
 """
 
 import math
@@ -25,7 +24,6 @@ from .rows import normaliser_rows as normaliser_rows
 from .rows import param_grads as param_grads
 
 Cut = tuple[Sizes, Groups]  # parts of each block, and the groups of these
-
 _SMALL = 2**14  # values of a block that are copied in less time than aten is called
 _CHUNK = 2**17  # values per thread that stay in a cache from one pass to the next
 
@@ -91,11 +89,11 @@ def block_grad_affine(
     c = c if is_centred else torch.addcmul(c, b, center, value=-1)
     a = _per_sample(a, x, sizes, users, axis)
     b, center, c = (_per_sample(row, x, sizes, groups, axis) for row in (b, center, c))
-    for out, values, d, slope, mean, shift, factor in _chunks(dx, flat, grads, b, center, c, a):
-        if is_centred:  # x * b would be as large as the mean, and so would be its rounding
-            torch.sub(values, mean, out=out).mul_(slope).add_(shift)
-        else:  # the rounding of aten's sum over channels-last values is larger than that
-            torch.addcmul(shift, values, slope, out=out)
+    for out, v, d, slope, mean, shift, factor in _chunks(dx, flat, grads, b, center, c, a):
+        # Else x * b rounds as if as large as the mean; aten's sum over channels-last rounds more.
+        u = torch.sub(v, mean, out=out) if is_centred else v
+        # Aten vectorises an operation with one number per plane, not with two.
+        u.mul_(slope).add_(shift) if axis == 2 else torch.addcmul(shift, u, slope, out=out)
         out.addcmul_(d, factor)
     return _as(like, x, dx)
 
