@@ -13,6 +13,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -85,6 +86,8 @@ class Journal:
         # Not at the top: the benchmarks want `processor` without the extra `train`.
         from tqdm import tqdm
 
+        # Its own lock is one between processes, which a rank that is stopped would leave behind.
+        tqdm.set_lock(threading.RLock())
         # `disable=None` draws it on a terminal only.
         self._bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True, disable=None)
         write_json(self.folder / CONFIG, _describe(config, world_size, self.folder / CONFIG))
