@@ -7,8 +7,9 @@ import torch
 
 import truth
 from shuffle_batchnorm import mixing_matrix, spectral_radius
+from shuffle_batchnorm.kernels import reference
 from shuffle_batchnorm.norm.mixing import MODES, Options, block_sizes, make_plan
-from shuffle_batchnorm.norm.statistics import find_mixing
+from shuffle_batchnorm.norm.statistics import RowFormat, prepare_call
 
 OFFSETS = [0, 1, -1, 2, 5, 7]
 
@@ -29,7 +30,8 @@ def test_groups_of_one_process_have_equal_shares(groups: int, offset: int, block
     for batch in (24, 120):
         plan = make_plan(Options("regroup", groups, offset, blocks), 1, 0)
         plan = plan.without_empty_blocks(batch)
-        sizes, found = plan.sizes(batch), find_mixing(plan).groups
+        sizes = plan.sizes(batch)
+        found = prepare_call(plan, sizes, RowFormat(3, torch.float32), reference).mixing.groups
         if not plan.shuffles:
             assert found is None
             assert sizes == (batch // groups,) * groups

@@ -180,35 +180,21 @@ def _find_call(
     calls: Calls,
     num_features: int | None,
 ) -> Call:
-    """Return what has been prepared for a kind of call, or prepare it."""
-    # Fake and other special tensors may have sizes that are symbols, which have no hash.
-    if torch.compiler.is_compiling() or type(input) is not Tensor:
-        return _prepare(input, parameters, options, world, num_features)
-    tensors = input, *parameters
-    forms = [None if t is None else (t.shape, t.dtype, t.device) for t in tensors]
-    key = options, world.rank, world.size, *forms
-    call = calls.get(key)
-    if call is None:
-        call = _prepare(input, parameters, options, world, num_features)
-        if len(calls) >= _MOST_CALLS:
-            calls.clear()
-        calls[key] = call
-    return call
-
-
-def _prepare(
-    input: Tensor,
-    parameters: Parameters,
-    options: Options,
-    world: World,
-    num_features: int | None,
-) -> Call:
-    """Check a call, and cut its batch into blocks.
+    """Return what has been prepared for a kind of call; or check a new kind, and prepare it.
 
     Raises:
         ValueError: the input doesn't fit the rule; the peers know.
         TypeError: likewise.
     """
+    # Fake and other special tensors may have sizes that are symbols, which have no hash.
+    can_keep = not torch.compiler.is_compiling() and type(input) is Tensor
+    key: Any = None
+    if can_keep:
+        tensors = input, *parameters
+        forms = [None if t is None else (t.shape, t.dtype, t.device) for t in tensors]
+        key = options, world.rank, world.size, *forms
+        if key in calls:
+            return calls[key]
     check_options(CALL, options)
     try:
         check_input(input, parameters, options.groups, num_features)
@@ -222,7 +208,12 @@ def _prepare(
         # So does a graph for batches of any size.
         plan = plan.without_empty_blocks(batch)
     row_format = RowFormat(input.shape[1], accumulation_dtype(input))
-    return prepare_call(plan, plan.sizes(batch), row_format, select.select(input))
+    call = prepare_call(plan, plan.sizes(batch), row_format, select.select(input))
+    if can_keep:
+        if len(calls) >= _MOST_CALLS:
+            calls.clear()
+        calls[key] = call
+    return call
 
 
 def _warn_if_nothing_is_shuffled(options: Options, plan: Plan) -> None:
@@ -232,7 +223,7 @@ def _warn_if_nothing_is_shuffled(options: Options, plan: Plan) -> None:
     cause = f"offset={options.offset} is a multiple of the {plan.total_groups} groups"
     if options.offset % plan.total_groups:
         cause = f"blocks={options.blocks} leaves each group whole"
-    warnings.warn(f"{CALL}: {cause}, so mode {options.mode!r} shuffles nothing", stacklevel=6)
+    warnings.warn(f"{CALL}: {cause}, so mode {options.mode!r} shuffles nothing", stacklevel=5)
 
 
 def _normaliser_rows(

@@ -111,19 +111,14 @@ def prepare_call(
     plan: Plan, sizes: tuple[int, ...], row_format: RowFormat, kernels: Kernels
 ) -> Call:
     """Find who normalises whom, or which rows travel."""
-    route = back = None
-    if asks_peers(plan) and plan.shuffles:
+    mixing, route, back = LocalMixing(), None, None
+    if plan.shuffles and asks_peers(plan):
         route, back = find_route(plan), find_route(plan.transposed())
-    return Call(plan, sizes, row_format, find_mixing(plan), route, back, kernels)
-
-
-def find_mixing(plan: Plan) -> LocalMixing:
-    """Return who normalises whom by a plan, where no peer is asked."""
-    if asks_peers(plan) or not plan.shuffles:
-        return LocalMixing()
-    cells = ((i, c) for i in range(plan.groups) for c in range(plan.per_group))
-    users = BlockGroups(plan.groups, tuple(plan.used(*cell) for cell in cells))
-    return LocalMixing(users if plan.mode == "regroup" else None, users)
+    elif plan.shuffles:
+        cells = ((i, c) for i in range(plan.groups) for c in range(plan.per_group))
+        users = BlockGroups(plan.groups, tuple(plan.used(*cell) for cell in cells))
+        mixing = LocalMixing(users if plan.mode == "regroup" else None, users)
+    return Call(plan, sizes, row_format, mixing, route, back, kernels)
 
 
 def asks_peers(plan: Plan) -> bool:

@@ -5,12 +5,12 @@ import hashlib
 import inspect
 import random
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from shuffle_batchnorm.comm.world import World, resolve
 from shuffle_batchnorm.shuffle.encoder import ShuffledEncoder
@@ -105,11 +105,11 @@ def isolated(modules: Iterable[nn.Module], worlds: Iterable[World]) -> Iterator[
         for module in modules
     ]
     shuffles = [(world.group, get_shuffle_state(world.group)) for world in worlds]
-    numbers = _random_states()
+    restore_random_states = _keep_random_states()
     try:
         yield
     finally:
-        _set_random_states(numbers)
+        restore_random_states()
         for group, state in shuffles:
             set_shuffle_state(state, group)
         for module, values in attributes:
@@ -123,31 +123,21 @@ def isolated(modules: Iterable[nn.Module], worlds: Iterable[World]) -> Iterator[
                 tensor.copy_(copy)
 
 
-class _RandomStates(NamedTuple):
-    torch: Tensor
-    cuda: list[Tensor]
-    python: Any
-    numpy: Any
-
-
-def _random_states() -> _RandomStates:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+def _keep_random_states() -> Callable[[], None]:
+    """Return what sets the random states to what they are now."""
     numpy = sys.modules.get("numpy")
-    return _RandomStates(
-        torch.get_rng_state(),
-        cuda,
-        random.getstate(),
-        None if numpy is None else numpy.random.get_state(),
-    )
+    cpu, python = torch.get_rng_state(), random.getstate()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    array = None if numpy is None else numpy.random.get_state()
 
+    def restore() -> None:
+        torch.set_rng_state(cpu)
+        torch.cuda.set_rng_state_all(cuda)
+        random.setstate(python)
+        if numpy is not None:
+            numpy.random.set_state(array)
 
-def _set_random_states(states: _RandomStates) -> None:
-    torch.set_rng_state(states.torch)
-    if states.cuda:
-        torch.cuda.set_rng_state_all(states.cuda)
-    random.setstate(states.python)
-    if states.numpy is not None:
-        sys.modules["numpy"].random.set_state(states.numpy)
+    return restore
 
 
 def derive_seed(*parts: object) -> int:

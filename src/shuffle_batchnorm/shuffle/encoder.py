@@ -188,15 +188,9 @@ class ShuffledEncoder(nn.Module):
 
 
 _SHARED = (
-    "_parameters",
-    "_buffers",
-    "_non_persistent_buffers_set",
-    "_modules",
-    "_state_dict_hooks",
-    "_state_dict_pre_hooks",
-    "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
-)
+    "_parameters", "_buffers", "_non_persistent_buffers_set", "_modules", "_state_dict_hooks",
+    "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
+)  # fmt: skip
 
 
 def _count_groups(layer: _BatchNorm, world: World) -> int:
