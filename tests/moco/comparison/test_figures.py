@@ -21,7 +21,7 @@ from shuffle_batchnorm.moco.comparison.figures import (
     draw_leak_and_cure,
     save_figures,
 )
-from shuffle_batchnorm.moco.comparison.style import RC, STYLES, style_of, wrapped
+from shuffle_batchnorm.moco.comparison.style import RC, STYLES, wrapped
 from shuffle_batchnorm.moco.comparison.summary import summarise
 
 
@@ -68,9 +68,6 @@ def test_a_bn_has_its_colour_whoever_else_is_there() -> None:
     alone = drawn(draw_leak(made_up_records(["regroup"])))[0].patches[0]
     among = drawn(draw_leak(made_up_records()))[0].patches[3]
     assert to_hex(alone.get_facecolor()) == to_hex(among.get_facecolor()) == "#0072b2"
-    assert len({style.colour for style in STYLES.values()}) == len(STYLES)
-    assert len({style.marker for style in STYLES.values()}) == len(STYLES)
-    assert style_of("mine", ["local", "mine"]) != style_of("yours", ["mine", "yours"])
 
 
 def test_curves_are_means_in_a_band_from_smallest_to_largest() -> None:
