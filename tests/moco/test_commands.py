@@ -30,5 +30,5 @@ def test_compare_hands_on_lists_and_what_was_typed(monkeypatch: pytest.MonkeyPat
 
 
 def test_seeds_are_whole_numbers() -> None:
-    with pytest.raises(ConfigError, match="compare: --seeds must be whole numbers, got 1.5"):
+    with pytest.raises(ConfigError, match=r"--seeds must be whole numbers, got 1\.5"):
         Compare(seeds="0,1.5").act()
