@@ -14,6 +14,7 @@ from .rows import (
     Groups,
     Sizes,
     block_sum,
+    cast,
     counts,
     group_sum,
     merge_blocks,
@@ -69,7 +70,7 @@ def block_affine(
         groups: of blocks.
     """
     center, scale, shift = _spread(x.ndim, sizes, _of_blocks(groups, center, scale, shift))
-    return _cast((widen(x) - center) * scale + shift, x.dtype)
+    return cast((widen(x) - center) * scale + shift, x.dtype)
 
 
 def block_grad_sums(
@@ -103,7 +104,7 @@ def block_grad_affine(
     rows = _of_blocks(users, a) + _of_blocks(groups, b, center, c)
     a, b, center, c = _spread(x.ndim, sizes, rows)
     dx = (widen(x) - center) * b + c
-    return _cast(dx + widen(dy) * a, x.dtype)
+    return cast(dx + widen(dy) * a, x.dtype)
 
 
 def _planes(x: Tensor) -> Tensor:
@@ -121,8 +122,3 @@ def _spread(ndim: int, sizes: Sizes, rows: tuple[Tensor, ...]) -> tuple[Tensor, 
     # Side by side, a compiler has to write them down, and can't work them out for every value.
     spread = per_sample(torch.cat(rows, dim=1), sizes)
     return spread.view(*spread.shape, *[1] * (ndim - 2)).chunk(len(rows), dim=1)
-
-
-def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    # torch 2.11 compiles an output that was cast to the same dtype to a gradient of zeros.
-    return x if x.dtype == dtype else x.to(dtype)

@@ -68,9 +68,15 @@ def accumulation_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a tensor in this dtype, itself if it has it: a call of `to` takes time for nothing."""
+    # And torch 2.11 compiles an output that was cast to the same dtype to a gradient of zeros.
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def widen(x: Tensor) -> Tensor:
     """Return a tensor in the dtype of its statistics."""
-    return x.to(accumulation_dtype(x))
+    return cast(x, accumulation_dtype(x))
 
 
 def has_numbers(x: Tensor) -> bool:
@@ -203,7 +209,7 @@ def normaliser_rows(
         move(running.var, _average(unbiased_variance(std, count)), running.step)
     # hypot: the square of a deviation that fits the dtype may not.
     rstd = torch.hypot(std, constant((math.sqrt(eps),), std.dtype, std)).reciprocal_()
-    return rstd, rstd if weight is None else rstd * weight.to(rstd.dtype)
+    return rstd, rstd if weight is None else rstd * cast(weight, rstd.dtype)
 
 
 def unbiased_variance(std: Tensor, count: Tensor | int) -> Tensor:
@@ -237,7 +243,7 @@ def param_grads(total: Tensor, dot: Tensor, weight: Tensor | None) -> tuple[Tens
     Of the sums of ``dy`` and of ``dy xhat``, ``[R, C]``: their sums, and both times the weight.
     """
     sums = torch.stack([total, dot], dim=1)
-    weighted = sums if weight is None else sums * weight.to(sums.dtype)
+    weighted = sums if weight is None else sums * cast(weight, sums.dtype)
     return _total(dot), _total(total), weighted
 
 

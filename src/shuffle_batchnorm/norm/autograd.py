@@ -1,11 +1,12 @@
 """The normalisation of one rank's batch with given statistics, and its exact gradient."""
 
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from shuffle_batchnorm.comm.world import World
+from shuffle_batchnorm.kernels.rows import cast
 
 from .mixing import CALL
 from .statistics import Call, asks_peers, mix_gradients
@@ -74,7 +75,7 @@ class Normalise(torch.autograd.Function):
         )
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.call = number, call, world
-        shift = mean.new_zeros(()) if bias is None else bias.to(mean.dtype)
+        shift = mean.new_zeros(()) if bias is None else cast(bias, mean.dtype)
         shift = shift.expand_as(mean)
         kernels, users = call.kernels, call.mixing.users
         y: Tensor = kernels.block_affine(x, call.sizes, mean, scale, shift, users)
@@ -99,8 +100,8 @@ class Normalise(torch.autograd.Function):
             dx, dweight, dbias = _FirstDerivative.apply(*first, dy, x, weight)  # type: ignore[no-untyped-call]
         return (
             dx,
-            None if weight is None else dweight.to(weight.dtype),
-            None if ctx.bias_dtype is None else dbias.to(ctx.bias_dtype),
+            None if weight is None else cast(dweight, weight.dtype),
+            None if ctx.bias_dtype is None else cast(dbias, ctx.bias_dtype),
             *[None] * 9,
         )
 
@@ -130,8 +131,7 @@ def _gradients(
         if needs_dx:  # what has arrived is weighted already
             b, c = kernels.dx_coefficients(total, dot, source.rstd, source.rstd, source.counts)
     else:
-        count = cast(int, source.counts)
-        dweight, dbias, b, c = kernels.backward_rows(total, dot, rstd, scale, count)
+        dweight, dbias, b, c = kernels.backward_rows(total, dot, rstd, scale, source.counts)
     if not needs_dx:
         return None, dweight, dbias
     dx = kernels.block_grad_affine(dy, x, sizes, scale, b, source.mean, c, users, groups)
