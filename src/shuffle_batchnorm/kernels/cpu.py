@@ -90,12 +90,12 @@ def block_grad_affine(
     c = c if is_centred else torch.addcmul(c, b, center, value=-1)
     a = _per_sample(a, x, sizes, users, axis)
     b, center, c = (_per_sample(row, x, sizes, groups, axis) for row in (b, center, c))
-    for out, values, d, slope, mean, shift, factor in _chunks(dx, flat, grads, b, center, c, a):
+    for out, values, d, by, mean, shift, by_dy in _chunks(dx, flat, grads, b, center, c, a):
         if is_centred:  # x * b would be as large as the mean, and so would be its rounding
-            torch.sub(values, mean, out=out).mul_(slope).add_(shift)
+            torch.sub(values, mean, out=out).mul_(by).add_(shift)
         else:  # the rounding of aten's sum over channels-last values is larger than that
-            torch.addcmul(shift, values, slope, out=out)
-        out.addcmul_(d, factor)
+            torch.addcmul(shift, values, by, out=out)
+        out.addcmul_(d, by_dy)
     return _as(like, x, dx)
 
 
