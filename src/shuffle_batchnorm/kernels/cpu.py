@@ -27,7 +27,6 @@ from .rows import param_grads as param_grads
 Cut = tuple[Sizes, Groups]  # parts of each block, and the groups of these
 
 _SMALL = 2**14  # values of a block that are copied in less time than aten is called
-_CHUNK = 2**17  # values per thread that stay in a cache from one pass to the next
 
 
 def block_moments(x: Tensor, sizes: Sizes, groups: Groups = None) -> tuple[Tensor, Tensor]:
@@ -66,7 +65,8 @@ def block_grad_sums(
     batches, cut = _parts(channels_last, sizes, groups, dy, x)
     if cut is not None:
         center, scale = (row.index_select(0, _owners(*cut)) for row in (center, scale))
-    rows = (row.reshape(len(batches), -1).contiguous() for row in (center, scale))  # aten's wish
+    # aten reads rows as contiguous, whatever their strides.
+    rows = (row.reshape(len(batches), -1).contiguous() for row in (center, scale))
     total, dot = _rows(map(_grad_sums, batches, *rows), x)
     return _sum(total, cut), _sum(dot, cut)
 
@@ -84,18 +84,15 @@ def block_grad_affine(
 ) -> Tensor:
     """See `reference.block_grad_affine`."""
     like, (x, channels_last) = x, _layout(x, sizes)
-    flat, axis = _flat(x, channels_last), 1 if channels_last else 2
-    grads, dx = _flat(as_layout(widen(dy), channels_last), channels_last), torch.empty_like(flat)
-    is_centred = axis == 2 or x.ndim == 2
-    c = c if is_centred else torch.addcmul(c, b, center, value=-1)
+    values, axis = _flat(x, channels_last), 1 if channels_last else 2
+    # x * b is as large as the mean, and so is its rounding; yet smaller than that of aten's sum of
+    # channels-last values, where a pass may be saved.
+    centred = axis == 2 or x.ndim == 2
+    c = c if centred else torch.addcmul(c, b, center, value=-1)
     a = _per_sample(a, x, sizes, users, axis)
     b, center, c = (_per_sample(row, x, sizes, groups, axis) for row in (b, center, c))
-    for out, values, d, by, mean, shift, by_dy in _chunks(dx, flat, grads, b, center, c, a):
-        if is_centred:  # x * b would be as large as the mean, and so would be its rounding
-            torch.sub(values, mean, out=out).mul_(by).add_(shift)
-        else:  # the rounding of aten's sum over channels-last values is larger than that
-            torch.addcmul(shift, values, by, out=out)
-        out.addcmul_(d, by_dy)
+    dx = (values - center).mul_(b).add_(c) if centred else torch.addcmul(c, values, b)
+    dx.addcmul_(_flat(as_layout(widen(dy), channels_last), channels_last), a)
     return _as(like, x, dx)
 
 
@@ -174,15 +171,6 @@ def _per_sample(row: Tensor, x: Tensor, sizes: Sizes, groups: Groups, axis: int)
     """Give each sample its row, to broadcast with `_flat`; one row is for all."""
     row = row if len(row) == 1 else row.index_select(0, _owners(sizes, groups))
     return row if x.ndim == 2 else row.unsqueeze(axis)
-
-
-def _chunks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
-    """Cut tensors along samples, for several passes over what stays in a cache."""
-    samples = len(tensors[0])
-    size = max(1, _CHUNK * torch.get_num_threads() * samples // tensors[0].numel())
-    if size >= samples:
-        return [tensors]
-    return zip(*(x.expand(samples, *x.shape[1:]).split(size) for x in tensors), strict=True)
 
 
 @lru_cache(maxsize=1024)
