@@ -51,21 +51,16 @@ def test_reference_is_the_formula(
     assert_near(all_four(REFERENCE, x, dy, sizes, rows), loops(x, dy, sizes, rows), tolerance)
 
 
-SMALL, LARGE = (2**14, 2**17), (0, 7)
-
-
 @pytest.fixture
 def _size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the CPU kernels take even small blocks one by one and in chunks, as large ones are."""
-    small, chunk = request.param
-    monkeypatch.setattr(cpu, "_SMALL", small)
-    monkeypatch.setattr(cpu, "_CHUNK", chunk)
+    """Let the CPU kernels take even small blocks one by one, as large ones are."""
+    monkeypatch.setattr(cpu, "_SMALL", request.param)
 
 
 @NAMED
 @pytest.mark.parametrize(
     ("_size", "dtype"),
-    [(SMALL, torch.float32), (SMALL, torch.float64), (LARGE, torch.float64)],
+    [(2**14, torch.float32), (2**14, torch.float64), (0, torch.float64)],
     ids=str,
     indirect=["_size"],
 )
@@ -153,7 +148,7 @@ def test_moments_of_the_reference_keep_their_digits(shape: tuple[int, ...], bloc
 
 @pytest.mark.parametrize("kernels", [CPU, REFERENCE], ids=["cpu", "reference"])
 @GROUPED
-@pytest.mark.parametrize("_size", [SMALL, LARGE], ids=["small", "large"], indirect=True)
+@pytest.mark.parametrize("_size", [2**14, 0], ids=["small", "large"], indirect=True)
 @pytest.mark.usefixtures("_size")
 def test_groups_are_made_of_their_blocks(
     kernels: Kernels,

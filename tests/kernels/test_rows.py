@@ -34,8 +34,8 @@ def test_what_a_cuda_graph_reads_is_kept(monkeypatch: pytest.MonkeyPatch) -> Non
 
     held = torch.arange(3).as_subclass(OnAGPU)
     monkeypatch.setattr(kernel_rows, "_cached", lambda *_: held)
-    monkeypatch.setattr(kernel_rows, "_in_cuda_graphs", kept := set[Tensor]())
+    monkeypatch.setattr(kernel_rows, "_in_cuda_graphs", held_alive := set[Tensor]())
     for is_capturing in (False, True):
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: is_capturing)  # noqa: B023
         kernel_rows.constant((0, 1, 2), torch.int64, torch.zeros(1))
-        assert kept == ({held} if is_capturing else set())
+        assert held_alive == ({held} if is_capturing else set())

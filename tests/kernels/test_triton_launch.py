@@ -205,16 +205,16 @@ def test_large_means_cancel_no_more_than_in_batch_norm(
 
 @pytest.mark.filterwarnings("ignore:invalid:RuntimeWarning")
 @pytest.mark.parametrize("split", [False, True])
-@pytest.mark.parametrize("place", [0, 149])
+@pytest.mark.parametrize("position", [0, 149])
 @LAYOUTS
 def test_an_infinity_is_the_mean_of_its_channel(
-    place: int, split: bool, channels_last: bool, request: pytest.FixtureRequest
+    position: int, split: bool, channels_last: bool, request: pytest.FixtureRequest
 ) -> None:
     """Catches inf - inf, which is NaN, in running means that nn.BatchNorm2d has infinite."""
     if split:
         request.getfixturevalue("_many_splits")
     x = torch.randn(16, 4, 150)
-    x[8, 1, place], x[8, 2, place], x[8, 3, place] = torch.inf, -torch.inf, torch.nan
+    x[8, 1, position], x[8, 2, position], x[8, 3, position] = torch.inf, -torch.inf, torch.nan
     x = (_in_lines(x) if channels_last else x).to(DEVICE)
     for got, want in zip(*(k.block_moments(x, (8, 8)) for k in (TRITON, REFERENCE)), strict=True):
         torch.testing.assert_close(got, want, equal_nan=True, rtol=1e-5, atol=1e-5)

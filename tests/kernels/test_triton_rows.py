@@ -103,7 +103,7 @@ def test_deviations_at_the_ends_of_float32(eps: float) -> None:
 
 @EDGES
 def test_rows_of_gradients(rows: int, channels: int, dtype: torch.dtype) -> None:
-    """Catches a row or channel at the end of a tile, sums that change their places, n of 0."""
+    """Catches a row or channel at the end of a tile, sums that swap, a count of 0."""
     total, dot, rstd, factor = _rows(4, rows, channels, dtype)
     weight = torch.rand(2 * channels, device=DEVICE).half()[::2]
     got, want = (

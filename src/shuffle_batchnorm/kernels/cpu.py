@@ -25,7 +25,6 @@ from .rows import param_grads as param_grads
 
 Cut = tuple[Sizes, Groups]  # parts of each block, and the groups of these
 _SMALL = 2**14  # values of a block that are copied in less time than aten is called
-_CHUNK = 2**17  # values per thread that stay in a cache from one pass to the next
 
 
 def block_moments(x: Tensor, sizes: Sizes, groups: Groups = None) -> tuple[Tensor, Tensor]:
@@ -64,7 +63,8 @@ def block_grad_sums(
     batches, cut = _parts(channels_last, sizes, groups, dy, x)
     if cut is not None:
         center, scale = (row.index_select(0, _owners(*cut)) for row in (center, scale))
-    rows = [row.reshape(-1).contiguous() for row in (center, scale)]  # aten's wish
+    # aten reads rows as contiguous, whatever their strides.
+    rows = [row.reshape(-1).contiguous() for row in (center, scale)]
     split = [[row] if len(batches) == 1 else row.chunk(len(batches)) for row in rows]
     total, dot = _rows(map(_grad_sums, batches, *split), x)
     return _sum(total, cut), _sum(dot, cut)
@@ -83,18 +83,18 @@ def block_grad_affine(
 ) -> Tensor:
     """See `reference.block_grad_affine`."""
     like, (x, channels_last) = x, _layout(x, sizes)
-    flat, axis = _flat(x, channels_last), 1 if channels_last else 2
-    grads, dx = _flat(as_layout(widen(dy), channels_last), channels_last), torch.empty_like(flat)
-    is_centred = axis == 2 or x.ndim == 2
-    c = c if is_centred else torch.addcmul(c, b, center, value=-1)
+    values, axis = _flat(x, channels_last), 1 if channels_last else 2
+    # x * b is as large as the mean, and so is its rounding; yet smaller than that of aten's sum of
+    # channels-last values, where a pass may be saved.
+    centred = axis == 2 or x.ndim == 2
+    c = c if centred else torch.addcmul(c, b, center, value=-1)
     a = _per_sample(a, x, sizes, users, axis)
     b, center, c = (_per_sample(row, x, sizes, groups, axis) for row in (b, center, c))
-    for out, v, d, slope, mean, shift, factor in _chunks(dx, flat, grads, b, center, c, a):
-        # Else x * b rounds as if as large as the mean; aten's sum over channels-last rounds more.
-        u = torch.sub(v, mean, out=out) if is_centred else v
-        # Aten vectorises an operation with one number per plane, not with two.
-        u.mul_(slope).add_(shift) if axis == 2 else torch.addcmul(shift, u, slope, out=out)
-        out.addcmul_(d, factor)
+    if axis == 2:  # aten vectorises an operation with one number per plane, not with two
+        dx = (values - center).mul_(b).add_(c)
+    else:
+        dx = torch.addcmul(c, values - center if centred else values, b)
+    dx.addcmul_(_flat(as_layout(widen(dy), channels_last), channels_last), a)
     return _as(like, x, dx)
 
 
@@ -173,15 +173,6 @@ def _per_sample(row: Tensor, x: Tensor, sizes: Sizes, groups: Groups, axis: int)
     """Give each sample its row, to broadcast with `_flat`; one row is for all."""
     row = row if row.shape[0] == 1 else row.index_select(0, _owners(sizes, groups))
     return row if x.ndim == 2 else row.unsqueeze(axis)
-
-
-def _chunks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
-    """Cut tensors along samples, for several passes over what stays in a cache."""
-    samples = tensors[0].shape[0]
-    size = max(1, _CHUNK * torch.get_num_threads() * samples // tensors[0].numel())
-    if size >= samples:
-        return [tensors]
-    return zip(*(x.expand(samples, *x.shape[1:]).split(size) for x in tensors), strict=True)
 
 
 @lru_cache(maxsize=1024)

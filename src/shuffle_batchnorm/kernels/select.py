@@ -1,7 +1,7 @@
 """The four heavy kernels, and the small ones for rows between them.
 
 `reference`, `cpu` and `triton_launch` have the same functions (for the formulas see `reference` and
-`rows`). `select` is the one place that chooses between them. Nothing else in this package touches
+`rows`). `select` alone chooses between them. Nothing else in this package touches
 activations.
 """
 
