@@ -77,7 +77,7 @@ def test_ranks_compile_to_one_graph(mode: str, blocks: int) -> None:
 
 @pytest.mark.parametrize(
     ("mode", "marked"),
-    [("local", True), ("sync", True), ("swap", True), ("regroup", True), ("regroup", False)],
+    [("sync", True), ("swap", True), ("regroup", True), ("regroup", False)],
 )
 def test_batches_of_many_sizes_share_few_graphs(mode: str, marked: bool) -> None:
     """Catches a recompilation for each batch size, by a loop over samples or over full blocks."""

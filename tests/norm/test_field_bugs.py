@@ -99,7 +99,7 @@ def test_pytorch_189828_statistics_of_another_shape(name: str) -> None:
 
 # Dynamo itself makes an instance of every autograd.Function that it traces.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-@MODE
+@pytest.mark.parametrize("mode", ["local", "regroup"])
 def test_pytorch_194504_cumulative_average_under_fullgraph(mode: str) -> None:
     """Catches a host sync for the counter, which breaks the graph, and a counter that stands."""
     eager = ShuffleBatchNorm(3, momentum=None, mode=mode, groups=2)

@@ -22,7 +22,7 @@ SMALL = [
     for groups in (1, 2, 4)
     for offset in (1, -1, 2, 3, -3, 0)
 ]
-RANKS = {2: (0, 1), 3: (0, 1, 2), 4: (0, 3), 16: (0, 5, 15), 255: (0, 100), 4096: (0, 4095)}
+RANKS = {2: (0, 1), 3: (0, 1, 2), 4: (0, 3), 16: (0, 5, 15), 255: (100,), 4096: (4095,)}
 
 
 def _members(block: Block, plan: Plan, options: Options) -> list[Block]:
