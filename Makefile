@@ -32,8 +32,9 @@ demo: setup ## the seed's check on two ranks, then MoCo with and without the lea
 	$(BIN)/python main.py --gpu 0,1 --shuffle --epochs 10
 	$(BIN)/shuffle-batchnorm compare --bn local,regroup --ranks 2 --groups 16 --device cpu --output runs/demo
 
-test: setup ## run every test, and the examples in the docstrings
-	$(BIN)/python -m pytest $(ARGS)
+# Files go to workers whole, so that each keeps few processes of ranks; one thread each is faster.
+test: setup ## run every test, and the examples in the docstrings, with two workers
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: setup ## check style and types
 	$(BIN)/ruff check

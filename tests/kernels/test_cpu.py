@@ -59,8 +59,10 @@ def test_groups_far_apart_do_not_see_each_other(channels_last: bool) -> None:
     blocks = x.double().split(16)
     for k, group in enumerate((blocks[::3], blocks[1:3])):
         deviation, center = torch.std_mean(torch.cat(group), dim=(0, 2, 3), correction=0)
-        torch.testing.assert_close(mean[k], center.float(), rtol=3e-7, atol=1e-6)
-        torch.testing.assert_close(std[k], deviation.float(), rtol=5e-4 if k else 1e-6, atol=0)
+        # aten adds channels-last values one after the other in float32, in a thread's order.
+        mean_error, std_error = (1e-6, 2e-3) if channels_last else (1e-7, 1e-4)
+        torch.testing.assert_close(mean[k], center.float(), rtol=mean_error, atol=1e-6)
+        torch.testing.assert_close(std[k], deviation.float(), rtol=std_error if k else 1e-6, atol=0)
 
 
 @pytest.mark.parametrize("shape", [(6, 3), (6, 3, 4)], ids=str)
