@@ -25,6 +25,7 @@ from .rows import param_grads as param_grads
 
 Cut = tuple[Sizes, Groups]  # parts of each block, and the groups of these
 _SMALL = 2**14  # values of a block that are copied in less time than aten is called
+_CHUNK = 2**17  # values per thread that stay in a cache from one pass to the next
 
 
 def block_moments(x: Tensor, sizes: Sizes, groups: Groups = None) -> tuple[Tensor, Tensor]:
@@ -90,11 +91,13 @@ def block_grad_affine(
     c = c if centred else torch.addcmul(c, b, center, value=-1)
     a = _per_sample(a, x, sizes, users, axis)
     b, center, c = (_per_sample(row, x, sizes, groups, axis) for row in (b, center, c))
-    if axis == 2:  # aten vectorises an operation with one number per plane, not with two
-        dx = (values - center).mul_(b).add_(c)
-    else:
-        dx = torch.addcmul(c, values - center if centred else values, b)
-    dx.addcmul_(_flat(as_layout(widen(dy), channels_last), channels_last), a)
+    grads = _flat(as_layout(widen(dy), channels_last), channels_last)
+    if axis == 1:
+        dx = torch.addcmul(c, values - center if centred else values, b).addcmul_(grads, a)
+        return _as(like, x, dx)
+    dx = torch.empty_like(values)
+    for out, v, d, factor, slope, mean, shift in _chunks(dx, values, grads, a, b, center, c):
+        torch.sub(v, mean, out=out).mul_(slope).add_(shift).addcmul_(d, factor)
     return _as(like, x, dx)
 
 
@@ -173,6 +176,13 @@ def _per_sample(row: Tensor, x: Tensor, sizes: Sizes, groups: Groups, axis: int)
     """Give each sample its row, to broadcast with `_flat`; one row is for all."""
     row = row if row.shape[0] == 1 else row.index_select(0, _owners(sizes, groups))
     return row if x.ndim == 2 else row.unsqueeze(axis)
+
+
+def _chunks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """Cut tensors along samples, for several passes over what stays in a cache."""
+    samples = tensors[0].shape[0]
+    size = max(1, _CHUNK * torch.get_num_threads() * samples // tensors[0].numel())
+    return zip(*(x.expand(samples, -1, -1).split(size) for x in tensors), strict=True)
 
 
 @lru_cache(maxsize=1024)
