@@ -182,7 +182,7 @@ def _chunks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
     """Cut tensors along samples, for several passes over what stays in a cache."""
     samples = tensors[0].shape[0]
     size = max(1, _CHUNK * torch.get_num_threads() * samples // tensors[0].numel())
-    return zip(*(x.expand(samples, -1, -1).split(size) for x in tensors), strict=True)
+    return zip(*(x.expand(samples, *x.shape[1:]).split(size) for x in tensors), strict=True)
 
 
 @lru_cache(maxsize=1024)
