@@ -15,9 +15,6 @@ from . import checks
 from .batches import Batch, Sizes, check_sizes, draw_batch, find_hits, take
 from .intervals import batch_interval
 from .isolation import all_modules, derive_seed, find_roots, isolated, seed_all, shuffle_worlds
-from .stability import StabilityReport, stability
-
-__all__ = ["LeakReport", "StabilityReport", "measure_leak", "stability"]
 
 CALL = "measure_leak"
 Encode = Callable[[Tensor], Tensor]
