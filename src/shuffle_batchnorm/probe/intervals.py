@@ -1,7 +1,6 @@
 """An interval for a mean of batches, by resampling whole batches."""
 
 import math
-from statistics import NormalDist
 
 import torch
 from torch import Tensor
@@ -38,6 +37,8 @@ def batch_interval(
         Rule of three: Hanley and Lippman-Hand 1983, JAMA 249(13). Corrections of the percentile
         interval: Hesterberg 2015, arXiv 1411.5279.
     """
+    from statistics import NormalDist  # whose import takes as long as half of this library's
+
     batches = len(values)
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(batches, (resamples, batches), generator=generator, device="cpu")
