@@ -202,7 +202,7 @@ def test_symmetric_is_both_directions_against_one_queue() -> None:
     assert int(moco.queue_pointer) == 16
 
 
-def test_second_keys_have_other_other samples() -> None:
+def test_second_keys_have_other_samples() -> None:
     moco = _moco("regroup", symmetric=True)
     layer = next(m for m in moco.encoder_k.modules() if isinstance(m, ShuffleBatchNorm))
     offsets = []
