@@ -22,7 +22,7 @@ from shuffle_batchnorm.moco.checkpoint import (
 )
 from shuffle_batchnorm.moco.config import Config, ConfigError, Norm, to_dict, validate
 from shuffle_batchnorm.moco.journal import CONFIG, RECORD, processor, versions
-from shuffle_batchnorm.moco.ranks.launch import Rank, launch, world_size
+from shuffle_batchnorm.moco.ranks.launch import Rank, launch, under_torchrun, world_size
 from shuffle_batchnorm.moco.ranks.spawn import Stopped
 from shuffle_batchnorm.moco.trainer import train as train_run
 
@@ -78,7 +78,7 @@ def compare(
     """
     plan = planned(config, bns, seeds, output)
     environments = begin(output, plan)
-    if "RANK" in os.environ:
+    if under_torchrun():
         # One process group for all runs: a second one would meet at the first one's addresses.
         work = plan, output, train
         results: list[Record] = launch(run_all, *work, device=config.run.device, graceful=True)
@@ -97,7 +97,7 @@ def run_all(rank: Rank | None, plan: Sequence[Config], output: Path, train: Trai
     Raises:
         Stopped: a signal came between two runs; `rank` is where it is noted.
     """
-    first, together = is_first(), "RANK" in os.environ
+    first, together = is_first(), under_torchrun()
     found = {run.run.output: finished(run.run.output) for run in plan} if first else {}
     records = {folder: record for folder, record in found.items() if record is not None}
     for position, one in enumerate(plan, start=1):
@@ -155,7 +155,7 @@ def planned(
 
 def is_first() -> bool:
     """Whether this is the process that writes and prints: torchrun starts others beside it."""
-    return os.environ.get("RANK", "0") == "0"
+    return not under_torchrun() or os.environ["RANK"] == "0"
 
 
 def ranks_of(config: Config) -> int:
