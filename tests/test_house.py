@@ -17,6 +17,7 @@ ROOMS = {
     "norm": {"kernels", "comm"},
     "shuffle": {"kernels", "comm"},
     "probe": {"kernels", "comm", "norm", "shuffle"},
+    "integrations": {"kernels", "comm", "norm", "shuffle", "probe"},
     "moco": {"kernels", "comm", "norm", "shuffle", "probe"},
 }
 # Their tests have other names, or there is nothing in them to test.
