@@ -1,1 +1,1 @@
-"""One small module per framework, imported where its user asks for it; each needs that framework."""
+"""One small module per framework, imported by who uses it."""

@@ -1,17 +1,21 @@
 """What a call of the layer has to be, what ranks must have in common, and how one refuses."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from shuffle_batchnorm.comm import agreement, failures
-from shuffle_batchnorm.comm.world import World
+from shuffle_batchnorm.comm.world import ProcessGroupLike, World, resolve
 from shuffle_batchnorm.kernels import select
 from shuffle_batchnorm.kernels.rows import accumulation_dtype
 
 from .mixing import CALL, Options, Plan, make_plan
 from .statistics import Call, RowFormat, asks_peers, mix, prepare_call, rejection
+from .tracing import warn
+
+CheckDimensions = Callable[[Tensor], None]
 
 
 class Parameters(NamedTuple):
@@ -24,7 +28,11 @@ class Parameters(NamedTuple):
 
 
 def check_input(
-    input: Tensor, parameters: Parameters, groups: int, num_features: int | None
+    input: Tensor,
+    parameters: Parameters,
+    groups: int,
+    num_features: int | None,
+    check_dimensions: CheckDimensions | None,
 ) -> None:
     """Raise what makes one rank's input unacceptable, whatever its peers have."""
     if not isinstance(input, Tensor) or not input.is_floating_point():
@@ -36,6 +44,8 @@ def check_input(
             f"{CALL}: expected an input [N, C, *] of at least 2 dimensions, got {input.ndim} "
             f"(input shape {shape})"
         )
+    if check_dimensions is not None:
+        check_dimensions(input)
     if num_features is not None and shape[1] != num_features:
         raise ValueError(
             f"{CALL}: input has {shape[1]} channels, the layer has num_features={num_features} "
@@ -60,6 +70,21 @@ def check_input(
     if shape[0] % groups:
         raise ValueError(
             f"{CALL}: batch {shape[0]} is not divisible by groups={groups} (input shape {shape})"
+        )
+
+
+def check_eps(eps: float) -> None:
+    """Raise a ValueError unless `eps` is positive."""
+    if not eps > 0:
+        raise ValueError(f"{CALL}: eps must be positive when training, got eps={eps}")
+
+
+def check_local(input: Any) -> None:
+    """Raise a TypeError if the input is one of many shards: ranks exchange statistics here."""
+    if any(kind.__name__ == "DTensor" for kind in type(input).__mro__):
+        raise TypeError(
+            f"{CALL}: input is a DTensor; pass this rank's samples, input.to_local(), and shard "
+            "the output again with DTensor.from_local"
         )
 
 
@@ -126,3 +151,34 @@ def _expected_format(input: Any, parameters: Parameters, num_features: int | Non
     if not channels and is_tensor and input.ndim > 1:
         channels = input.shape[1]
     return RowFormat(channels, torch.float32 if source is None else accumulation_dtype(source))
+
+
+def warn_of_few_groups(options: Options, process_group: ProcessGroupLike) -> None:
+    """Warn if a converted model has a single group to shuffle, or ranks with few in `regroup`."""
+    mode, groups, offset, blocks = options
+    ranks = resolve(process_group, CALL).size
+    total = ranks * groups
+    if mode not in ("swap", "regroup") or offset == 0:
+        return
+    cure = f"groups={-(-8 // ranks)} cuts each rank's batch into virtual groups"
+    if total == 1:
+        warn(
+            f"there is one process and groups=1, so mode {mode!r} shuffles nothing; {cure}, and "
+            "torch.distributed.init_process_group makes ranks to shuffle among"
+        )
+    elif ranks > 1 and mode == "regroup" and total < min(8, blocks):
+        warn(
+            f"{ranks} ranks with groups={groups} are {total} groups, so mode 'regroup' leaves "
+            f"1/{total} of the samples that a sample was normalised with together; {cure}"
+        )
+
+
+def warn_if_nothing_is_shuffled(options: Options, plan: Plan) -> None:
+    """Warn if there are groups to shuffle among, and the options leave each to itself."""
+    asked = options.mode in ("swap", "regroup") and options.offset != 0
+    if not asked or plan.total_groups == 1 or plan.shuffles:
+        return
+    cause = f"offset={options.offset} is a multiple of the {plan.total_groups} groups"
+    if options.offset % plan.total_groups:
+        cause = f"blocks={options.blocks} leaves each group whole"
+    warn(f"{cause}, so mode {options.mode!r} shuffles nothing")

@@ -11,7 +11,8 @@ from shuffle_batchnorm.comm.world import ProcessGroupLike, check_process_group, 
 from shuffle_batchnorm.kernels.rows import accumulation_dtype
 
 from .mixing import Options, check_options
-from .modules import ShuffleBatchNorm, StatisticsRecord
+from .modules import ShuffleBatchNorm
+from .statistics import StatisticsRecord
 
 
 @contextmanager

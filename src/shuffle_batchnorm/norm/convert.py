@@ -1,15 +1,25 @@
-"""Replacing layers of a model in place of others that share everything with them."""
+"""Replacing layers of a model in place by others that share everything with them."""
 
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
+
+FilterFn = Callable[[nn.Module, str], bool]
 
 _CONVERTIBLE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_STANDARD = ", ".join(kind.__name__ for kind in _CONVERTIBLE)
 _DEEP = 8  # layers in mode swap from which the growth of the activations is worth a warning
+# What a subclass may define and still normalise as its base does.
+_HARMLESS = {
+    "__init__", "__annotate_func__", "_check_input_dim", "extra_repr", "reset_parameters",
+}  # fmt: skip
+_CONVERT, _REVERT = "convert_shuffle_batchnorm", "revert_shuffle_batchnorm"
 
 
 Layer = TypeVar("Layer", bound=nn.Module)
@@ -18,50 +28,102 @@ Layer = TypeVar("Layer", bound=nn.Module)
 def convert(
     module: nn.Module,
     layer_type: type[Layer],
-    configure: Callable[[Layer], None],
+    base: type[nn.Module],
+    configure: Callable[[Any], None],
     mode: str,
+    filter_fn: FilterFn | None,
 ) -> nn.Module:
-    """Replace all batch norms in `module` by `layer_type`, each passed to `configure`."""
-    found = [(n, m) for n, m in module.named_modules() if isinstance(m, _BatchNorm)]
-    for name, layer in found:
-        if type(layer) not in (*_CONVERTIBLE, layer_type):
-            raise TypeError(_refusal(name, layer))
-    if mode == "swap" and len(found) >= _DEEP:
-        warnings.warn(
-            f"convert_shuffle_batchnorm: {len(found)} layers in mode 'swap': activations can "
-            "double with every layer, because the statistics that normalise a sample do not "
-            'include it, and the loss goes to NaN in deep models; mode="regroup" shuffles '
-            "without that",
-            stacklevel=3,
-        )
+    """Replace all batch norms in `module` by `layer_type`; layers of type `base` stay.
+
+    Each is passed to `configure`.
+    """
+    found = _select(_CONVERT, module, _BatchNorm, filter_fn)
+    existing = {layer: name for layer, name in found.items() if isinstance(layer, base)}
+    others = {layer: name for layer, name in found.items() if layer not in existing}
+    for layer, name in others.items():
+        if cure := _obstacle(layer) or _doubt(layer):
+            raise TypeError(_refusal(_CONVERT, name, layer, cure))
+    _check_not_wrapped(_CONVERT, module, others)
+    _warn(module, len(found), mode, filter_fn)
+    for layer in existing:
+        configure(layer)
 
     def replacement(layer: nn.Module) -> nn.Module:
         new = _twin(layer, layer_type)
-        if not isinstance(layer, layer_type):
-            former_group = getattr(layer, "process_group", None)
-            new.__dict__["_former"] = (type(layer), former_group)
+        new.__dict__["_former"] = (type(layer), getattr(layer, "process_group", None))
+        new.__dict__["_is_followed"] = _has_activation(layer)
         configure(new)
         return new
 
-    return _replace(module, (layer for _, layer in found), replacement)
+    return _replace(module, others, replacement)
 
 
 def revert(
-    module: nn.Module, layer_type: type[nn.Module], own_attributes: tuple[str, ...]
+    module: nn.Module,
+    layer_type: type[nn.Module],
+    own_attributes: tuple[str, ...],
+    filter_fn: FilterFn | None,
 ) -> nn.Module:
     """Replace all converted layers in `module` by layers of their former classes."""
-    found = [m for m in module.modules() if isinstance(m, layer_type) and "_former" in m.__dict__]
+    selected = _select(_REVERT, module, layer_type, filter_fn)
+    found = {layer: name for layer, name in selected.items() if "_former" in layer.__dict__}
+    for layer, name in found.items():
+        if cure := _obstacle(layer):
+            raise TypeError(_refusal(_REVERT, name, layer, cure))
+    _check_not_wrapped(_REVERT, module, found)
 
     def replacement(layer: nn.Module) -> nn.Module:
         former, former_group = layer.__dict__["_former"]
         new: nn.Module = _twin(layer, former)
-        for name in ("_former", *own_attributes):
+        for name in ("_former", "_is_followed", *own_attributes):
             new.__dict__.pop(name, None)
-        if former is nn.SyncBatchNorm:
+        if issubclass(former, nn.SyncBatchNorm):
             new.__dict__["process_group"] = former_group
         return new
 
     return _replace(module, found, replacement)
+
+
+def _warn(module: nn.Module, number: int, mode: str, filter_fn: FilterFn | None) -> None:
+    """Warn if there is nothing to convert, or if it will not learn."""
+    if number == 0 and filter_fn is not None:
+        text = "filter_fn takes none of the model's batch norm layers, so nothing is converted"
+    elif number == 0:
+        text = f"the model has no batch norm layer, so nothing is converted{_other_norms(module)}"
+    elif mode == "swap" and number >= _DEEP:
+        text = (
+            f"{number} layers in mode 'swap': activations can double with every layer, because "
+            "the statistics that normalise a sample do not include it, and the loss goes to NaN "
+            'in deep models; mode="regroup" shuffles without that'
+        )
+    else:
+        return
+    warnings.warn(f"{_CONVERT}: {text}", stacklevel=4)
+
+
+def _other_norms(module: nn.Module) -> str:
+    """Return what the model has in place of batch norms, for a warning."""
+    if any(isinstance(m, torch.jit.ScriptModule) for m in module.modules()):
+        return "; scripted and traced modules can't be converted: convert first"
+    names = {type(m).__name__ for m in module.modules()}
+    norms = sorted(name for name in names if "norm" in name.lower())
+    return f"; its normalisation layers are {', '.join(norms)}" if norms else ""
+
+
+def _select(
+    call: str, module: nn.Module, kind: type[nn.Module], filter_fn: FilterFn | None
+) -> dict[nn.Module, str]:
+    """Return the layers of a kind, each with the first of its names that the filter takes."""
+    if filter_fn is not None and not callable(filter_fn):
+        raise TypeError(
+            f"{call}: filter_fn must be None or a function (module, qualified_name) -> bool, "
+            f"got {filter_fn!r}"
+        )
+    found: dict[nn.Module, str] = {}
+    for name, layer in module.named_modules(remove_duplicate=False):
+        if isinstance(layer, kind) and (filter_fn is None or filter_fn(layer, name)):
+            found.setdefault(layer, name)
+    return found
 
 
 def _twin(layer: nn.Module, layer_type: type[Layer]) -> Layer:
@@ -94,14 +156,73 @@ def _replace(
     return replaced
 
 
-def _refusal(name: str, layer: nn.Module) -> str:
+def _obstacle(layer: nn.Module) -> str:
+    """Return what has to be done before this layer can be replaced; empty if nothing has."""
+    if isinstance(layer, nn.modules.lazy.LazyModuleMixin):
+        return "run one forward pass first, so that it knows its channels"
+    if parametrize.is_parametrized(layer):
+        return (
+            "remove the parametrization first "
+            "(torch.nn.utils.parametrize.remove_parametrizations), and register it again after"
+        )
+    tensors = [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]
+    sharded = any(_is_a("DTensor", t) or hasattr(t, "_fsdp_flattened") for t in tensors)
+    if sharded or _is_a("FSDPModule", layer):
+        return _WRAPPED
+    return ""
+
+
+_WRAPPED = "convert before fully_shard or FullyShardedDataParallel, and revert before them as well"
+
+
+def _check_not_wrapped(call: str, module: nn.Module, layers: dict[nn.Module, str]) -> None:
+    """Raise a TypeError if FSDP1 has taken the parameters out of one of the layers."""
+    for wrapper in module.modules():
+        if _is_a("FullyShardedDataParallel", wrapper):
+            for layer in wrapper.modules():
+                if layer in layers:
+                    raise TypeError(_refusal(call, layers[layer], layer, _WRAPPED))
+
+
+def _is_a(name: str, thing: object) -> bool:
+    """Whether a class of this name is among a thing's classes; saves the import of torch's."""
+    return any(kind.__name__ == name for kind in type(thing).__mro__)
+
+
+def _doubt(layer: nn.Module) -> str:
+    """Return why a layer might do more than batch normalisation; empty if it does not."""
+    own = _own_behaviour(layer) - _HARMLESS
+    if _has_activation(layer):
+        own.remove("forward")
+    if not own:
+        return ""
+    return (
+        f"a subclass may do more than batch normalisation, here in its {', '.join(sorted(own))}; "
+        "replace it by hand, or leave it out with filter_fn"
+    )
+
+
+def _own_behaviour(layer: nn.Module) -> set[str]:
+    """Return the names of what a layer's class defines beyond torch's batch norm."""
+    own: set[str] = set()
+    for kind in type(layer).__mro__:
+        if kind in (*_CONVERTIBLE, _BatchNorm):
+            break
+        own |= {
+            name
+            for name, value in vars(kind).items()
+            if callable(value) or isinstance(value, (property, classmethod, staticmethod))
+        }
+    return own
+
+
+def _has_activation(layer: nn.Module) -> bool:
+    """Whether this is a batch norm followed by its `drop` and `act`, as timm's BatchNormAct2d."""
+    return layer._modules.keys() == {"drop", "act"} and "forward" in _own_behaviour(layer)
+
+
+def _refusal(call: str, name: str, layer: nn.Module, cure: str) -> str:
     kind = type(layer)
     where = f"module {name!r}" if name else "the module"
-    if isinstance(layer, nn.modules.lazy.LazyModuleMixin):
-        cure = "run one forward pass first, so that it knows its channels"
-    else:
-        cure = "a subclass may do more than batch normalisation; replace it by hand"
-    return (
-        f"convert_shuffle_batchnorm: {where} is a {kind.__module__}.{kind.__qualname__}, not one "
-        f"of {', '.join(c.__name__ for c in _CONVERTIBLE)}: {cure}"
-    )
+    standard = "" if kind in _CONVERTIBLE or call == _REVERT else f", not one of {_STANDARD}"
+    return f"{call}: {where} is a {kind.__module__}.{kind.__qualname__}{standard}: {cure}"

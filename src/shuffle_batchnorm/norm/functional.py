@@ -1,13 +1,14 @@
 """shuffle_batch_norm: moments of blocks, mix, per-block affine; and its backward."""
 
-import warnings
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
-from shuffle_batchnorm.comm.recomputation import is_recomputation
+from shuffle_batchnorm.comm.recomputation import Forwards
 from shuffle_batchnorm.comm.world import (
     ProcessGroupLike,
     World,
@@ -26,7 +27,16 @@ from shuffle_batchnorm.kernels.rows import (
 )
 
 from .autograd import Normalise
-from .checks import Parameters, agree_once, check_input, refuse
+from .checks import (
+    CheckDimensions,
+    Parameters,
+    agree_once,
+    check_eps,
+    check_input,
+    check_local,
+    refuse,
+    warn_if_nothing_is_shuffled,
+)
 from .mixing import CALL, Options, Plan, check_options, make_plan
 from .statistics import (
     Call,
@@ -84,7 +94,7 @@ def shuffle_batch_norm(
         bias: ``[C]`` or None.
         training: normalise with batch statistics; otherwise with the running ones.
         momentum: share of the new statistics in the running ones.
-        eps: added to the variance.
+        eps: added to the variance; positive when training.
         mode: ``"local"``, ``"sync"``, ``"swap"`` or ``"regroup"``.
         groups: virtual groups per rank, a divisor of N.
         offset: how many groups away the normaliser is; 0 turns shuffling off.
@@ -97,9 +107,10 @@ def shuffle_batch_norm(
 
     Raises:
         ValueError: N not divisible by `groups`, a normaliser with 1 value per channel, wrong rank
-            or channels, an unknown option, or ranks that disagree; on every rank at the first
-            call. Later, the peers of a rank that rejects its input get a RuntimeError.
-        TypeError: an input that is not floating point, an option of another type.
+            or channels, `eps` not positive, an unknown option, or ranks that disagree; on every
+            rank at the first call. Later, the peers of a rank that rejects its input get a
+            RuntimeError.
+        TypeError: an input that is not floating point or a DTensor, an option of another type.
 
     Warns:
         UserWarning: `offset` is a multiple of ``G > 1``, so nothing is shuffled.
@@ -109,7 +120,8 @@ def shuffle_batch_norm(
 
     Example:
         >>> x = torch.arange(4.0).view(4, 1)
-        >>> shuffle_batch_norm(x, None, None, training=True, groups=2, eps=0.0).flatten().tolist()
+        >>> y = shuffle_batch_norm(x, None, None, training=True, groups=2, eps=1e-12)
+        >>> y.flatten().tolist()
         [-5.0, -3.0, 3.0, 5.0]
     """
     options = Options(mode, groups, offset, blocks)
@@ -117,13 +129,25 @@ def shuffle_batch_norm(
     check_process_group(CALL, process_group)
     if not training:
         return F.batch_norm(input, running_mean, running_var, weight, bias, False, 0.0, eps)
-    parameters = Parameters(weight, bias, running_mean, running_var)
+    buffers = (running_mean, running_var)
+    if isinstance(running_mean, Tensor) and not torch.compiler.is_compiling():
+        forwards = _forwards.setdefault(running_mean, Forwards())
+        moves, _ = forwards.begin(kind_of(input), tracked=True)
+        buffers = buffers if moves else (None, None)
+    parameters = Parameters(weight, bias, *buffers)
     return normalise(input, parameters, momentum, eps, options, process_group, _calls).output
 
 
 Calls = dict[Any, Call]
 _calls: Calls = {}
 _MOST_CALLS = 256
+# By the running mean, which is what two calls with the same statistics have in common.
+_forwards = WeakIdKeyDictionary()
+
+
+def kind_of(input: Any) -> Hashable:
+    """Return what a forward pass and its repetition have in common."""
+    return input.shape if type(input) is Tensor else None
 
 
 class Normalised(NamedTuple):
@@ -143,20 +167,21 @@ def normalise(
     process_group: ProcessGroupLike,
     calls: Calls,
     num_features: int | None = None,
+    check_dimensions: CheckDimensions | None = None,
 ) -> Normalised:
     """Normalise with batch statistics and update the running ones. See `shuffle_batch_norm`.
 
     What is prepared for a kind of call is kept in `calls`.
     """
     world = resolve(process_group, CALL)
-    call = _find_call(input, parameters, options, world, calls, num_features)
+    call = _find_call(input, parameters, eps, options, world, calls, num_features, check_dimensions)
     agree_once(options, call, world)
     weight, bias, running_mean, running_var = parameters
     with torch.no_grad():
         statistics = statistics_of(input, call, world)  # moments and mix
         check_counts(statistics, call, world, input.shape)
         running = None
-        if running_mean is not None and running_var is not None and not is_recomputation():
+        if running_mean is not None and running_var is not None:
             running = Running(running_mean, running_var, momentum)
         rstd, scale = _normaliser_rows(statistics, input, weight, eps, running, call)
         source: tuple[Tensor, ...] | tuple[None, ...] = (None, None, None)
@@ -175,10 +200,12 @@ def normalise(
 def _find_call(
     input: Tensor,
     parameters: Parameters,
+    eps: float,
     options: Options,
     world: World,
     calls: Calls,
     num_features: int | None,
+    check_dimensions: CheckDimensions | None,
 ) -> Call:
     """Return what has been prepared for a kind of call; or check a new kind, and prepare it.
 
@@ -192,16 +219,18 @@ def _find_call(
     if can_keep:
         tensors = input, *parameters
         forms = [None if t is None else (t.shape, t.dtype, t.device) for t in tensors]
-        key = options, world.rank, world.size, *forms
+        key = options, eps > 0, world.rank, world.size, *forms
         if key in calls:
             return calls[key]
     check_options(CALL, options)
     try:
-        check_input(input, parameters, options.groups, num_features)
+        check_eps(eps)
+        check_local(input)
+        check_input(input, parameters, options.groups, num_features, check_dimensions)
     except (TypeError, ValueError) as error:
         refuse(error, input, parameters, options, world, num_features)
     plan = make_plan(options, world.size, world.rank)
-    _warn_if_nothing_is_shuffled(options, plan)
+    warn_if_nothing_is_shuffled(options, plan)
     batch = input.shape[0]
     if world.size == 1 and is_known(batch // plan.groups < plan.per_group):
         # Ranks keep theirs: a peer with a larger batch has samples in blocks that are empty here.
@@ -214,16 +243,6 @@ def _find_call(
             calls.clear()
         calls[key] = call
     return call
-
-
-def _warn_if_nothing_is_shuffled(options: Options, plan: Plan) -> None:
-    asked = options.mode in ("swap", "regroup") and options.offset != 0
-    if torch.compiler.is_compiling() or not asked or plan.total_groups == 1 or plan.shuffles:
-        return
-    cause = f"offset={options.offset} is a multiple of the {plan.total_groups} groups"
-    if options.offset % plan.total_groups:
-        cause = f"blocks={options.blocks} leaves each group whole"
-    warnings.warn(f"{CALL}: {cause}, so mode {options.mode!r} shuffles nothing", stacklevel=5)
 
 
 def _normaliser_rows(

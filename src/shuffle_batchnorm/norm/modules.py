@@ -1,39 +1,23 @@
 """ShuffleBatchNorm, the layer, and its conversion from and to others."""
 
 import copy
-from typing import Any, NamedTuple, Self
+from typing import Any, NoReturn, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import init
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from shuffle_batchnorm.comm.recomputation import is_recomputation
+from shuffle_batchnorm.comm.recomputation import Forwards
 from shuffle_batchnorm.comm.world import ProcessGroupLike, check_process_group
 
-from .checks import Parameters, check_input
-from .convert import convert, revert
-from .functional import Calls, normalise
-from .mixing import Options, check_options
-from .statistics import own_statistics, per_sample_statistics
-
-
-class StatisticsRecord(NamedTuple):
-    """The statistics of one call of one layer, each ``[N, C]``, one row per sample.
-
-    Attributes:
-        name: the layer's name in the module given to `record_statistics`.
-        own_mean: mean of the sample's own group.
-        own_var: biased variance of the sample's own group.
-        used_mean: mean that normalised the sample.
-        used_var: biased variance that normalised it; in eval mode the running variance.
-    """
-
-    name: str
-    own_mean: Tensor
-    own_var: Tensor
-    used_mean: Tensor
-    used_var: Tensor
+from .checks import Parameters, check_input, warn_of_few_groups
+from .convert import FilterFn, convert, revert
+from .functional import Calls, kind_of, normalise
+from .mixing import CALL, Options, check_options
+from .statistics import StatisticsRecord, own_statistics, per_sample_statistics
+from .tracing import call_as_node, count_batch, is_traced, refuse_to
 
 
 class ShuffleBatchNorm(_BatchNorm):
@@ -58,8 +42,8 @@ class ShuffleBatchNorm(_BatchNorm):
         ``swap`` lets the scale of activations grow like 2 to the power of the depth. Networks with
         8 or more of these layers want ``mode="regroup"``.
 
-    A forward run again in the backward pass (activation checkpointing) communicates again and
-    leaves the running statistics alone. Double backward raises.
+    A forward that an activation checkpoint repeats communicates again and leaves the running
+    statistics alone, unless they were not tracked the first time. Double backward raises.
 
     Args:
         num_features: C.
@@ -70,6 +54,7 @@ class ShuffleBatchNorm(_BatchNorm):
         process_group: None for all ranks, a ProcessGroup or a 1-D DeviceMesh.
         device: of parameters and buffers.
         dtype: of parameters and buffers.
+        bias: learn a bias besides the weight.
         mode: ``"local"``, ``"sync"``, ``"swap"`` or ``"regroup"``.
         groups: virtual groups per rank; divides the batch. More than 1 shuffles inside one device.
         offset: how many groups away the normaliser is; 0 turns shuffling off.
@@ -102,6 +87,7 @@ class ShuffleBatchNorm(_BatchNorm):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
+        bias: bool = True,
         mode: str = "swap",
         groups: int = 1,
         offset: int = 1,
@@ -110,37 +96,68 @@ class ShuffleBatchNorm(_BatchNorm):
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
         )
+        if not bias:
+            self.register_parameter("bias", None)  # torch before 2.13 has no argument for it
         self._configure(process_group, Options(mode, groups, offset, blocks))
+        self._forget()
+
+    # Of a converted layer: the class before and its process group; whether `drop` and `act` follow;
+    # a list that all layers of a conversion share, empty after the first training call of one.
+    _former: tuple[type[_BatchNorm], ProcessGroupLike] | None = None
+    _is_followed = False
+    _new: list[None] | tuple[()] = ()
 
     def _configure(self, process_group: ProcessGroupLike, options: Options) -> None:
         check_options(type(self).__name__, options)
         check_process_group(type(self).__name__, process_group)
         self.process_group = process_group
         self.mode, self.groups, self.offset, self.blocks = options
-        self._forget()
 
     def _forget(self) -> None:
         """Drop what belongs to this very object in this process, not to the model."""
         self._calls: Calls = {}
+        self._forwards = Forwards()
         self._sinks: list[tuple[str, list[StatisticsRecord]]] = []
+
+    def reset_parameters(self) -> None:
+        """Reset weight, bias and running statistics, as ``nn.BatchNorm`` does."""
+        self.reset_running_stats()
+        if self.weight is not None:
+            init.ones_(self.weight)
+        if self.bias is not None:
+            init.zeros_(self.bias)
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise ``[N, C, *]``. See the class."""
-        if not self.training:
-            return self._evaluate(input)
+        if is_traced(input):
+            return call_as_node(self, input)  # type: ignore[no-any-return]
+        output = self._train(input) if self.training else self._evaluate(input)
+        if self._is_followed:
+            for name in ("drop", "act"):
+                output = self.get_submodule(name)(output)
+        return output
+
+    def _train(self, input: Tensor) -> Tensor:
+        """Normalise with batch statistics, and move the running ones."""
         options = Options(self.mode, self.groups, self.offset, self.blocks)
         # As in nn.BatchNorm, the attribute can be switched off after the buffers were made.
-        tracked = self.track_running_stats
+        tracked, repeats = self.track_running_stats, False
+        if torch.compiler.is_compiling():
+            if self._former is not None:
+                warn_of_few_groups(options, self.process_group)
+        else:
+            if self._new:
+                self._new.clear()
+                warn_of_few_groups(options, self.process_group)
+            tracked, repeats = self._forwards.begin(kind_of(input), tracked)
         buffers = (self.running_mean, self.running_var) if tracked else (None, None)
         result = normalise(
             input, Parameters(self.weight, self.bias, *buffers), self._running_step(), self.eps,
-            options, self.process_group, self._calls, self.num_features,
+            options, self.process_group, self._calls, self.num_features, self._check_dimensions,
         )  # fmt: skip
-        if is_recomputation():
-            return result.output
         if tracked and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-        if self._sinks:
+            count_batch(self.num_batches_tracked)
+        if self._sinks and not repeats:
             mean, std = per_sample_statistics(result.statistics, result.sizes)
             self._record(input, mean, std.square())
         return result.output
@@ -169,7 +186,20 @@ class ShuffleBatchNorm(_BatchNorm):
 
     def _check_input_dim(self, input: Tensor) -> None:
         parameters = Parameters(self.weight, None, self.running_mean, self.running_var)
-        check_input(input, parameters, groups=1, num_features=self.num_features)
+        check_input(input, parameters, 1, self.num_features, self._check_dimensions)
+
+    def _check_dimensions(self, input: Tensor) -> None:
+        """Raise a ValueError if the class that this layer stands for takes no such input."""
+        if self._former is None:
+            return
+        former, _ = self._former
+        try:
+            former._check_input_dim(self, input)
+        except ValueError as error:
+            raise ValueError(
+                f"{CALL}: {error}, as {former.__name__}, which this layer was "
+                f"(input shape {tuple(input.shape)})"
+            ) from None
 
     def _record(self, input: Tensor, used_mean: Tensor, used_var: Tensor) -> None:
         # Eval mode takes any batch; one that doesn't fit the groups is a single group.
@@ -192,12 +222,16 @@ class ShuffleBatchNorm(_BatchNorm):
         groups: int = 1,
         offset: int = 1,
         blocks: int = 8,
+        filter_fn: FilterFn | None = None,
     ) -> nn.Module:
         """Replace every BatchNorm in a model by a ShuffleBatchNorm.
 
         The new layers share parameters, buffers and hooks with the old ones, so an optimizer made
-        before stays valid, and keep ``training``, device and dtype. A layer that is a
-        ShuffleBatchNorm already gets the new options.
+        before stays valid, and keep ``training``, device and dtype. They take input of as many
+        dimensions as the old ones. A layer that is a ShuffleBatchNorm already gets the new options.
+
+        A subclass is converted if it defines ``__init__`` alone, or if it is batch norm followed
+        by its submodules ``drop`` and ``act``, as timm's ``BatchNormAct2d``.
 
         Args:
             module: a model with ``nn.BatchNorm1d/2d/3d`` or ``nn.SyncBatchNorm``, or such a layer.
@@ -206,16 +240,21 @@ class ShuffleBatchNorm(_BatchNorm):
             groups: as in the class.
             offset: as in the class.
             blocks: as in the class.
+            filter_fn: ``filter_fn(module, qualified_name) -> bool``, asked for every BatchNorm:
+                whether to convert it. A layer left out stays as it is.
 
         Returns:
             `module` with its layers replaced; a new layer if `module` is a BatchNorm itself.
 
         Raises:
-            TypeError: a subclass of BatchNorm with its own behaviour, or a lazy one; the model is
-                left as it was.
+            TypeError: a subclass of BatchNorm with its own behaviour, a lazy or a parametrized one,
+                or one in a model that ``fully_shard`` or FullyShardedDataParallel has wrapped; the
+                model is left as it was.
 
         Warns:
-            UserWarning: 8 or more layers get mode ``swap``, whose activations grow with depth.
+            UserWarning: no layer was converted; or 8 or more get mode ``swap``, whose activations
+                grow with depth. At the first training call: ``swap`` or ``regroup`` has a single
+                group, so nothing is shuffled; or ``regroup`` has fewer than 8 across ranks.
 
         Example:
             >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
@@ -226,13 +265,20 @@ class ShuffleBatchNorm(_BatchNorm):
         options = Options(mode, groups, offset, blocks)
         check_options("convert_shuffle_batchnorm", options)
         check_process_group("convert_shuffle_batchnorm", process_group)
+        new: list[None] = [None]
 
-        return convert(
-            module, cls, lambda layer: layer._configure(process_group, options), options.mode
-        )
+        def configure(layer: ShuffleBatchNorm) -> None:
+            layer._configure(process_group, options)
+            layer._new = new
+            if "_calls" not in layer.__dict__:
+                layer._forget()
+
+        return convert(module, cls, ShuffleBatchNorm, configure, mode, filter_fn)
 
     @classmethod
-    def revert_shuffle_batchnorm(cls, module: nn.Module) -> nn.Module:
+    def revert_shuffle_batchnorm(
+        cls, module: nn.Module, *, filter_fn: FilterFn | None = None
+    ) -> nn.Module:
         """Undo `convert_shuffle_batchnorm`: back to the classes that were there.
 
         Parameters, buffers and hooks stay shared, so the statistics learnt since then remain. A
@@ -240,19 +286,34 @@ class ShuffleBatchNorm(_BatchNorm):
 
         Args:
             module: a converted model or layer.
+            filter_fn: as in `convert_shuffle_batchnorm`; a layer left out stays converted.
 
         Returns:
             `module` with its layers replaced; a new layer if `module` is one itself.
-        """
-        return revert(module, cls, cls._OWN_ATTRIBUTES)
 
-    _OWN_ATTRIBUTES = ("process_group", "mode", "groups", "offset", "blocks", "_calls", "_sinks")
+        Raises:
+            TypeError: a parametrized layer, or one in a model that ``fully_shard`` or
+                FullyShardedDataParallel has wrapped; the model is left as it was.
+        """
+        return revert(module, cls, cls._OWN_ATTRIBUTES, filter_fn)
+
+    _TRANSIENT = ("_calls", "_forwards", "_sinks")
+    _OWN_ATTRIBUTES = ("process_group", "mode", "groups", "offset", "blocks", "_new", *_TRANSIENT)
+
+    def _replicate_for_data_parallel(self) -> Self:
+        if self.training:
+            refuse_to("nn.DataParallel", "its copies in threads share no statistics; train with "
+                      "DistributedDataParallel, one process per device")  # fmt: skip
+        return super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call, no-any-return]
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        refuse_to("torch.jit.script", "it compiles no communication between ranks")
 
     def __getstate__(self) -> dict[str, Any]:
         return self._portable_state()
 
     def _portable_state(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_calls", "_sinks")}
+        return {k: v for k, v in self.__dict__.items() if k not in self._TRANSIENT}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -260,7 +321,7 @@ class ShuffleBatchNorm(_BatchNorm):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         # MoCo's key encoder is a deep copy; a process group can't be copied, and need not be.
-        _, former_group = self.__dict__.get("_former", (None, None))
+        _, former_group = self._former or (None, None)
         for group in (self.process_group, former_group):
             memo[id(group)] = group
         twin = type(self).__new__(type(self))

@@ -66,6 +66,24 @@ class Statistics(NamedTuple):
     source: Moments | None = None
 
 
+class StatisticsRecord(NamedTuple):
+    """The statistics of one call of one layer, each ``[N, C]``, one row per sample.
+
+    Attributes:
+        name: the layer's name in the module given to `record_statistics`.
+        own_mean: mean of the sample's own group.
+        own_var: biased variance of the sample's own group.
+        used_mean: mean that normalised the sample.
+        used_var: biased variance that normalised it; in eval mode the running variance.
+    """
+
+    name: str
+    own_mean: Tensor
+    own_var: Tensor
+    used_mean: Tensor
+    used_var: Tensor
+
+
 class LocalMixing(NamedTuple):
     """Who normalises whom in one process. Across ranks each block has its own row instead.
 

@@ -1,0 +1,63 @@
+"""What a layer is to those who trace it: ``torch.fx``, ``torch.jit`` and ``torch.compile``."""
+
+import warnings
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, fx, nn
+
+from .mixing import CALL
+
+# Counts a batch in compiled code, which an eager checkpoint around it would run twice: there no
+# Python code is left that could tell. An operator, so that the compiler keeps it.
+torch.library.define("shuffle_batchnorm::count_batch", "(Tensor(a!) number) -> ()")
+
+
+def _count_batch(number: Tensor) -> None:
+    if torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            f"{CALL}: a compiled layer was run inside a backward pass: an activation checkpoint "
+            "around compiled code would move its running statistics twice; put the checkpoint "
+            "inside the code that is compiled"
+        )
+    number.add_(1)
+
+
+torch.library.impl("shuffle_batchnorm::count_batch", "CompositeExplicitAutograd", _count_batch)
+torch.library.register_fake("shuffle_batchnorm::count_batch", lambda _number: None)
+
+
+def count_batch(number: Tensor) -> None:
+    """Add 1 to a layer's number of batches."""
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        torch.ops.shuffle_batchnorm.count_batch(number)
+    else:
+        number.add_(1)
+
+
+def is_traced(input: object) -> bool:
+    """Whether ``torch.fx`` traces a call with this input."""
+    return isinstance(input, fx.Proxy)
+
+
+def call_as_node(layer: nn.Module, input: Any) -> Any:
+    """Return the output of a layer in a graph of ``torch.fx``, where it is a node, as torch's."""
+    tracer = input.tracer
+    return tracer.create_proxy("call_module", tracer.path_of_module(layer), (input,), {})
+
+
+def refuse_to(name: str, why: str) -> NoReturn:
+    """Raise what a user of one of torch's tools can do instead."""
+    raise RuntimeError(
+        f"{CALL}: {name} can't take a ShuffleBatchNorm: {why}; for evaluation call "
+        "ShuffleBatchNorm.revert_shuffle_batchnorm(model) first"
+    )
+
+
+def warn(text: str) -> None:
+    """Warn, in code that is traced as well."""
+    warnings.warn(f"{CALL}: {text}", stacklevel=2)
+
+
+# As torch.compiler.assume_constant_result does, which would import the compiler: run when traced.
+warn._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -1,0 +1,202 @@
+"""The layer under torch's tracers: a node in torch.fx, a clear word to torch.jit, one count."""
+
+import re
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch.utils.checkpoint import checkpoint
+
+from ranks import run_on_ranks
+from shuffle_batchnorm import ShuffleBatchNorm
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated"),
+]
+MODES = pytest.mark.parametrize("mode", ["local", "sync", "swap", "regroup"])
+
+
+def _net(mode: str = "regroup", groups: int = 2) -> nn.Module:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4))
+    return ShuffleBatchNorm.convert_shuffle_batchnorm(net, mode=mode, groups=groups)
+
+
+class Extractor(fx.Tracer):
+    """Keeps the qualified name of the module behind each node, as torchvision's tracer does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: dict[str, str] = {}
+
+    def create_proxy(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Proxy:
+        proxy = super().create_proxy(kind, target, *args, **kwargs)
+        if kind == "call_module":
+            self.names[str(target)] = proxy.node.name
+        return proxy
+
+
+@MODES
+@pytest.mark.parametrize("training", [True, False])
+def test_fx_traces_a_layer_as_a_node(mode: str, training: bool) -> None:
+    """Catches a TypeError about a Proxy, and a graph that computes something else."""
+    net = _net(mode).train(training)
+    graph = fx.symbolic_trace(net)
+    targets = [str(node.target) for node in graph.graph.nodes if node.op == "call_module"]
+    assert targets == ["0", "1", "2", "3"]
+    x = torch.randn(4, 3, 6, 6)
+    got = graph(x)
+    moved = [b.clone() for b in net.buffers()]  # which the graph shares
+    twin = _net(mode).train(training)
+    twin.load_state_dict(net.state_dict())
+    assert torch.equal(got, twin(x)) if training else torch.equal(got, net(x))
+    assert moved[2] == int(training)
+    with torch.no_grad():
+        assert torch.equal(graph.eval()(x), net.eval()(x))
+
+
+def test_other_tracers_find_the_layers_path() -> None:
+    """Catches a node without the layer's name, by which feature extractors choose."""
+    tracer = Extractor()
+    net = nn.ModuleDict({"body": _net(), "head": ShuffleBatchNorm(4, mode="local")})
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = net
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.parts["head"](self.parts["body"](x))  # type: ignore[no-any-return]
+
+    tracer.trace(Model())
+    assert tracer.names.keys() == {*(f"parts.body.{i}" for i in range(4)), "parts.head"}
+
+
+def test_fx_traces_layers_with_an_activation_whole() -> None:
+    """Catches an activation that is lost in the graph."""
+
+    class BatchNormAct(nn.BatchNorm2d):
+        def __init__(self, channels: int) -> None:
+            super().__init__(channels)
+            self.drop, self.act = nn.Identity(), nn.ReLU()
+
+        def forward(self, input: Tensor) -> Tensor:
+            return self.act(self.drop(super().forward(input)))  # type: ignore[no-any-return]
+
+    net = nn.Sequential(BatchNormAct(3))
+    ShuffleBatchNorm.convert_shuffle_batchnorm(net, mode="regroup", groups=2)
+    x = torch.randn(4, 3, 2, 2)
+    assert torch.equal(fx.symbolic_trace(net)(x), net(x))
+    assert net(x).min() == 0
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("nested", [True, False])
+def test_scripting_says_what_to_do(training: bool, nested: bool) -> None:
+    """Catches an error from inside the script compiler that names lines of this library."""
+    model = _net().train(training) if nested else ShuffleBatchNorm(4).train(training)
+    text = "torch.jit.script can't take a ShuffleBatchNorm: .*revert_shuffle_batchnorm"
+    with pytest.raises(RuntimeError, match=f"^shuffle_batch_norm: {text}"):
+        torch.jit.script(model)
+    if nested:
+        torch.jit.script(ShuffleBatchNorm.revert_shuffle_batchnorm(model))
+
+
+def test_data_parallel_says_what_to_do() -> None:
+    """Catches replicas in threads that would each normalise by themselves, without a word."""
+    with pytest.raises(RuntimeError, match=r"nn\.DataParallel can't take .*DistributedDataParal"):
+        _net()[1]._replicate_for_data_parallel()  # type: ignore[index]
+    assert _net().eval()[1]._replicate_for_data_parallel() is not None  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("use_reentrant", "warm", "backend"),
+    [
+        (False, False, "aot_eager"),
+        (True, False, "aot_eager"),
+        (False, True, "inductor"),  # once compiled, no Python code is run again
+        (True, True, "inductor"),
+    ],
+)
+def test_a_checkpoint_around_compiled_code_raises(
+    use_reentrant: bool, warm: bool, backend: str
+) -> None:
+    """Catches running statistics that move twice, whatever was compiled before."""
+    torch._dynamo.reset()
+    net = _net("local")
+    compiled = torch.compile(net, backend=backend, fullgraph=True)
+    x = torch.randn(4, 3, 6, 6, requires_grad=True)
+    if warm:
+        compiled(x).sum().backward()
+    y = checkpoint(compiled, x, use_reentrant=use_reentrant)
+    with pytest.raises(RuntimeError, match="checkpoint around compiled code would move"):
+        y.sum().backward()
+
+
+@MODES
+def test_compiled_layers_count_as_eager_ones(mode: str) -> None:
+    """Catches batches that the operator in the graph counts twice, or not at all."""
+    torch._dynamo.reset()
+    net, eager = _net(mode), _net(mode)
+    eager.load_state_dict(net.state_dict())
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    x = torch.randn(4, 3, 6, 6)
+    for _ in range(3):
+        compiled(x).square().sum().backward()
+        eager(x)
+    for (name, got), want in zip(net.named_buffers(), eager.buffers(), strict=True):
+        torch.testing.assert_close(got, want, msg=name)
+    assert int(net[1].num_batches_tracked) == 3  # type: ignore[index, arg-type]
+
+
+def test_a_checkpoint_inside_compiled_code_counts_once() -> None:
+    """Catches an error, or a second count, where the checkpoint is part of what is compiled."""
+    torch._dynamo.reset()
+    net = _net("local")
+    compiled = torch.compile(lambda x: checkpoint(net, x, use_reentrant=False), fullgraph=True)
+    compiled(torch.randn(4, 3, 6, 6, requires_grad=True)).sum().backward()
+    assert int(net[1].num_batches_tracked) == 1  # type: ignore[index, arg-type]
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_compiling_says_that_nothing_is_shuffled(groups: int) -> None:
+    """Catches silence where no Python code is left to say it."""
+    torch._dynamo.reset()
+    compiled = torch.compile(_net("regroup", groups), fullgraph=True, backend="aot_eager")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            compiled(torch.randn(4, 3, 6, 6))
+    texts = {str(w.message) for w in caught}
+    assert len(texts) == (groups == 1)
+    assert all("groups=1, so mode 'regroup' shuffles nothing" in text for text in texts)
+
+
+@torch.no_grad()
+def _train_step(mode: str) -> list[float]:
+    net = _net(mode)
+    graph = fx.symbolic_trace(net)
+    torch.manual_seed(torch.distributed.get_rank())
+    x = torch.randn(4, 3, 6, 6)
+    reference = _net(mode)
+    reference.load_state_dict(net.state_dict())
+    return [float((graph(x) - reference(x)).abs().max())]
+
+
+def test_a_graph_communicates_as_the_model() -> None:
+    """Catches a traced layer that normalises alone on ranks."""
+    assert run_on_ranks(2, _train_step, "regroup") == [[0.0], [0.0]]
+
+
+def test_the_operators_text_names_the_call() -> None:
+    """Catches an operator that counts inside a backward pass without a word."""
+    number, x = torch.tensor(3), torch.ones(1, requires_grad=True)
+    torch.ops.shuffle_batchnorm.count_batch(number)
+    assert number == 4
+    y = x * 2
+    y.register_hook(lambda _: torch.ops.shuffle_batchnorm.count_batch(number))
+    with pytest.raises(RuntimeError, match=re.escape("shuffle_batch_norm: a compiled layer")):
+        y.backward()
+    assert number == 4
