@@ -148,7 +148,7 @@ def test_compiled_layers_count_as_eager_ones(mode: str) -> None:
         eager(x)
     for (name, got), want in zip(net.named_buffers(), eager.buffers(), strict=True):
         torch.testing.assert_close(got, want, msg=name)
-    assert int(net[1].num_batches_tracked) == 3  # type: ignore[index, arg-type]
+    assert int(net[1].num_batches_tracked) == 3  # type: ignore[index]
 
 
 def test_a_checkpoint_inside_compiled_code_counts_once() -> None:
@@ -157,7 +157,7 @@ def test_a_checkpoint_inside_compiled_code_counts_once() -> None:
     net = _net("local")
     compiled = torch.compile(lambda x: checkpoint(net, x, use_reentrant=False), fullgraph=True)
     compiled(torch.randn(4, 3, 6, 6, requires_grad=True)).sum().backward()
-    assert int(net[1].num_batches_tracked) == 1  # type: ignore[index, arg-type]
+    assert int(net[1].num_batches_tracked) == 1  # type: ignore[index]
 
 
 @pytest.mark.parametrize("groups", [1, 2])
