@@ -300,3 +300,25 @@ def test_half_of_the_running_statistics_is_refused() -> None:
     """Catches an update skipped in silence."""
     with pytest.raises(ValueError, match=r"running_mean and running_var must be given together"):
         shuffle_batch_norm(torch.randn(8, 4), torch.zeros(4), None, training=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("mode", ["local", "sync", "swap", "regroup"])
+def test_what_follows_may_change_the_output_in_place(
+    mode: str, groups: int, dtype: torch.dtype
+) -> None:
+    """Catches an output that is a view, which `nn.ReLU(inplace=True)` may not change."""
+    for shape in [(8, 4), (8, 4, 5), (8, 4, 6, 6), (16, 64, 14, 14), (8, 4, 2, 2, 2)]:
+        layer = ShuffleBatchNorm(shape[1], mode=mode, groups=groups, dtype=dtype)
+        x = torch.randn(shape, dtype=dtype)
+        formats = [torch.contiguous_format]
+        formats += [torch.channels_last] if len(shape) == 4 else []
+        for memory_format in formats:
+            z = x.contiguous(memory_format=memory_format).requires_grad_()
+            grads: list[Tensor] = []
+            for relu in (F.relu, F.relu_):
+                y = relu(layer(z))
+                assert y.is_contiguous(memory_format=memory_format)
+                grads += torch.autograd.grad(y.pow(2).sum(), z)
+            assert torch.equal(*grads)

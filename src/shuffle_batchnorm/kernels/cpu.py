@@ -109,8 +109,9 @@ def _layout(x: Tensor, sizes: Sizes) -> tuple[Tensor, bool]:
 
 
 def _as(like: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """View y, which has the order of x in memory, as x, in the dtype and layout of `like`."""
-    y = y if y.shape == x.shape else y.as_strided(x.size(), x.stride())
+    """Give y, which is new and ordered as x in memory, the shape of x, and as `like` its dtype."""
+    if y.shape != x.shape:
+        y.as_strided_(x.size(), x.stride())  # in place: what follows may not change a view
     return y if like is x else torch.empty_like(like).copy_(y)
 
 
