@@ -2,15 +2,17 @@
 
 import re
 import warnings
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from ranks import run_on_ranks
-from shuffle_batchnorm import ShuffleBatchNorm
+from shuffle_batchnorm import ShuffleBatchNorm, shuffle_batch_norm
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated"),
@@ -102,6 +104,38 @@ def test_scripting_says_what_to_do(training: bool, nested: bool) -> None:
         torch.jit.script(model)
     if nested:
         torch.jit.script(ShuffleBatchNorm.revert_shuffle_batchnorm(model))
+
+
+def _dual(net: nn.Module, x: Tensor, function: Any = None) -> Any:
+    with forward_ad.dual_level():
+        net(x)  # which has no tangent
+        dual = forward_ad.make_dual(x, torch.ones_like(x))
+        return function(dual, None, None, training=True, groups=2) if function else net(dual)
+
+
+@pytest.mark.parametrize(
+    ("run", "tool"),
+    [
+        (torch.jit.trace, "torch.jit.trace"),
+        (lambda net, x: torch.func.vmap(net)(x[None]), "torch.func"),
+        (lambda net, x: torch.func.grad(lambda y: net(y).sum())(x), "torch.func"),
+        (lambda net, x: torch.func.jvp(net, (x,), (x,)), "forward-mode AD"),
+        (_dual, "forward-mode AD"),
+        (partial(_dual, function=shuffle_batch_norm), "forward-mode AD"),
+    ],
+    ids=["trace", "vmap", "grad", "jvp", "dual", "function"],
+)
+def test_transforms_say_what_to_do(run: Any, tool: str) -> None:
+    """Catches errors from inside aten, and a derivative without the statistics' part."""
+    net, x = _net(), torch.randn(4, 3, 6, 6)
+    net(x)  # so that this kind of call is known
+    text = f"{re.escape(tool)} can't take a ShuffleBatchNorm: in training mode .*revert_shuffle_ba"
+    with pytest.raises(RuntimeError, match=f"^shuffle_batch_norm: {text}"):
+        run(net, x)
+    assert net(x).shape == (4, 4, 4, 4)
+    ShuffleBatchNorm.revert_shuffle_batchnorm(net.eval())
+    torch.jit.trace(net, x)
+    torch.func.jvp(net, (x,), (x,))
 
 
 def test_data_parallel_says_what_to_do() -> None:

@@ -46,6 +46,7 @@ from .statistics import (
     prepare_call,
     statistics_of,
 )
+from .tracing import check_no_transform
 
 
 def shuffle_batch_norm(
@@ -173,6 +174,8 @@ def normalise(
 
     What is prepared for a kind of call is kept in `calls`.
     """
+    if not torch.compiler.is_compiling():
+        check_no_transform(input)
     world = resolve(process_group, CALL)
     call = _find_call(input, parameters, eps, options, world, calls, num_features, check_dimensions)
     agree_once(options, call, world)

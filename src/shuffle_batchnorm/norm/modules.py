@@ -302,9 +302,14 @@ class ShuffleBatchNorm(_BatchNorm):
 
     def _replicate_for_data_parallel(self) -> Self:
         if self.training:
-            refuse_to("nn.DataParallel", "its copies in threads share no statistics; train with "
+            refuse_to("nn.DataParallel", "in training mode its copies share no statistics; use "
                       "DistributedDataParallel, one process per device")  # fmt: skip
         return super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call, no-any-return]
+
+    def _slow_forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.training:
+            refuse_to("torch.jit.trace", "in training mode its output depends on other ranks")
+        return super()._slow_forward(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def __prepare_scriptable__(self) -> NoReturn:
         refuse_to("torch.jit.script", "it compiles no communication between ranks")

@@ -1,10 +1,11 @@
-"""What a layer is to those who trace it: ``torch.fx``, ``torch.jit`` and ``torch.compile``."""
+"""What a layer is to ``torch.fx``, ``torch.jit``, ``torch.compile`` and ``torch.func``."""
 
 import warnings
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, fx, nn
+from torch.autograd import forward_ad
 
 from .mixing import CALL
 
@@ -46,10 +47,22 @@ def call_as_node(layer: nn.Module, input: Any) -> Any:
     return tracer.create_proxy("call_module", tracer.path_of_module(layer), (input,), {})
 
 
+def check_no_transform(input: Any) -> None:
+    """Raise a RuntimeError under transforms that don't know this layer's backward pass."""
+    if (
+        forward_ad._current_level >= 0
+        and isinstance(input, Tensor)
+        and forward_ad.unpack_dual(input).tangent is not None
+    ):
+        refuse_to("forward-mode AD", "in training mode it has one for backward passes only")
+    if torch._C._are_functorch_transforms_active():
+        refuse_to("torch.func", "in training mode a sample's output depends on other samples")
+
+
 def refuse_to(name: str, why: str) -> NoReturn:
     """Raise what a user of one of torch's tools can do instead."""
     raise RuntimeError(
-        f"{CALL}: {name} can't take a ShuffleBatchNorm: {why}; for evaluation call "
+        f"{CALL}: {name} can't take a ShuffleBatchNorm: {why}; call "
         "ShuffleBatchNorm.revert_shuffle_batchnorm(model) first"
     )
 
