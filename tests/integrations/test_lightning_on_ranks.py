@@ -1,0 +1,255 @@
+"""Lightning on two ranks of gloo: equal to one process, resumed, and told what goes wrong."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from integrations.lightning_fits import (
+    PLAIN,
+    SHUFFLED,
+    Batches,
+    Net,
+    build,
+    ignore_lightnings_own,
+    kinds,
+    states,
+    trainer,
+)
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.environments import ClusterEnvironment
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
+
+from ranks import outcomes_on_ranks, run_on_ranks
+from shuffle_batchnorm import (
+    ShuffleBatchNorm,
+    ShuffledEncoder,
+    set_shuffle_state,
+    synchronize_running_stats,
+)
+from shuffle_batchnorm.integrations.lightning import ShuffleBatchNormCallback, ShuffleBatchNormSync
+
+SAMPLES, EPOCHS, GROUPS = 16, 2, 4  # of all ranks together
+
+
+class Ranks(ClusterEnvironment):
+    """The processes of `run_on_ranks`, whose group exists already."""
+
+    creates_processes_externally = True
+    main_address, main_port = "", 0
+
+    @staticmethod
+    def detect() -> bool:
+        return True
+
+    def world_size(self) -> int:
+        return dist.get_world_size()
+
+    def global_rank(self) -> int:
+        return dist.get_rank()
+
+    local_rank = global_rank
+
+    def node_rank(self) -> int:
+        return 0
+
+    def set_world_size(self, size: int) -> None:
+        pass
+
+    def set_global_rank(self, rank: int) -> None:
+        pass
+
+
+class CpuFSDP(FSDPStrategy):
+    """FSDP1 on the CPU: Lightning's own asks for a GPU."""
+
+    def _setup_model(self, model: nn.Module) -> nn.Module:
+        return FullyShardedDataParallel(model, device_id=torch.device("cpu"), **self.kwargs)
+
+
+class FSDP2Net(Net):
+    def configure_model(self) -> None:
+        mesh = self.device_mesh["data_parallel"]
+        for module in self.encoder, self.head:
+            if not isinstance(module, FSDPModule):
+                fully_shard(module, mesh=mesh)
+
+
+class ModelParallel(ModelParallelStrategy):
+    def __init__(self) -> None:
+        super().__init__(data_parallel_size=dist.get_world_size(), tensor_parallel_size=1)
+        self.cluster_environment = Ranks()
+
+
+def _ddp(**options: Any) -> DDPStrategy:
+    return DDPStrategy(cluster_environment=Ranks(), **options)
+
+
+def _rank_batches() -> Batches:
+    return Batches(SAMPLES, dist.get_rank(), dist.get_world_size())
+
+
+class Spy(pl.Callback):
+    """Notes what is there in the middle of things."""
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.kinds = kinds(pl_module)
+        groups = [m.process_group for m in pl_module.modules() if isinstance(m, ShuffleBatchNorm)]
+        self.dims = {None if group is None else group.mesh_dim_names for group in groups}
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        self.validated = {k: t for k, t in states(pl_module).items() if "running" in k}
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        if isinstance(trainer.model, FullyShardedDataParallel):
+            with FullyShardedDataParallel.summon_full_params(trainer.model):
+                self.end = states(pl_module)
+        else:
+            self.end = states(pl_module)
+
+
+def _fit(kind: str) -> tuple[Any, ...]:
+    """Fit on this rank under a strategy; what was there before, in and after it."""
+    ignore_lightnings_own()
+    # Buffers that DDP broadcasts hold the statistics of rank 0's samples alone.
+    strategies: dict[str, Any] = {
+        "ddp": lambda: _ddp(forward_sync_buffers=False),
+        "ddp plugin": lambda: _ddp(forward_sync_buffers=False),
+        "fsdp1": lambda: CpuFSDP(cluster_environment=Ranks(), auto_wrap_policy={nn.Sequential}),
+        "fsdp2": ModelParallel,
+    }
+    model = FSDP2Net() if kind == "fsdp2" else Net()
+    options, groups, spy = {}, GROUPS // dist.get_world_size(), Spy()
+    callbacks: list[Any] = [spy]
+    if kind == "ddp plugin":
+        options["plugins"] = [ShuffleBatchNormSync(groups=groups)]
+    else:
+        callbacks = [ShuffleBatchNormCallback(groups=groups), spy]
+    fit = trainer(
+        *callbacks, epochs=EPOCHS, devices=dist.get_world_size(), strategy=strategies[kind](),
+        **options,
+    )  # fmt: skip
+    fit.fit(model, _rank_batches(), _rank_batches())
+    if kind == "ddp plugin":
+        synchronize_running_stats(model)
+        spy.end = states(model)
+    return spy.end, spy.validated, spy.kinds, spy.dims, kinds(model)
+
+
+def _reference() -> dict[str, Tensor]:
+    """Train in one process, in plain torch, with all samples in one batch."""
+    model = nn.ModuleDict(build())
+    ShuffleBatchNorm.convert_shuffle_batchnorm(model, mode="regroup", groups=GROUPS)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(EPOCHS):
+        for x, y in Batches(SAMPLES):
+            optimizer.zero_grad()
+            F.mse_loss(model["head"](model["encoder"](x)), y).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+    return states(model)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "ddp plugin", "fsdp1", "fsdp2"])
+def test_two_ranks_equal_one_process(kind: str) -> None:
+    expected = _reference()
+    for end, validated, inside, dims, after in run_on_ranks(2, _fit, kind):
+        torch.testing.assert_close(end, expected, rtol=1e-10, atol=1e-10)
+        assert inside == [SHUFFLED] * 3
+        # What is sharded stays as it is; the group is that of the ranks with other samples.
+        assert after == ([SHUFFLED] * 3 if "fsdp" in kind else [PLAIN] * 3)
+        assert dims == {("data_parallel",) if kind == "fsdp2" else None}
+        if kind != "ddp plugin":
+            running = {name: expected[name] for name in validated}
+            torch.testing.assert_close(validated, running, rtol=1e-10, atol=1e-10)
+
+
+def _fit_twice() -> list[list[str]]:
+    """Fit, test and fit a model that FSDP2 has sharded in the first fit."""
+    ignore_lightnings_own()
+    model, callback = FSDP2Net(), ShuffleBatchNormCallback("encoder", groups=2)
+    found = []
+    for epochs in (1, 2):
+        fit = trainer(callback, epochs=epochs, devices=2, strategy=ModelParallel())
+        fit.fit(model, _rank_batches(), _rank_batches())
+        fit.test(model, _rank_batches(), verbose=False)
+        found.append(kinds(model))
+        layer = model.get_submodule("encoder.2")
+        found.append([type(layer.weight).__name__, str(layer.weight.grad is None)])
+    return found
+
+
+def test_a_sharded_model_is_converted_once() -> None:
+    """Catches layers replaced under FSDP, which goes on with the old ones."""
+    first, second = [SHUFFLED, SHUFFLED, PLAIN], ["DTensor", "False"]
+    assert run_on_ranks(2, _fit_twice) == [[first, second] * 2] * 2
+
+
+class ShuffledNet(Net):
+    """MoCo's way: samples move, among virtual groups that stay."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = ShuffledEncoder(self.encoder)
+
+
+def _run(folder: Path, epochs: int, resume: bool) -> dict[str, Tensor]:
+    ignore_lightnings_own()
+    warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty")
+    set_shuffle_state((7, 0) if not resume else (99, 5))  # the latter is to be replaced
+    saving = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
+    fit = trainer(
+        ShuffleBatchNormCallback("encoder", mode="local", groups=2), saving, epochs=epochs,
+        devices=2, strategy=_ddp(forward_sync_buffers=False), enable_checkpointing=True,
+    )  # fmt: skip
+    model = ShuffledNet()
+    fit.fit(model, _rank_batches(), ckpt_path=folder / "epoch=0.ckpt" if resume else None)
+    return states(model)
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
+    """Catches other permutations, and statistics of rank 0 in place of all ranks'."""
+    expected = run_on_ranks(2, _run, tmp_path / "whole", 2, False)
+    run_on_ranks(2, _run, tmp_path / "parts", 1, False)
+    resumed = run_on_ranks(2, _run, tmp_path / "parts", 2, True)
+    for got, wanted in zip(resumed, expected, strict=True):
+        torch.testing.assert_close(got["encoder.2.weight"], wanted["encoder.2.weight"])
+        torch.testing.assert_close(got, wanted)
+
+
+def _fit_with_sync_batchnorm() -> None:
+    ignore_lightnings_own()
+    callback = ShuffleBatchNormCallback("encoder")
+    fit = trainer(callback, devices=2, strategy=_ddp(), sync_batchnorm=True)
+    fit.fit(Net(), _rank_batches())
+
+
+def test_sync_batchnorm_and_the_callback_are_refused() -> None:
+    """Catches layers that Lightning replaces by SyncBatchNorm after they were converted."""
+    for error in outcomes_on_ranks(2, _fit_with_sync_batchnorm):
+        assert isinstance(error, RuntimeError)
+        assert "2 of 2 converted layers were replaced before training began" in str(error)
+        assert "such as Trainer(sync_batchnorm=True)" in str(error)
+
+
+class DeepNet(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder.extend(nn.BatchNorm1d(4).double() for _ in range(8))  # type: ignore[operator]
+
+
+def _count_warnings() -> int:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        callback = ShuffleBatchNormCallback("encoder", mode="swap")
+        trainer(callback, devices=2, strategy=_ddp()).fit(DeepNet(), _rank_batches())
+    return sum("10 layers in mode 'swap'" in str(warning.message) for warning in caught)
+
+
+def test_one_rank_passes_on_a_warning_of_the_conversion() -> None:
+    assert run_on_ranks(2, _count_warnings) == [1, 0]
