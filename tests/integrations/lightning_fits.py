@@ -22,7 +22,9 @@ class Batches:
         draw = torch.Generator().manual_seed(3)
         x = torch.randn(STEPS, samples, 3, 2, generator=draw, dtype=torch.float64)
         y = torch.randn(STEPS, samples, 1, generator=draw, dtype=torch.float64)
-        self.batches = [tuple(t.chunk(parts)[part] for t in pair) for pair in zip(x, y, strict=True)]
+        self.batches = [
+            tuple(t.chunk(parts)[part] for t in pair) for pair in zip(x, y, strict=True)
+        ]
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.batches)
@@ -35,7 +37,7 @@ def build() -> dict[str, nn.Module]:
     """Return an encoder with a batch norm in it and one as a module of its own, and a head."""
     torch.manual_seed(1)
     stem = nn.Sequential(nn.Conv1d(3, 4, 1), nn.BatchNorm1d(4), nn.ReLU())
-    encoder = nn.Sequential(stem, nn.Conv1d(4, 4, 1), nn.BatchNorm1d(4))
+    encoder = nn.Sequential(stem, nn.Conv1d(4, 4, 1), nn.BatchNorm1d(4), nn.ReLU())
     head = nn.Sequential(nn.Flatten(), nn.Linear(8, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
     return {"encoder": encoder.double(), "head": head.double()}
 

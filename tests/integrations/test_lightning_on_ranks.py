@@ -1,5 +1,6 @@
 """Lightning on two ranks of gloo: equal to one process, resumed, and told what goes wrong."""
 
+import inspect
 import warnings
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.environments import ClusterEnvironment
+from lightning.pytorch.plugins.precision import FSDPPrecision
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
+
 from integrations.lightning_fits import (
     PLAIN,
     SHUFFLED,
@@ -20,12 +28,6 @@ from integrations.lightning_fits import (
     states,
     trainer,
 )
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.plugins.environments import ClusterEnvironment
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
-from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
-
 from ranks import outcomes_on_ranks, run_on_ranks
 from shuffle_batchnorm import (
     ShuffleBatchNorm,
@@ -66,8 +68,28 @@ class Ranks(ClusterEnvironment):
         pass
 
 
+class Float64(FSDPPrecision):
+    """Leaves float64 as it is; Lightning's own knows 32 and 16 bits."""
+
+    def __init__(self) -> None:
+        super().__init__("32-true")
+
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        return module
+
+    def convert_input(self, data: Any) -> Any:
+        return data
+
+
 class CpuFSDP(FSDPStrategy):
     """FSDP1 on the CPU: Lightning's own asks for a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            cluster_environment=Ranks(),
+            precision_plugin=Float64(),
+            auto_wrap_policy={nn.Sequential},
+        )
 
     def _setup_model(self, model: nn.Module) -> nn.Module:
         return FullyShardedDataParallel(model, device_id=torch.device("cpu"), **self.kwargs)
@@ -87,8 +109,11 @@ class ModelParallel(ModelParallelStrategy):
         self.cluster_environment = Ranks()
 
 
-def _ddp(**options: Any) -> DDPStrategy:
-    return DDPStrategy(cluster_environment=Ranks(), **options)
+def _ddp() -> DDPStrategy:
+    # Buffers that DDP broadcasts hold the statistics of rank 0's samples alone.
+    known = inspect.signature(nn.parallel.DistributedDataParallel.__init__).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return DDPStrategy(cluster_environment=Ranks(), **{name: False})
 
 
 def _rank_batches() -> Batches:
@@ -117,13 +142,7 @@ class Spy(pl.Callback):
 def _fit(kind: str) -> tuple[Any, ...]:
     """Fit on this rank under a strategy; what was there before, in and after it."""
     ignore_lightnings_own()
-    # Buffers that DDP broadcasts hold the statistics of rank 0's samples alone.
-    strategies: dict[str, Any] = {
-        "ddp": lambda: _ddp(forward_sync_buffers=False),
-        "ddp plugin": lambda: _ddp(forward_sync_buffers=False),
-        "fsdp1": lambda: CpuFSDP(cluster_environment=Ranks(), auto_wrap_policy={nn.Sequential}),
-        "fsdp2": ModelParallel,
-    }
+    strategies = {"ddp": _ddp, "ddp plugin": _ddp, "fsdp1": CpuFSDP, "fsdp2": ModelParallel}
     model = FSDP2Net() if kind == "fsdp2" else Net()
     options, groups, spy = {}, GROUPS // dist.get_world_size(), Spy()
     callbacks: list[Any] = [spy]
@@ -142,13 +161,13 @@ def _fit(kind: str) -> tuple[Any, ...]:
     return spy.end, spy.validated, spy.kinds, spy.dims, kinds(model)
 
 
-def _reference() -> dict[str, Tensor]:
+def _reference(fits: int = 1, epochs: int = EPOCHS) -> dict[str, Tensor]:
     """Train in one process, in plain torch, with all samples in one batch."""
     model = nn.ModuleDict(build())
     ShuffleBatchNorm.convert_shuffle_batchnorm(model, mode="regroup", groups=GROUPS)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    for _ in range(EPOCHS):
-        for x, y in Batches(SAMPLES):
+    for _ in range(fits):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        for x, y in list(Batches(SAMPLES)) * epochs:
             optimizer.zero_grad()
             F.mse_loss(model["head"](model["encoder"](x)), y).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
@@ -169,25 +188,23 @@ def test_two_ranks_equal_one_process(kind: str) -> None:
             torch.testing.assert_close(validated, running, rtol=1e-10, atol=1e-10)
 
 
-def _fit_twice() -> list[list[str]]:
-    """Fit, test and fit a model that FSDP2 has sharded in the first fit."""
+def _fit_twice() -> dict[str, Tensor]:
+    """Fit, test and fit a model that FSDP2 shards in the first fit."""
     ignore_lightnings_own()
-    model, callback = FSDP2Net(), ShuffleBatchNormCallback("encoder", groups=2)
-    found = []
-    for epochs in (1, 2):
-        fit = trainer(callback, epochs=epochs, devices=2, strategy=ModelParallel())
+    model, callback = FSDP2Net(), ShuffleBatchNormCallback(groups=GROUPS // 2)
+    for _ in range(2):
+        fit = trainer(callback, devices=2, strategy=ModelParallel())
         fit.fit(model, _rank_batches(), _rank_batches())
         fit.test(model, _rank_batches(), verbose=False)
-        found.append(kinds(model))
-        layer = model.get_submodule("encoder.2")
-        found.append([type(layer.weight).__name__, str(layer.weight.grad is None)])
-    return found
+    assert kinds(model) == [SHUFFLED] * 3
+    return states(model)
 
 
 def test_a_sharded_model_is_converted_once() -> None:
-    """Catches layers replaced under FSDP, which goes on with the old ones."""
-    first, second = [SHUFFLED, SHUFFLED, PLAIN], ["DTensor", "False"]
-    assert run_on_ranks(2, _fit_twice) == [[first, second] * 2] * 2
+    """Catches layers replaced under FSDP, which goes on with the parameters of the old ones."""
+    expected = _reference(fits=2, epochs=1)
+    for got in run_on_ranks(2, _fit_twice):
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
 
 
 class ShuffledNet(Net):
@@ -205,10 +222,11 @@ def _run(folder: Path, epochs: int, resume: bool) -> dict[str, Tensor]:
     saving = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
     fit = trainer(
         ShuffleBatchNormCallback("encoder", mode="local", groups=2), saving, epochs=epochs,
-        devices=2, strategy=_ddp(forward_sync_buffers=False), enable_checkpointing=True,
+        devices=2, strategy=_ddp(), enable_checkpointing=True,
     )  # fmt: skip
     model = ShuffledNet()
-    fit.fit(model, _rank_batches(), ckpt_path=folder / "epoch=0.ckpt" if resume else None)
+    start = folder / "epoch=0.ckpt" if resume else None
+    fit.fit(model, _rank_batches(), _rank_batches(), ckpt_path=start)
     return states(model)
 
 
@@ -218,15 +236,17 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     run_on_ranks(2, _run, tmp_path / "parts", 1, False)
     resumed = run_on_ranks(2, _run, tmp_path / "parts", 2, True)
     for got, wanted in zip(resumed, expected, strict=True):
-        torch.testing.assert_close(got["encoder.2.weight"], wanted["encoder.2.weight"])
-        torch.testing.assert_close(got, wanted)
+        # Not those of the head, which the callback leaves alone.
+        same = [name for name in wanted if "head.2.running" not in name]
+        torch.testing.assert_close([got[n] for n in same], [wanted[n] for n in same])
 
 
 def _fit_with_sync_batchnorm() -> None:
     ignore_lightnings_own()
     callback = ShuffleBatchNormCallback("encoder")
-    fit = trainer(callback, devices=2, strategy=_ddp(), sync_batchnorm=True)
-    fit.fit(Net(), _rank_batches())
+    # Under DDP torch refuses SyncBatchNorm on the CPU by itself.
+    fit = trainer(callback, devices=2, strategy=CpuFSDP(), sync_batchnorm=True)
+    fit.fit(Net(), _rank_batches(), _rank_batches())
 
 
 def test_sync_batchnorm_and_the_callback_are_refused() -> None:
@@ -247,7 +267,8 @@ def _count_warnings() -> int:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         callback = ShuffleBatchNormCallback("encoder", mode="swap")
-        trainer(callback, devices=2, strategy=_ddp()).fit(DeepNet(), _rank_batches())
+        fit = trainer(callback, devices=2, strategy=_ddp())
+        fit.fit(DeepNet(), _rank_batches(), _rank_batches())
     return sum("10 layers in mode 'swap'" in str(warning.message) for warning in caught)
 
 
