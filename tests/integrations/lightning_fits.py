@@ -57,11 +57,11 @@ class Steps(nn.Module):
         out: Tensor = self.head(self.encoder(x))
         return out
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Batch) -> Tensor:
         return F.mse_loss(self(batch[0]), batch[1])
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self(batch[0])
+    def validation_step(self, batch: Batch) -> Tensor:
+        return F.mse_loss(self(batch[0]), batch[1])
 
     test_step = predict_step = validation_step
 

@@ -52,7 +52,8 @@ def _seen_in(
 ) -> list[str]:
     """Return the batch norms' classes in one stage of the Trainer."""
     seen: list[str] = []
-    hook = {f"on_{stage}_start": lambda _self, _trainer, model: seen.extend(kinds(model))}
+    phase = {"validate": "validation"}.get(stage, stage)
+    hook = {f"on_{phase}_start": lambda _self, _trainer, model: seen.extend(kinds(model))}
     run = trainer(*callbacks, _spy(package, **hook), package=package)
     model = model or PACKAGES[package]()
     loaders = [Batches(8)] * (2 if stage == "fit" else 1)
@@ -93,7 +94,7 @@ def _by_hand(**options: Any) -> nn.Module:
     optimizer = model.configure_optimizers()
     for x, y in Batches(8):
         optimizer.zero_grad()
-        F.mse_loss(model(x), y).backward()  # type: ignore[no-untyped-call]
+        F.mse_loss(model(x), y).backward()
         optimizer.step()
     return model
 
@@ -118,6 +119,7 @@ def test_options_reach_the_layers(options: dict[str, Any]) -> None:
         _fit(Net(), ShuffleBatchNormCallback(group=2))
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_a_compiled_module_trains_as_it_does_uncompiled() -> None:
     model, plain = Net(), Net()
     _fit(torch.compile(model, backend="eager"), ShuffleBatchNormCallback(groups=2))
@@ -127,7 +129,7 @@ def test_a_compiled_module_trains_as_it_does_uncompiled() -> None:
 
 
 def test_an_exception_reverts() -> None:
-    def fail(self: Any, *args: Any) -> None:
+    def fail(*_: Any) -> None:
         raise RuntimeError("in the middle")
 
     model = Net()
@@ -139,7 +141,7 @@ def test_an_exception_reverts() -> None:
 def test_a_checkpoint_has_the_keys_of_plain_batch_norm(tmp_path: Path) -> None:
     kept: list[Any] = []
 
-    def save(self: Any, run: Any, model: Any) -> None:
+    def save(_: Any, run: Any, model: Any) -> None:
         run.save_checkpoint(tmp_path / "in_fit.ckpt")
         kept.append(states(model))
 

@@ -10,12 +10,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.plugins.environments import ClusterEnvironment
 from lightning.pytorch.plugins.precision import FSDPPrecision
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
+from typing_extensions import override
 
 from integrations.lightning_fits import (
     PLAIN,
@@ -97,6 +98,7 @@ class CpuFSDP(FSDPStrategy):
 
 class FSDP2Net(Net):
     def configure_model(self) -> None:
+        assert self.device_mesh is not None
         mesh = self.device_mesh["data_parallel"]
         for module in self.encoder, self.head:
             if not isinstance(module, FSDPModule):
@@ -113,7 +115,8 @@ def _ddp() -> DDPStrategy:
     # Buffers that DDP broadcasts hold the statistics of rank 0's samples alone.
     known = inspect.signature(nn.parallel.DistributedDataParallel.__init__).parameters
     name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    return DDPStrategy(cluster_environment=Ranks(), **{name: False})
+    options: dict[str, Any] = {name: False}
+    return DDPStrategy(cluster_environment=Ranks(), **options)
 
 
 def _rank_batches() -> Batches:
@@ -123,11 +126,13 @@ def _rank_batches() -> Batches:
 class Spy(pl.Callback):
     """Notes what is there in the middle of things."""
 
+    @override
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self.kinds = kinds(pl_module)
         groups = [m.process_group for m in pl_module.modules() if isinstance(m, ShuffleBatchNorm)]
         self.dims = {None if group is None else group.mesh_dim_names for group in groups}
 
+    @override
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         self.validated = {k: t for k, t in states(pl_module).items() if "running" in k}
 
@@ -169,7 +174,7 @@ def _reference(fits: int = 1, epochs: int = EPOCHS) -> dict[str, Tensor]:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
         for x, y in list(Batches(SAMPLES)) * epochs:
             optimizer.zero_grad()
-            F.mse_loss(model["head"](model["encoder"](x)), y).backward()  # type: ignore[no-untyped-call]
+            F.mse_loss(model["head"](model["encoder"](x)), y).backward()
             optimizer.step()
     return states(model)
 
