@@ -12,16 +12,17 @@ from torch import Tensor, nn
 
 Batch = tuple[Tensor, Tensor]
 STEPS = 2  # per epoch
+SAMPLES, GROUPS = 32, 8  # of all ranks together; fewer groups are worth a warning
 
 
 class Batches:
     """Batches in a fixed order: no loader, so no workers and no sampler of Lightning's."""
 
-    def __init__(self, samples: int, part: int = 0, parts: int = 1) -> None:
-        """Hold this part of each batch of so many samples."""
+    def __init__(self, part: int = 0, parts: int = 1) -> None:
+        """Hold this part of each batch."""
         draw = torch.Generator().manual_seed(3)
-        x = torch.randn(STEPS, samples, 3, 2, generator=draw, dtype=torch.float64)
-        y = torch.randn(STEPS, samples, 1, generator=draw, dtype=torch.float64)
+        x = torch.randn(STEPS, SAMPLES, 3, 2, generator=draw, dtype=torch.float64)
+        y = torch.randn(STEPS, SAMPLES, 1, generator=draw, dtype=torch.float64)
         self.batches = [
             tuple(t.chunk(parts)[part] for t in pair) for pair in zip(x, y, strict=True)
         ]

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from integrations.lightning_fits import (
+    GROUPS,
     PLAIN,
     SHUFFLED,
     Batches,
@@ -43,7 +44,7 @@ def _spy(package: Any, **hooks: Callable[..., None]) -> Any:
 
 def _fit(model: Any, *callbacks: Any, package: Any = lightning.pytorch, **options: Any) -> Any:
     fit = trainer(*callbacks, package=package, **options)
-    fit.fit(model, Batches(8), Batches(8))
+    fit.fit(model, Batches(), Batches())
     return fit
 
 
@@ -56,7 +57,7 @@ def _seen_in(
     hook = {f"on_{phase}_start": lambda _self, _trainer, model: seen.extend(kinds(model))}
     run = trainer(*callbacks, _spy(package, **hook), package=package)
     model = model or PACKAGES[package]()
-    loaders = [Batches(8)] * (2 if stage == "fit" else 1)
+    loaders = [Batches()] * (2 if stage == "fit" else 1)
     getattr(run, stage)(model, *loaders)
     return seen
 
@@ -77,7 +78,7 @@ def test_fit_trains_with_the_named_submodules(
     package: Any, names: tuple[str, ...], converted: tuple[int, ...]
 ) -> None:
     model = PACKAGES[package]()
-    callback = ShuffleBatchNormCallback(*names, groups=2)
+    callback = ShuffleBatchNormCallback(*names, groups=GROUPS)
     found = _seen_in("fit", callback, model=model, package=package)
     assert found == [SHUFFLED if yes else PLAIN for yes in converted]
     assert kinds(model) == [PLAIN] * 3
@@ -85,14 +86,14 @@ def test_fit_trains_with_the_named_submodules(
 
 @pytest.mark.parametrize("stage", ["validate", "test", "predict"])
 def test_other_stages_have_plain_batch_norm(stage: str) -> None:
-    assert _seen_in(stage, ShuffleBatchNormCallback(groups=2)) == [PLAIN] * 3
+    assert _seen_in(stage, ShuffleBatchNormCallback(groups=GROUPS)) == [PLAIN] * 3
 
 
 def _by_hand(**options: Any) -> nn.Module:
     model = Net()
     ShuffleBatchNorm.convert_shuffle_batchnorm(model, **options)
     optimizer = model.configure_optimizers()
-    for x, y in Batches(8):
+    for x, y in Batches():
         optimizer.zero_grad()
         F.mse_loss(model(x), y).backward()
         optimizer.step()
@@ -108,7 +109,7 @@ class EarlyOptimizer(Net):
         return self.early
 
 
-@pytest.mark.parametrize("options", [{"groups": 4}, {"groups": 2, "mode": "swap", "offset": 3}])
+@pytest.mark.parametrize("options", [{"groups": 8}, {"groups": 4, "mode": "swap", "offset": 3}])
 def test_options_reach_the_layers(options: dict[str, Any]) -> None:
     """Also with an optimizer made before the conversion, and `regroup` where no mode is named."""
     model = EarlyOptimizer()
@@ -122,8 +123,8 @@ def test_options_reach_the_layers(options: dict[str, Any]) -> None:
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_a_compiled_module_trains_as_it_does_uncompiled() -> None:
     model, plain = Net(), Net()
-    _fit(torch.compile(model, backend="eager"), ShuffleBatchNormCallback(groups=2))
-    _fit(plain, ShuffleBatchNormCallback(groups=2))
+    _fit(torch.compile(model, backend="eager"), ShuffleBatchNormCallback(groups=GROUPS))
+    _fit(plain, ShuffleBatchNormCallback(groups=GROUPS))
     torch.testing.assert_close(states(model), states(plain))
     assert kinds(model) == [PLAIN] * 3
 
@@ -134,7 +135,11 @@ def test_an_exception_reverts() -> None:
 
     model = Net()
     with pytest.raises(RuntimeError, match="in the middle"):
-        _fit(model, ShuffleBatchNormCallback(), _spy(lightning.pytorch, on_train_batch_end=fail))
+        _fit(
+            model,
+            ShuffleBatchNormCallback(groups=GROUPS),
+            _spy(lightning.pytorch, on_train_batch_end=fail),
+        )
     assert kinds(model) == [PLAIN] * 3
 
 
@@ -146,21 +151,21 @@ def test_a_checkpoint_has_the_keys_of_plain_batch_norm(tmp_path: Path) -> None:
         kept.append(states(model))
 
     model = Net()
-    _fit(model, ShuffleBatchNormCallback(), _spy(lightning.pytorch, on_train_end=save))
+    _fit(model, ShuffleBatchNormCallback(groups=GROUPS), _spy(lightning.pytorch, on_train_end=save))
     checkpoint = torch.load(tmp_path / "in_fit.ckpt", weights_only=True)
     assert list(checkpoint["state_dict"]) == list(Net().state_dict())
     assert checkpoint["callbacks"] == {}  # nothing was shuffled, so Lightning need not ask for it
     later = Net()
-    trainer().test(later, Batches(8), ckpt_path=tmp_path / "in_fit.ckpt", verbose=False)
+    trainer().test(later, Batches(), ckpt_path=tmp_path / "in_fit.ckpt", verbose=False)
     torch.testing.assert_close(states(later), kept[0])
 
 
 def test_only_fit_takes_the_shuffles_state_from_a_checkpoint() -> None:
     set_shuffle_state((7, 3))
-    state = ShuffleBatchNormCallback().state_dict()
+    state = ShuffleBatchNormCallback(groups=GROUPS).state_dict()
     assert state == {"shuffle_states": [(7, 3), (7, 3)]}
     set_shuffle_state((1, 1))
-    callback = ShuffleBatchNormCallback()
+    callback = ShuffleBatchNormCallback(groups=GROUPS)
     callback.load_state_dict(state)
     assert get_shuffle_state() == (1, 1)
     load = _spy(lightning.pytorch, on_fit_start=lambda *_: callback.load_state_dict(state))
@@ -172,7 +177,7 @@ def test_only_fit_takes_the_shuffles_state_from_a_checkpoint() -> None:
 def test_two_callbacks_in_one_trainer() -> None:
     """Catches one state in a checkpoint for both, which Lightning refuses."""
     query = ShuffleBatchNormCallback("head", mode="local", groups=2)
-    key = pickle.loads(pickle.dumps(ShuffleBatchNormCallback("encoder", groups=2)))
+    key = pickle.loads(pickle.dumps(ShuffleBatchNormCallback("encoder", groups=GROUPS)))
     assert query.state_key != key.state_key
     assert _seen_in("fit", query, key) == [SHUFFLED] * 3
 
@@ -184,7 +189,7 @@ def test_two_callbacks_in_one_trainer() -> None:
 def test_a_name_that_is_none_is_refused(name: str, near: str) -> None:
     model = Net()
     with pytest.raises(ValueError, match="has no submodule") as error:
-        _fit(model, ShuffleBatchNormCallback("head", name))
+        _fit(model, ShuffleBatchNormCallback("head", name, groups=GROUPS))
     assert f"Net has no submodule {name!r} yet; near names: " in str(error.value)
     assert near in str(error.value)
     assert "What is built in setup or configure_model comes too late" in str(error.value)
@@ -199,8 +204,9 @@ class LateNet(Net):
 def test_batch_norm_built_after_the_conversion_is_refused() -> None:
     text = "ShuffleBatchNormCallback: 1 batch norm layers were built after this callback's setup"
     with pytest.raises(RuntimeError, match=text):
-        _fit(LateNet(), ShuffleBatchNormCallback())
-    _fit(LateNet(), ShuffleBatchNormCallback("head"))  # elsewhere it is nobody's business
+        _fit(LateNet(), ShuffleBatchNormCallback(groups=GROUPS))
+    # What is built elsewhere is nobody's business.
+    _fit(LateNet(), ShuffleBatchNormCallback("head", groups=GROUPS))
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -234,7 +240,12 @@ def test_a_plugin_that_was_not_applied_is_noticed(package: Any) -> None:
     with pytest.warns(UserWarning, match=text):
         _fit(PACKAGES[package](), package=package, plugins=[plugin])
     # Not where the callback has converted, nor in the fit of another Trainer.
-    _fit(PACKAGES[package](), ShuffleBatchNormCallback(), package=package, plugins=[plugin])
+    _fit(
+        PACKAGES[package](),
+        ShuffleBatchNormCallback(groups=GROUPS),
+        package=package,
+        plugins=[plugin],
+    )
     _fit(PACKAGES[package](), package=package)
 
 

@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_s
 from typing_extensions import override
 
 from integrations.lightning_fits import (
+    GROUPS,
     PLAIN,
     SHUFFLED,
     Batches,
@@ -38,7 +39,7 @@ from shuffle_batchnorm import (
 )
 from shuffle_batchnorm.integrations.lightning import ShuffleBatchNormCallback, ShuffleBatchNormSync
 
-SAMPLES, EPOCHS, GROUPS = 16, 2, 4  # of all ranks together
+EPOCHS = 2
 
 
 class Ranks(ClusterEnvironment):
@@ -120,7 +121,7 @@ def _ddp() -> DDPStrategy:
 
 
 def _rank_batches() -> Batches:
-    return Batches(SAMPLES, dist.get_rank(), dist.get_world_size())
+    return Batches(dist.get_rank(), dist.get_world_size())
 
 
 class Spy(pl.Callback):
@@ -172,7 +173,7 @@ def _reference(fits: int = 1, epochs: int = EPOCHS) -> dict[str, Tensor]:
     ShuffleBatchNorm.convert_shuffle_batchnorm(model, mode="regroup", groups=GROUPS)
     for _ in range(fits):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-        for x, y in list(Batches(SAMPLES)) * epochs:
+        for x, y in list(Batches()) * epochs:
             optimizer.zero_grad()
             F.mse_loss(model["head"](model["encoder"](x)), y).backward()
             optimizer.step()
@@ -248,7 +249,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
 
 def _fit_with_sync_batchnorm() -> None:
     ignore_lightnings_own()
-    callback = ShuffleBatchNormCallback("encoder")
+    callback = ShuffleBatchNormCallback("encoder", groups=GROUPS // 2)
     # Under DDP torch refuses SyncBatchNorm on the CPU by itself.
     fit = trainer(callback, devices=2, strategy=CpuFSDP(), sync_batchnorm=True)
     fit.fit(Net(), _rank_batches(), _rank_batches())
@@ -271,7 +272,7 @@ class DeepNet(Net):
 def _count_warnings() -> int:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        callback = ShuffleBatchNormCallback("encoder", mode="swap")
+        callback = ShuffleBatchNormCallback("encoder", mode="swap", groups=GROUPS // 2)
         fit = trainer(callback, devices=2, strategy=_ddp())
         fit.fit(DeepNet(), _rank_batches(), _rank_batches())
     return sum("10 layers in mode 'swap'" in str(warning.message) for warning in caught)
