@@ -2,6 +2,7 @@
 
 import inspect
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,16 @@ from shuffle_batchnorm import (
     set_shuffle_state,
     synchronize_running_stats,
 )
-from shuffle_batchnorm.integrations.lightning import ShuffleBatchNormCallback, ShuffleBatchNormSync
+from shuffle_batchnorm.integrations.lightning import (
+    PluginWatch,
+    ShuffleBatchNormCallback,
+    ShuffleBatchNormSync,
+)
 
 EPOCHS = 2
+# The first call imports Lightning in each process.
+_run = partial(run_on_ranks, 2, timeout=200)
+_outcomes = partial(outcomes_on_ranks, 2, timeout=200)
 
 
 class Ranks(ClusterEnvironment):
@@ -125,7 +133,10 @@ def _rank_batches() -> Batches:
 
 
 class Spy(pl.Callback):
-    """Notes what is there in the middle of things."""
+    """Notes what is there in the middle of things; with the plugin, averages as it does not."""
+
+    def __init__(self, average: bool) -> None:
+        self.average = average
 
     @override
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -138,6 +149,8 @@ class Spy(pl.Callback):
         self.validated = {k: t for k, t in states(pl_module).items() if "running" in k}
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        if self.average:
+            synchronize_running_stats(pl_module)
         if isinstance(trainer.model, FullyShardedDataParallel):
             with FullyShardedDataParallel.summon_full_params(trainer.model):
                 self.end = states(pl_module)
@@ -148,22 +161,17 @@ class Spy(pl.Callback):
 def _fit(kind: str) -> tuple[Any, ...]:
     """Fit on this rank under a strategy; what was there before, in and after it."""
     ignore_lightnings_own()
-    strategies = {"ddp": _ddp, "ddp plugin": _ddp, "fsdp1": CpuFSDP, "fsdp2": ModelParallel}
-    model = FSDP2Net() if kind == "fsdp2" else Net()
-    options, groups, spy = {}, GROUPS // dist.get_world_size(), Spy()
-    callbacks: list[Any] = [spy]
-    if kind == "ddp plugin":
-        options["plugins"] = [ShuffleBatchNormSync(groups=groups)]
-    else:
-        callbacks = [ShuffleBatchNormCallback(groups=groups), spy]
+    name, *rest = kind.split()
+    strategies = {"ddp": _ddp, "fsdp1": CpuFSDP, "fsdp2": ModelParallel}
+    model = FSDP2Net() if name == "fsdp2" else Net()
+    size, spy = dist.get_world_size(), Spy(average="plugin" in rest)
+    kind_of_ours = ShuffleBatchNormSync if spy.average else ShuffleBatchNormCallback
+    ours = kind_of_ours(groups=GROUPS // size)
     fit = trainer(
-        *callbacks, epochs=EPOCHS, devices=dist.get_world_size(), strategy=strategies[kind](),
-        **options,
+        *([spy] if spy.average else [ours, spy]), epochs=EPOCHS, devices=size,
+        strategy=strategies[name](), plugins=[ours] if spy.average else None,
     )  # fmt: skip
     fit.fit(model, _rank_batches(), _rank_batches())
-    if kind == "ddp plugin":
-        synchronize_running_stats(model)
-        spy.end = states(model)
     return spy.end, spy.validated, spy.kinds, spy.dims, kinds(model)
 
 
@@ -180,16 +188,16 @@ def _reference(fits: int = 1, epochs: int = EPOCHS) -> dict[str, Tensor]:
     return states(model)
 
 
-@pytest.mark.parametrize("kind", ["ddp", "ddp plugin", "fsdp1", "fsdp2"])
+@pytest.mark.parametrize("kind", ["ddp", "ddp plugin", "fsdp1", "fsdp1 plugin", "fsdp2"])
 def test_two_ranks_equal_one_process(kind: str) -> None:
     expected = _reference()
-    for end, validated, inside, dims, after in run_on_ranks(2, _fit, kind):
+    for end, validated, inside, dims, after in _run(_fit, kind):
         torch.testing.assert_close(end, expected, rtol=1e-10, atol=1e-10)
         assert inside == [SHUFFLED] * 3
         # What is sharded stays as it is; the group is that of the ranks with other samples.
         assert after == ([SHUFFLED] * 3 if "fsdp" in kind else [PLAIN] * 3)
         assert dims == {("data_parallel",) if kind == "fsdp2" else None}
-        if kind != "ddp plugin":
+        if "plugin" not in kind:
             running = {name: expected[name] for name in validated}
             torch.testing.assert_close(validated, running, rtol=1e-10, atol=1e-10)
 
@@ -209,8 +217,23 @@ def _fit_twice() -> dict[str, Tensor]:
 def test_a_sharded_model_is_converted_once() -> None:
     """Catches layers replaced under FSDP, which goes on with the parameters of the old ones."""
     expected = _reference(fits=2, epochs=1)
-    for got in run_on_ranks(2, _fit_twice):
+    for got in _run(_fit_twice):
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+
+
+def _fit_with_a_plugin_alone() -> str:
+    ignore_lightnings_own()
+    plugins = [ShuffleBatchNormSync()]
+    fit = trainer(PluginWatch(), devices=2, strategy=ModelParallel(), plugins=plugins)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit.fit(FSDP2Net(), _rank_batches(), _rank_batches())
+    return "\n".join(str(warning.message) for warning in caught)
+
+
+def test_a_plugin_that_was_not_applied_is_noticed() -> None:
+    text = "does not apply this plugin under ModelParallel;"
+    assert [text in found for found in _run(_fit_with_a_plugin_alone)] == [True, False]
 
 
 class ShuffledNet(Net):
@@ -221,7 +244,7 @@ class ShuffledNet(Net):
         self.encoder = ShuffledEncoder(self.encoder)
 
 
-def _run(folder: Path, epochs: int, resume: bool) -> dict[str, Tensor]:
+def _fit_in_part(folder: Path, epochs: int, resume: bool) -> dict[str, Tensor]:
     ignore_lightnings_own()
     warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty")
     set_shuffle_state((7, 0) if not resume else (99, 5))  # the latter is to be replaced
@@ -238,9 +261,9 @@ def _run(folder: Path, epochs: int, resume: bool) -> dict[str, Tensor]:
 
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     """Catches other permutations, and statistics of rank 0 in place of all ranks'."""
-    expected = run_on_ranks(2, _run, tmp_path / "whole", 2, False)
-    run_on_ranks(2, _run, tmp_path / "parts", 1, False)
-    resumed = run_on_ranks(2, _run, tmp_path / "parts", 2, True)
+    expected = _run(_fit_in_part, tmp_path / "whole", 2, False)
+    _run(_fit_in_part, tmp_path / "parts", 1, False)
+    resumed = _run(_fit_in_part, tmp_path / "parts", 2, True)
     for got, wanted in zip(resumed, expected, strict=True):
         # Not those of the head, which the callback leaves alone.
         same = [name for name in wanted if "head.2.running" not in name]
@@ -257,7 +280,7 @@ def _fit_with_sync_batchnorm() -> None:
 
 def test_sync_batchnorm_and_the_callback_are_refused() -> None:
     """Catches layers that Lightning replaces by SyncBatchNorm after they were converted."""
-    for error in outcomes_on_ranks(2, _fit_with_sync_batchnorm):
+    for error in _outcomes(_fit_with_sync_batchnorm):
         assert isinstance(error, RuntimeError)
         assert "2 of 2 converted layers were replaced before training began" in str(error)
         assert "such as Trainer(sync_batchnorm=True)" in str(error)
@@ -279,4 +302,4 @@ def _count_warnings() -> int:
 
 
 def test_one_rank_passes_on_a_warning_of_the_conversion() -> None:
-    assert run_on_ranks(2, _count_warnings) == [1, 0]
+    assert _run(_count_warnings) == [1, 0]

@@ -92,9 +92,7 @@ class ShuffleBatchNormCallback(Callback):
         mesh = getattr(pl_module, "device_mesh", None)
         if self._process_group is None and mesh is not None:
             self._group = mesh["data_parallel"]
-        self._found = _count(pl_module, self._names)
-        if self._found[0] and _is_sharded(pl_module):  # converted by an earlier fit
-            return
+        self._found = 0, 0
         with warnings.catch_warnings():
             if not trainer.is_global_zero:  # rank 0 says it
                 warnings.simplefilter("ignore")
@@ -232,6 +230,8 @@ class PluginWatch(Callback):
 def _convert(
     model: nn.Module, names: tuple[str, ...], group: ProcessGroupLike, options: dict[str, Any]
 ) -> nn.Module:
+    if _is_sharded(model) and _count(model, names)[0]:  # by an earlier fit, which left them
+        return model
     for name, module in list(_named(model, names)):
         new = ShuffleBatchNorm.convert_shuffle_batchnorm(module, group, **options)
         if new is not module:  # it is a batch norm itself
