@@ -102,9 +102,7 @@ class ShuffleBatchNormCallback(Callback):
     @override
     def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Raise if something has put other batch norms beside or in place of the converted."""
-        before, now = self._found, _count(pl_module, self._names)
-        if before is None or now == before:
-            return
+        before, now = self._found or (0, 0), _count(pl_module, self._names)
         if now[0] < before[0]:
             raise RuntimeError(
                 f"ShuffleBatchNormCallback: {before[0] - now[0]} of {before[0]} converted layers "
