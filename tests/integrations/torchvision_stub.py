@@ -20,8 +20,6 @@ _MODULES = (
 
 
 class _Stub(ModuleType):
-    __path__: tuple[str, ...] = ()  # a package, in which what is not named above is not found
-
     def __getattr__(self, name: str) -> type:
         if name.startswith("_"):
             raise AttributeError(name)
