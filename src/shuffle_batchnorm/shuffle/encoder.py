@@ -2,17 +2,20 @@
 
 import copy
 import warnings
+from collections.abc import Iterator
 from typing import Any, Self
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
 
 from shuffle_batchnorm.comm import failures
 from shuffle_batchnorm.comm.world import ProcessGroupLike, World, check_process_group, resolve
 
 from .batch_shuffle import Tree, batch_shuffle, batch_unshuffle
+from .plan import ShufflePlan
 
 CALL = "ShuffledEncoder"
 
@@ -30,6 +33,11 @@ class ShuffledEncoder(nn.Module):
     ``state_dict`` and ``named_parameters`` are the encoder's. Other attributes are found, and set,
     on it. ``encoder`` is the encoder itself, unless that has an attribute of this name.
 
+    Only what the encoder returns is unshuffled. What leaves it in another way, through a hook on
+    one of its modules or an attribute, holds samples of other ranks in the shuffle's order. A
+    forward hook brings them back with ``batch_unshuffle(output, shuffled_encoder.current_plan)``,
+    on all ranks.
+
     Communication: that of one `batch_shuffle` of the arguments and one `batch_unshuffle` of the
     outputs; backward as much for what needs a gradient.
 
@@ -37,6 +45,9 @@ class ShuffledEncoder(nn.Module):
         encoder: any module whose arguments and outputs are tensors ``[N, *]``, or pytrees of
             these; other arguments (None, bool, int, float, str) are handed on.
         process_group: None for all ranks, a ProcessGroup or a 1-D DeviceMesh.
+
+    Attributes:
+        current_plan: the plan of the shuffle while the encoder runs in training mode, else None.
 
     Shape:
         As the encoder's, with the same N for all arguments and outputs.
@@ -48,7 +59,8 @@ class ShuffledEncoder(nn.Module):
 
     Warns:
         UserWarning: the shuffle does nothing, at the first call in training mode: no batch norm
-            in the encoder, only synchronised ones, or one rank and no virtual groups.
+            in the encoder, only synchronised ones, or one rank and no virtual groups. At the first
+            call with new forward or backward hooks on modules of the encoder, but those of torch.
 
     Source:
         He et al. 2019, arXiv 1911.05722, section 3.3.
@@ -73,27 +85,35 @@ class ShuffledEncoder(nn.Module):
             self.__dict__[name] = encoder.__dict__[name]
         self.process_group = process_group
         self.training = encoder.training
+        self.current_plan: ShufflePlan | None = None
         self._has_checked = False
+        self._next_hook = 0  # the hooks before this one are known
         self.__dict__["_encoder"] = encoder  # from here on, what the encoder has is set on it
 
     def forward(self, *args: Any, **kwargs: Any) -> Tree:
         """Shuffle the tensors among the arguments, encode, unshuffle the outputs."""
         if not self.training:
             return self._encoder(*args, **kwargs)
-        if not self._has_checked and not torch.compiler.is_compiling():
-            self._has_checked = True
-            self._warn_if_it_does_nothing()
+        if not torch.compiler.is_compiling():
+            if not self._has_checked:
+                self._has_checked = True
+                self._warn_if_it_does_nothing()
+            if self._next_hook != RemovableHandle.next_id:
+                self._warn_of_new_hooks()
         leaves, spec = pytree.tree_flatten((args, kwargs))
         batch = pytree.tree_unflatten(_without_constants(leaves), spec)
         # As a tree, so that ranks whose trees differ are told, and don't mix unlike tensors.
         shuffled, plan = batch_shuffle(batch, process_group=self.process_group)
         args, kwargs = pytree.tree_unflatten(_with_constants(shuffled, leaves), spec)
+        self.current_plan = plan
         try:
             outputs = self._encoder(*args, **kwargs)
         except Exception as error:
             if not torch.compiler.is_compiling():
                 failures.announce(plan.world, f"{CALL}: {error}")
             raise
+        finally:
+            self.current_plan = None
         leaves, spec = pytree.tree_flatten(outputs)
         restored = batch_unshuffle(pytree.tree_unflatten(_without_constants(leaves), spec), plan)
         return pytree.tree_unflatten(_with_constants(restored, leaves), spec)
@@ -117,6 +137,19 @@ class ShuffledEncoder(nn.Module):
         else:
             return
         warnings.warn(f"{CALL}: the shuffle does nothing: {reason}", stacklevel=5)
+
+    def _warn_of_new_hooks(self) -> None:
+        """Warn of hooks that see shuffled samples; torch numbers a process's hooks in a row."""
+        known, self._next_hook = self._next_hook, RemovableHandle.next_id
+        found = [text for number, text in _foreign_hooks(self._encoder) if number >= known]
+        if found:
+            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+            warnings.warn(
+                f"{CALL}: hooks inside the encoder see samples of all ranks in shuffled order: "
+                f"{', '.join(found[:3])}{more}. In a forward hook, batch_unshuffle(output, "
+                "shuffled_encoder.current_plan) brings them back, called on all ranks",
+                stacklevel=5,
+            )
 
     def train(self, mode: bool = True) -> Self:
         """Set training mode, here and in the encoder."""
@@ -173,12 +206,16 @@ class ShuffledEncoder(nn.Module):
         else:
             delattr(self._encoder, name)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy gets: it is in no call, and has warned of no hook."""
+        return {**self.__dict__, "current_plan": None, "_next_hook": 0}
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         # A process group can't be copied, and need not be.
         memo[id(self.process_group)] = self.process_group
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
-        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        twin.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
         return twin
 
     def __repr__(self) -> str:
@@ -191,6 +228,21 @@ _SHARED = (
     "_parameters", "_buffers", "_non_persistent_buffers_set", "_modules", "_state_dict_hooks",
     "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
 )  # fmt: skip
+
+
+_HOOKS = "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"
+
+
+def _foreign_hooks(encoder: nn.Module) -> Iterator[tuple[int, str]]:
+    """Yield number and description of the users' hooks on the encoder's modules."""
+    named = [(repr(name), vars(module)) for name, module in encoder.named_modules()]
+    of_all = {kind: getattr(nn.modules.module, f"_global{kind}") for kind in _HOOKS}
+    for place, hooks in [*named, ("all modules", of_all)]:
+        for number, entry in (item for kind in _HOOKS for item in hooks[kind].items()):
+            hook = getattr(entry, "func", entry)  # of functools.partial, the function
+            if str(hook.__module__).partition(".")[0] not in ("torch", "shuffle_batchnorm"):
+                name = getattr(hook, "__qualname__", type(hook).__qualname__)
+                yield number, f"{name} on {place}"
 
 
 def _count_groups(layer: _BatchNorm, world: World) -> int:
