@@ -186,6 +186,7 @@ def test_a_plan_is_there_in_a_compiled_graph() -> None:
     seen = []
 
     def bring_back(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        assert encoder.current_plan is not None
         seen.append(batch_unshuffle(output.detach().clone(), encoder.current_plan))
 
     encoder.encoder[2].register_forward_hook(bring_back)
@@ -203,6 +204,7 @@ def _brought_back(sizes: list[int], step: int) -> tuple[list[Tensor], list[Tenso
     encoder, raw, back = ShuffledEncoder(network()), [], []
 
     def bring_back(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        assert encoder.current_plan is not None
         raw.append(output.clone())
         back.append(batch_unshuffle(output, encoder.current_plan))
 
