@@ -186,3 +186,11 @@ def test_small_blocks_keep_the_distance_to_their_mean(shape: tuple[int, ...]) ->
     dx = cpu.block_grad_affine(x, x, shape[:1], zero, third, center, zero)
     want = (x - center.view(-1, *[1] * (x.ndim - 2))) / 3
     torch.testing.assert_close(dx, want, rtol=2e-7, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (4, 3, 5), (4, 3, 5, 5)])
+def test_results_are_no_views_to_autograd(shape: tuple[int, ...]) -> None:
+    """Catches a layer's output that FSDP2 loses its hook on when it is changed in place."""
+    x, rows = torch.randn(shape), torch.rand(3, 2, 3)
+    assert cpu.block_affine(x, (2, 2), *rows)._base is None
+    assert cpu.block_grad_affine(x, x, (2, 2), *rows, rows[0])._base is None
