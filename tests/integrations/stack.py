@@ -38,21 +38,30 @@ def loss_of(y: Tensor) -> Tensor:
     return (y.pow(3) + y).mean()
 
 
-def train(encode: Callable[[Tensor], Tensor], net: nn.Module, xs: Sequence[Tensor]) -> list[Tensor]:
-    """Take a step per batch, and return the outputs."""
+def train(
+    encode: Callable[[Tensor], Tensor],
+    net: nn.Module,
+    xs: Sequence[Tensor],
+    accumulated: int = 1,
+) -> list[Tensor]:
+    """Take a step per batch, or after some, and return the outputs."""
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
     outputs = []
-    for x in xs:
+    for step, x in enumerate(xs, start=1):
         y = encode(x)
-        loss_of(y).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        (loss_of(y) / accumulated).backward()
+        if step % accumulated == 0:
+            optimizer.step()
+            optimizer.zero_grad()
         outputs.append(y.detach())
     return outputs
 
 
 def check(
-    results: Sequence[tuple[list[Tensor], dict[str, Tensor]]], mode: str, replicas: int = 1
+    results: Sequence[tuple[list[Tensor], dict[str, Tensor]]],
+    mode: str,
+    replicas: int = 1,
+    accumulated: int = 1,
 ) -> None:
     """Compare the ranks' outputs and states with those of one process.
 
@@ -64,7 +73,7 @@ def check(
     def encode(x: Tensor) -> Tensor:
         return torch.cat([net(part) for part in x.chunk(replicas)])
 
-    wanted = train(encode, net, [data(step, size) for step in range(STEPS)])
+    wanted = train(encode, net, [data(step, size) for step in range(STEPS)], accumulated)
     for step, want in enumerate(wanted):
         close(torch.cat([outputs[step] for outputs, _ in results]), want)
     for name, value in net.state_dict().items():
