@@ -1,11 +1,5 @@
 """Under Accelerate, a model that was converted before `prepare` learns what one process learns."""
 
-import os
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from unittest import mock
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -13,25 +7,8 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from integrations import stack
+from integrations.hugging_face import accelerate, started_by_accelerate
 from ranks import run_on_ranks
-
-with mock.patch.dict(os.environ, HF_HUB_OFFLINE="1"):
-    accelerate = pytest.importorskip("accelerate")
-
-
-@contextmanager
-def started_by_accelerate() -> Iterator[None]:
-    """Let Accelerate find the ranks as after ``accelerate launch --cpu``; forget it afterwards."""
-    rank, size = str(dist.get_rank()), str(dist.get_world_size())
-    started = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
-    # torch 2.13 renames the option; 2.11 does not know the new name.
-    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-    with mock.patch.dict(os.environ, started, ACCELERATE_USE_CPU="true"):
-        try:
-            yield
-        finally:
-            accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-            accelerate.state.GradientState._reset_state()
 
 
 def _trained(mode: str, accumulated: int) -> tuple[list[Tensor], dict[str, Tensor]]:

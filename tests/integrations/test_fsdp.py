@@ -30,8 +30,10 @@ Result = tuple[list[Tensor], dict[str, Tensor]]
 
 def _trained(net: nn.Module) -> Result:
     outputs = stack.train(net, net, [stack.own_data(step) for step in range(stack.STEPS)])
-    options = StateDictOptions(full_state_dict=True)
-    return outputs, {k: v.clone() for k, v in get_model_state_dict(net, options=options).items()}
+    state: dict[str, Any] = get_model_state_dict(
+        net, options=StateDictOptions(full_state_dict=True)
+    )
+    return outputs, state
 
 
 def _shard(net: nn.Module, per_layer: bool = True, **options: Any) -> nn.Module:
