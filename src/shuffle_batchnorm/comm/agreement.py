@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from . import collectives
+from . import collectives, failures
 from .world import World, default_device
 
 ANSWER_BYTES = 2048
@@ -63,12 +63,15 @@ def agree(
 
     Raises:
         Exception: `error` on the rank that has one; RuntimeError that quotes it on its peers;
-            ValueError on all ranks if they differ.
+            ValueError on all ranks if they differ; RuntimeError in a DDP ``join()``.
     """
     if world.size == 1:
         if error is not None:
             raise error
         return [own]
+    if reason := failures.find_join():  # said at the first call, not when the inputs end
+        failures.announce(world, reason)
+        raise RuntimeError(f"{call}: {reason}")
     refusal = None if error is None else str(error)[:_QUOTE]
     hashes = {name: _hash(term) for name, term in terms.items()}
     header = json.dumps([call, refusal, own, hashes])

@@ -13,6 +13,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from .world import World
 
@@ -100,9 +101,23 @@ def check_peers(world: World, call: str, doing: str) -> None:
         failure = _read(world, f"failed/{progress.begun}")
     if not failure and (reason := _read(world, "abandoned")):
         failure = f"{reason}; {_ABANDONED}"
-    failure = failure or _find_other_call(world, doing)
+    failure = failure or _find_other_call(world, doing) or find_join()
     if failure:
         raise RuntimeError(f"{call}: {failure}")
+
+
+def find_join() -> str:
+    """Return why this call can't be in the DDP ``join()`` around it; an empty string if it can.
+
+    Torch demands the same of every model with messages of its own in its forward.
+    """
+    ddp = DistributedDataParallel._get_active_ddp_module()
+    if ddp is None or not ddp._join_config.enable or ddp._join_config.throw_on_early_termination:
+        return ""
+    return (
+        "in DDP's join() a rank that has run out of inputs does not take part in this exchange, "
+        "and its peers would wait for it; call join(throw_on_early_termination=True)"
+    )
 
 
 def _find_other_call(world: World, doing: str) -> str:
