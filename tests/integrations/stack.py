@@ -82,8 +82,8 @@ def check(
             got = [torch.stack(got).mean(dim=0)]
         if replicas == 1 or ".1." not in name:  # one process has taken the replicas in turn
             for each in got:
-                close(each, value)
+                close(each, value, name)
 
 
-def close(got: Tensor, wanted: Tensor) -> None:
-    torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
+def close(got: Tensor, wanted: Tensor, name: str | None = None) -> None:
+    torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9, msg=name)

@@ -12,6 +12,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     FullyShardedDataParallel,
+    MixedPrecision,
     MixedPrecisionPolicy,
     fully_shard,
     fully_sharded_data_parallel,
@@ -23,7 +24,7 @@ from torch.func import functional_call
 import truth
 from integrations import stack
 from ranks import run_on_ranks
-from shuffle_batchnorm import ShuffledEncoder, set_shuffle_state
+from shuffle_batchnorm import ShuffledEncoder, set_shuffle_state, synchronize_running_stats
 
 Result = tuple[list[Tensor], dict[str, Tensor]]
 
@@ -46,7 +47,14 @@ def _shard(net: nn.Module, per_layer: bool = True, **options: Any) -> nn.Module:
 
 
 def _fsdp2(mode: str, per_layer: bool) -> Result:
-    return _trained(_shard(stack.model(mode, stack.GROUPS), per_layer))
+    net = _shard(stack.model(mode, stack.GROUPS), per_layer)
+    outputs, state = _trained(net)
+    synchronize_running_stats(net)
+    for name, buffer in net.named_buffers():
+        total = buffer.double().clone()
+        dist.all_reduce(total)
+        stack.close(total / dist.get_world_size(), buffer.double(), name)
+    return outputs, state
 
 
 @pytest.mark.parametrize("per_layer", [False, True], ids=["whole", "per layer"])
@@ -105,22 +113,39 @@ def _on_cpu(state: Any, *_: Any) -> Any:
     return state
 
 
-def _fsdp1(mode: str, use_orig_params: bool) -> Result:
+def _wrapped(net: nn.Module, **options: Any) -> nn.Module:
     warnings.filterwarnings("ignore", "The passed-in `module` is on CPU")
-    policy = ModuleWrapPolicy({nn.Sequential})
     with mock.patch.object(fully_sharded_data_parallel, "_init_device_handle", _on_cpu):
-        net = FullyShardedDataParallel(
-            stack.model(mode, stack.GROUPS),
-            auto_wrap_policy=policy,
-            use_orig_params=use_orig_params,
+        return FullyShardedDataParallel(
+            net, auto_wrap_policy=ModuleWrapPolicy({nn.Sequential}), **options
         )
-    return _trained(net)
+
+
+def _fsdp1(mode: str, use_orig_params: bool) -> Result:
+    net = stack.model(mode, stack.GROUPS)
+    return _trained(_wrapped(net, use_orig_params=use_orig_params))
 
 
 @pytest.mark.parametrize("use_orig_params", [False, True])
 @pytest.mark.parametrize("mode", ["sync", "regroup"])
 def test_fsdp1(mode: str, use_orig_params: bool) -> None:
     stack.check(run_on_ranks(2, _fsdp1, mode, use_orig_params), mode)
+
+
+def _mixed_fsdp1() -> list[torch.dtype]:
+    warnings.filterwarnings("ignore", "Both mixed precision and an auto_wrap_policy were specified")
+    low = MixedPrecision(param_dtype=torch.bfloat16, buffer_dtype=torch.bfloat16)
+    net = _wrapped(stack.model("regroup", stack.GROUPS).float(), mixed_precision=low)
+    y = net(stack.own_data(0).float())
+    stack.loss_of(y).backward()
+    return [y.dtype, *(b.dtype for name, b in net.named_buffers() if "running" in name)]
+
+
+def test_fsdp1_in_mixed_precision_takes_the_layers_for_batch_norm() -> None:
+    """Catches running statistics in bfloat16, in which steps of 0.1 % are lost."""
+    for first, *others in run_on_ranks(2, _mixed_fsdp1):
+        assert first == torch.bfloat16
+        assert others == [torch.float32] * 4
 
 
 def _shuffled(sharded: bool) -> Result:

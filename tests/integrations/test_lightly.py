@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from integrations.torchvision_stub import torchvision_for_import
 from ranks import outcomes_on_ranks, run_on_ranks
-from shuffle_batchnorm import batch_shuffle, set_shuffle_state
+from shuffle_batchnorm import ShuffleBatchNorm, batch_shuffle, set_shuffle_state
 from shuffle_batchnorm.integrations import lightly as ours
 from shuffle_batchnorm.shuffle.permutations import Key, samples_sent_to
 
@@ -165,6 +165,13 @@ def test_an_index_with_distributed_is_refused() -> None:
         assert str(error) == (
             "batch_unshuffle: plan must be what batch_shuffle returned, got Tensor"
         )
+
+
+def test_split_batch_norm_is_refused_by_name() -> None:
+    """As the page says: it has statistics for every split, which no other layer can take over."""
+    backbone = ResNetGenerator("resnet-9", width=0.125, num_splits=2)
+    with pytest.raises(TypeError, match="lightly.models.batchnorm.SplitBatchNorm"):
+        ShuffleBatchNorm.convert_shuffle_batchnorm(backbone, mode="local", groups=2)
 
 
 def test_the_librarys_own_call_refuses_lightlys_keyword() -> None:
