@@ -170,7 +170,7 @@ def test_an_index_with_distributed_is_refused() -> None:
 def test_split_batch_norm_is_refused_by_name() -> None:
     """As the page says: it has statistics for every split, which no other layer can take over."""
     backbone = ResNetGenerator("resnet-9", width=0.125, num_splits=2)
-    with pytest.raises(TypeError, match="lightly.models.batchnorm.SplitBatchNorm"):
+    with pytest.raises(TypeError, match=r"lightly\.models\.batchnorm\.SplitBatchNorm"):
         ShuffleBatchNorm.convert_shuffle_batchnorm(backbone, mode="local", groups=2)
 
 
