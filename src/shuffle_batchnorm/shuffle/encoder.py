@@ -1,6 +1,7 @@
 """ShuffledEncoder: shuffle, encode, unshuffle, as one module that can't forget the last step."""
 
 import copy
+import itertools
 import warnings
 from collections.abc import Iterator
 from typing import Any, Self
@@ -235,10 +236,10 @@ _HOOKS = "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backwa
 
 def _foreign_hooks(encoder: nn.Module) -> Iterator[tuple[int, str]]:
     """Yield number and description of the users' hooks on the encoder's modules."""
-    named = [(repr(name), vars(module)) for name, module in encoder.named_modules()]
     of_all = {kind: getattr(nn.modules.module, f"_global{kind}") for kind in _HOOKS}
-    for place, hooks in [*named, ("all modules", of_all)]:
-        for number, entry in (item for kind in _HOOKS for item in hooks[kind].items()):
+    places = [(repr(name), vars(module)) for name, module in encoder.named_modules()]
+    for (place, tables), kind in itertools.product([*places, ("all modules", of_all)], _HOOKS):
+        for number, entry in tables[kind].items():
             hook = getattr(entry, "func", entry)  # of functools.partial, the function
             if str(hook.__module__).partition(".")[0] not in ("torch", "shuffle_batchnorm"):
                 name = getattr(hook, "__qualname__", type(hook).__qualname__)
