@@ -10,7 +10,7 @@ import json
 import os
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from .config import CALL, UserError, flag
 
 LAST, PREVIOUS, BEST = "last.pt", "last.previous.pt", "best.pt"
+DAMAGED = "last.damaged.pt"  # what a run that goes on from `PREVIOUS` has found as `LAST`
 FORMAT = 1
 # Without these it is no checkpoint; see `Trainer.save` for all that is in it.
 PARTS = {"format", "config", "world_size", "step", "model", "optimizer", "ranks"}
@@ -29,6 +30,7 @@ PARTS = {"format", "config", "world_size", "step", "model", "optimizer", "ranks"
 # The number of ranks counts as it is, not as the flag says: torchrun ignores the flag.
 _WHERE = {"data_path", "output", "ranks", "device"}
 _HOW = {"workers", "resume", "save_every", "log_every", "tensorboard"}
+_ZIP = b"PK\x03\x04"  # what a zip file begins with
 FREE = frozenset(_WHERE | _HOW)
 
 State = dict[str, Any]
@@ -36,6 +38,10 @@ State = dict[str, Any]
 
 class CheckpointError(UserError):
     """A file of a run can't be written, or can't be gone on from."""
+
+
+class DamagedError(CheckpointError):
+    """A file is no checkpoint, or is one no more."""
 
 
 def save(path: Path, state: State) -> None:
@@ -106,45 +112,68 @@ def read_json(path: Path) -> Any:
         raise CheckpointError(f"{CALL}: {path} is not JSON: {error}") from error
 
 
-def find(folder: Path) -> Path | None:
-    """Return the checkpoint to go on from; None if the folder has none yet."""
-    names = (folder / LAST, folder / PREVIOUS)
-    return next((path for path in names if path.exists()), None)
+def find(folder: Path) -> list[Path]:
+    """Return the checkpoints to go on from, the latest first."""
+    return [path for path in (folder / LAST, folder / PREVIOUS) if path.exists()]
+
+
+def load_latest(paths: Sequence[Path]) -> tuple[Path, State, list[DamagedError]]:
+    """Load the first checkpoint that is whole.
+
+    Args:
+        paths: at least one; see `find`.
+
+    Returns:
+        Its path, what is in it, and what is wrong with those before it.
+
+    Raises:
+        CheckpointError: none of them can be gone on from.
+    """
+    errors: list[DamagedError] = []
+    for path in paths:
+        try:
+            return path, load(path), errors
+        except DamagedError as error:
+            errors.append(error)
+    best = paths[0].with_name(BEST)
+    advice = f"rename {BEST} to {LAST} to go on from it" if best.exists() else "begin anew"
+    files = "this file" if len(errors) == 1 else "these files"
+    raise CheckpointError(f"{'; '.join(map(str, errors))}: remove {files}, and {advice}")
 
 
 def load(path: Path) -> State:
     """Return what `save` has written.
 
     Raises:
-        CheckpointError: there is no such file, it is damaged, or something else.
+        DamagedError: it is no checkpoint, or is damaged.
+        CheckpointError: there is no such file, it can't be read, or has another format.
     """
     try:
+        with path.open("rb") as file:
+            start = file.read(len(_ZIP))
         # torch doesn't check the checksums of its own files.
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise zipfile.BadZipFile(f"checksum of {damaged}")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+            is_whole = archive.testzip() is None
     except FileNotFoundError:
         raise CheckpointError(f"checkpoint: {path} does not exist") from None
     except OSError as error:
         raise CheckpointError(f"checkpoint: can't read {path}: {error.strerror}") from error
-    except Exception as error:  # a wrong byte can mean anything to a parser
-        raise CheckpointError(f"checkpoint: {path} is damaged; {_advice(path)}") from error
+    except Exception:  # a wrong byte can mean anything to a parser
+        is_whole = False
+    # A crash may leave a file empty.
+    if not is_whole and _ZIP.startswith(start):
+        raise DamagedError(f"checkpoint: {path} is damaged")
+    state = None
+    if is_whole:
+        with suppress(Exception):  # a model as a whole, say, or no file of torch's
+            state = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(state, dict) or not state.keys() >= PARTS:
-        raise CheckpointError(f"checkpoint: {path} is not one of this trainer")
+        raise DamagedError(f"checkpoint: {path} is not a checkpoint of this trainer")
     if state["format"] != FORMAT:
         raise CheckpointError(
             f"checkpoint: {path} has format {state['format']}, this version reads {FORMAT}"
         )
     return state
-
-
-def _advice(path: Path) -> str:
-    others = [n for n in (PREVIOUS, BEST) if n != path.name and path.with_name(n).exists()]
-    if not others:
-        return "remove it to start from the beginning"
-    return f"to go on from {others[0]}, rename that to {path.name}"
 
 
 def refuse_changes(

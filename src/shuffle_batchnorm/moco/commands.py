@@ -117,10 +117,12 @@ class Evaluate(_Measure):
 
     def act(self) -> None:
         """Run the command."""
+        from .journal import score
         from .measure import evaluate_checkpoint
 
         figures = evaluate_checkpoint(self.checkpoint, self.ranks, self.device, self.data_path)
-        self.report(figures, f"kNN {figures['knn']:.4f}, linear probe {figures['linear']:.4f}")
+        names = {"kNN": "knn", "linear probe": "linear"}
+        self.report(figures, ", ".join(score(n, figures[key]) for n, key in names.items()))
 
 
 @dataclass(frozen=True)

@@ -128,6 +128,25 @@ class Journal:
             self._board.close()
 
 
+def warn(call: str, text: str) -> None:
+    """Print a warning in one line; one rank alone should."""
+    print(f"{call}: warning: {text}", file=sys.stderr, flush=True)
+
+
+def score(name: str, value: float | None) -> str:
+    """Return a score in words; None was left out."""
+    return f"{name} left out" if value is None else f"{name} {value:.4f}"
+
+
+def outcome(record: Mapping[str, Any]) -> str:
+    """Return what the record of a run that is at its end says, in words."""
+    if record["leak"] is None:
+        return f"{score('kNN', record['knn'])}, it has diverged"
+    low, high = record["leak_interval"]
+    leak = f"leak {record['leak']:.3f} (95 % interval {low:.3f} to {high:.3f})"
+    return f"{score('kNN', record['knn'])}, {leak}"
+
+
 def versions() -> dict[str, str]:
     """Return the versions of what a run depends on."""
     found = {"python": platform.python_version(), "torch": str(torch.__version__)}

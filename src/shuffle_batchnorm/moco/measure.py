@@ -26,6 +26,7 @@ from .config import CALL, LEAK_BATCHES, LEAK_KEYS, Config, ConfigError, Device, 
 from .data.images import Images
 from .data.loading import load_data, make_loader
 from .evaluation import extract_features, knn_accuracy, linear_probe
+from .journal import warn
 from .model import MoCo
 from .random_state import own_random_state
 from .ranks.control import broadcast_object, gather_objects
@@ -59,16 +60,20 @@ class Measurements:
         tensors = [*self.model.parameters(), self.model.queue]
         return bool(torch.stack([torch.isfinite(tensor).all() for tensor in tensors]).all())
 
-    def knn(self) -> float:
+    def knn(self) -> float | None:
         """Return the share of held-out images whose nearest neighbours give them their label.
+
+        None if there is but one label.
 
         Communication: that of the running statistics' average; features to rank 0, the result back.
         """
         classes = self.images.classes
         return self._classified(lambda train, test: knn_accuracy(*train, *test, classes=classes))
 
-    def linear(self) -> float:
+    def linear(self) -> float | None:
         """Return the share of held-out images that a linear classifier gives their label.
+
+        None if there is but one label.
 
         Communication: see `knn`.
         """
@@ -117,11 +122,13 @@ class Measurements:
             "spectral_radius": report.spectral_radius,
         }
 
-    def _classified(self, classify: Callable[[Features, Features], float]) -> float:
+    def _classified(self, classify: Callable[[Features, Features], float]) -> float | None:
         """Return on all ranks what comes of the features of both parts, which rank 0 has.
 
         The ranks encode with the mean of their running statistics.
         """
+        if self.images.classes < 2:
+            return None
         encoder = self.model.encoder_q
         with isolated(encoder.modules(), []), self.views.autocast():
             synchronize_running_stats(encoder)
@@ -159,6 +166,16 @@ def check_images(config: Config, images: Images, world_size: int, keys: int = LE
             f"{CALL}: --batch-size {batch} is more than half of the {count} images: the leak is "
             "measured with a batch and as many others"
         )
+
+
+def remarks(config: Config, images: Images) -> list[str]:
+    """Return what a user should know of a run with these images before it begins."""
+    queue, count = config.moco.queue, len(images.train)  # type: ignore[arg-type]
+    if queue <= count:
+        return list(images.remarks)
+    own = round(queue / count)
+    long = f"--queue {queue} is longer than the {count} images: among a query's negatives are about"
+    return [*images.remarks, f"{long} {own} older key{'s' if own > 1 else ''} of its own image"]
 
 
 def keys_per_pass(config: Config, world_size: int, keys: int) -> int:
@@ -268,6 +285,8 @@ def _measure(rank: Rank, what: Measure, config: Config, state: State) -> Figures
 
 
 def _evaluate(measurements: Measurements) -> Figures:
+    for remark in measurements.images.remarks if measurements.rank.index == 0 else ():
+        warn("evaluate", remark)
     return {"knn": measurements.knn(), "linear": measurements.linear()}
 
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from . import checkpoint
-from .checkpoint import State, read_json, refuse_changes
+from .checkpoint import DAMAGED, State, read_json, refuse_changes
 from .config import CALL, Config, ConfigError, to_dict
-from .journal import CONFIG, RECORD
+from .journal import CONFIG, RECORD, warn
 from .model import MoCo
 from .ranks.launch import Rank
 
@@ -26,14 +26,17 @@ class RunState(NamedTuple):
 def find_run(config: Config, rank: Rank) -> RunState:
     """Find the run in the folder of a configuration, and check that this one may go on with it.
 
+    A last checkpoint that is damaged is moved aside, and the one before it taken: `checkpoint.save`
+    would put the damaged one in its place.
+
     Raises:
         ConfigError: there is one, and `resume` isn't set.
         CheckpointError: it was begun otherwise, or is damaged.
     """
     folder = config.run.output
-    record, path = folder / RECORD, checkpoint.find(folder)
+    record, paths = folder / RECORD, checkpoint.find(folder)
     if not config.run.resume:
-        if record.exists() or path is not None:
+        if record.exists() or paths:
             raise ConfigError(
                 f"{CALL}: there is a run in {folder}: go on with it with --resume, or choose "
                 "another --output"
@@ -44,10 +47,13 @@ def find_run(config: Config, rank: Rank) -> RunState:
     if record.exists():
         refuse_changes(CALL, folder / CONFIG, read_json(folder / CONFIG), now)
         return RunState(record=read_json(record))
-    if path is None:
+    if not paths:
         return RunState()
-    state = checkpoint.load(path)
+    path, state, errors = checkpoint.load_latest(paths)
     refuse_changes(CALL, path, state, now)
+    for error in errors:
+        paths[0].replace(folder / DAMAGED)
+        warn(CALL, f"{error}; it is {DAMAGED} now, and the run goes on from {path.name}")
     return RunState(checkpoint=state)
 
 

@@ -20,7 +20,7 @@ from .config import CALL, Config, to_dict, validate
 from .data.images import Images
 from .data.loading import EpochBatches, load_data, make_loader
 from .journal import RECORD
-from .measure import Measurements, check_images, leak_figures
+from .measure import Measurements, check_images, leak_figures, remarks
 from .random_state import get_random_state, own_random_state, set_random_state
 from .ranks.control import StopAgreement, gather_objects, on_rank_0, sum_over_ranks
 from .ranks.launch import Rank, launch, world_size
@@ -67,7 +67,12 @@ def train_on_rank(rank: Rank, config: Config) -> Record:
         on_rank_0(rank, lambda: stack.enter_context(checkpoint.folder_lock(config.run.output)))
         found = on_rank_0(rank, lambda: find_run(config, rank))
         if found.record is not None:
+            if rank.index == 0:
+                ended = f"the run in {config.run.output} had ended before"
+                print(f"{CALL}: {ended}: {journal.outcome(found.record)}", flush=True)
             return found.record
+        for remark in remarks(config, images) if rank.index == 0 else ():
+            journal.warn(CALL, remark)
         trainer = Trainer(rank, config, images, found.checkpoint)
         stack.callback(trainer.close)
         return trainer.run()
@@ -213,7 +218,8 @@ class Trainer:
         }
         on_rank_0(self.rank, lambda: checkpoint.write_json(self.folder / RECORD, record))
         if self.journal is not None:
-            self.journal.say(f"{CALL}: kNN {last['knn']:.4f}, {leak or 'it has diverged'}")
+            knn = journal.score("kNN", last["knn"])
+            self.journal.say(f"{CALL}: {knn}, {leak or 'it has diverged'}")
         return record
 
     def progress(self) -> "Progress":

@@ -27,6 +27,7 @@ class Images:
         image_size: H.
         mean: of each channel, of values from 0 to 1.
         std: of each channel.
+        remarks: what a user should know before a run with them.
     """
 
     train: Dataset[Any]
@@ -36,6 +37,7 @@ class Images:
     image_size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    remarks: tuple[str, ...] = ()
 
 
 class ArrayImages(Dataset[tuple[Tensor, Tensor]]):

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from shuffle_batchnorm.moco.config import CALL, DataConfig
+from shuffle_batchnorm.moco.config import CALL, DataConfig, UserError
 from shuffle_batchnorm.shuffle.permutations import DATA_SET, Key, permutation
 
 from .cifar import read_cifar
-from .folders import FolderImages
+from .folders import read_folders
 from .images import ArrayImages, DataError, Images, resized
 
 _MEAN_AND_STD = {
@@ -50,15 +50,14 @@ def load_data(config: DataConfig) -> Images:
     mean, std = _MEAN_AND_STD[config.dataset]
     train: Dataset[Any]
     test: Dataset[Any]
+    remarks: list[str] = []
     if config.dataset == "imagefolder":
-        train = FolderImages(path / "train", config.side)
-        held_out = path / "val" if (path / "val").is_dir() else path / "test"
-        test = FolderImages(held_out, config.side, train.classes)
-        classes = len(train.classes)
+        train, test, remarks = folders = read_folders(path, config.side)
+        classes = len(folders[0].classes)
     else:
         *parts, classes = read_cifar(config.dataset, path)
         train, test = (ArrayImages(resized(p.images, config.side), p.labels) for p in parts)
-    return Images(train, test, classes, 3, config.side, mean, std)
+    return Images(train, test, classes, 3, config.side, mean, std, tuple(remarks))
 
 
 _WHAT = {
@@ -167,12 +166,13 @@ def make_loader(
         workers: processes that read ahead; they live as long as the loader. 0 reads in this one.
 
     Returns:
-        A loader, for any number of epochs; see `EpochBatches.set_epoch`.
+        A loader, for any number of epochs; see `EpochBatches.set_epoch`. It raises a `UserError` of
+        its workers as it would be without them.
     """
-    return DataLoader(
-        dataset,
+    return _Loader(
+        _Batches(dataset),
         batch_sampler=batches,
-        collate_fn=_as_batch,
+        collate_fn=_as_they_are,
         num_workers=workers,
         # A fork of a process with threads of gloo, NCCL or CUDA may hang.
         multiprocessing_context="spawn" if workers else None,
@@ -183,6 +183,31 @@ def make_loader(
     )
 
 
-def _as_batch(samples: Any) -> Any:
-    """Put samples together, unless the data set has given a batch at once."""
-    return samples if isinstance(samples, tuple) else default_collate(samples)
+class _Batches(Dataset[Any]):
+    """A data set by batches; a `UserError` is returned, and `_Loader` raises it.
+
+    What a worker raises, torch raises with the worker's traceback for its message.
+    """
+
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        self.dataset = dataset
+
+    def __getitems__(self, indices: list[int]) -> Any:
+        try:
+            if hasattr(self.dataset, "__getitems__"):
+                return self.dataset.__getitems__(indices)
+            return default_collate([self.dataset[index] for index in indices])
+        except UserError as error:
+            return error
+
+
+class _Loader(DataLoader[Any]):
+    def __iter__(self) -> Any:
+        for batch in super().__iter__():
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+
+
+def _as_they_are(batch: Any) -> Any:
+    return batch

@@ -68,12 +68,24 @@ def holding_signals() -> Iterator[None]:
 
     A terminal's Ctrl-C goes to all processes, also to those that still import torch.
     """
-    resource_tracker.ensure_running()  # to start it would let signals through
+    _start_tracker()  # later, starting it would let signals through
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _start_tracker() -> None:
+    """Start multiprocessing's process that tidies up, one that does so without a word.
+
+    Ranks that end after an error leave it the semaphores of their loaders, and it would warn.
+    """
+    sys.warnoptions.append("ignore:resource_tracker")
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        sys.warnoptions.remove("ignore:resource_tracker")
 
 
 @contextmanager
