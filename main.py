@@ -21,6 +21,9 @@ import signal
 import sys
 from typing import NoReturn
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of Ctrl-C while torch is imported
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -241,10 +244,13 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
-    except (KeyboardInterrupt, Stopped):
+    except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+    except Stopped as stopped:
+        sys.exit(128 + stopped.signum)
     except Exception as error:
         message = " ".join(str(error).split())
         sys.exit(f"main.py: a worker failed: {type(error).__name__}: {message}")
