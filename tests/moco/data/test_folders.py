@@ -1,14 +1,17 @@
-"""Folders of images: labels, cropping, and what is missing."""
+"""Folders of images: labels, what is skipped, what is followed, and what is missing."""
 
+import errno
+import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from shuffle_batchnorm.moco.config import DataConfig
-from shuffle_batchnorm.moco.data.folders import FolderImages, read_image
+from shuffle_batchnorm.moco.data.folders import SUFFIXES, FolderImages
 from shuffle_batchnorm.moco.data.images import DataError
 from shuffle_batchnorm.moco.data.loading import load_data
 
@@ -41,24 +44,6 @@ def test_labels_are_the_sorted_class_folders(tmp_path: Path, held_out: str) -> N
     assert {image.shape for image, _ in train} == {(3, 8, 8)}
 
 
-def test_short_side_is_brought_to_size_and_the_centre_cut_out(tmp_path: Path) -> None:
-    pixels = np.zeros((16, 48, 3), np.uint8)
-    pixels[:, :16], pixels[:, 16:32], pixels[:, 32:] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
-    _save(tmp_path / "flag.png", pixels)
-    image = read_image(str(tmp_path / "flag.png"), 8)
-    assert image.dtype == torch.uint8
-    torch.testing.assert_close(
-        image[:, :, 1:-1], torch.tensor([0, 255, 0]).to(torch.uint8).view(3, 1, 1).expand(3, 8, 6)
-    )
-
-
-@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK"])
-def test_every_kind_of_image_has_three_channels(tmp_path: Path, mode: str) -> None:
-    path = tmp_path / ("image.jpg" if mode == "CMYK" else "image.png")
-    Image.new("RGB", (9, 9), (200, 200, 200)).convert(mode).save(path)
-    assert read_image(str(path), 8).float().mean() == pytest.approx(200, abs=3)
-
-
 def test_what_is_missing(tmp_path: Path) -> None:
     config = DataConfig("imagefolder", tmp_path)
     with pytest.raises(DataError, match=r"^train: --dataset imagefolder needs the folder .*train$"):
@@ -67,18 +52,135 @@ def test_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="train holds no class folder with images in it"):
         load_data(config)
     _make(tmp_path, "test")
+    (tmp_path / "test").rename(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match=r"needs the folder .*/val or .*/test$"):
+        load_data(config)
+    (tmp_path / "elsewhere").rename(tmp_path / "test")
     (tmp_path / "test" / "d").mkdir()
     with pytest.raises(DataError, match="test has the class d, which train has not"):
         load_data(config)
 
 
-def test_a_file_that_is_no_image_is_named(tmp_path: Path) -> None:
+def _labels(folder: Path, classes: list[str] | None = None) -> list[tuple[str, str]]:
+    """The class and the path of every image."""
+    images = FolderImages(folder, 8, classes)
+    paths = [str(Path(path).relative_to(folder)) for path in images.paths]
+    return list(zip((images.classes[label] for label in images.labels), paths, strict=True))
+
+
+@pytest.mark.parametrize("name", [".ipynb_checkpoints", "@eaDir", "__MACOSX", ".git", "@tmp"])
+def test_what_is_no_data_is_skipped(tmp_path: Path, name: str) -> None:
+    """As a class, deeper down, and as a file; catches labels that it has moved by one."""
     _make(tmp_path)
-    bad = tmp_path / "train" / "b" / "1.png"
-    bad.write_bytes(bad.read_bytes()[:60])
-    images = FolderImages(tmp_path / "train", 8)
-    with pytest.raises(
-        DataError, match=r"^train: .*b/1\.png can't be read as an image: "
-    ) as caught:
-        images[4]
-    assert "\n" not in str(caught.value)
+    before = _labels(tmp_path / "train")
+    image = (tmp_path / "train" / "a" / "0.png").read_bytes()
+    for folder in ("train", "train/a", "train/a/more", "val"):
+        (tmp_path / folder / name).mkdir()
+        (tmp_path / folder / name / "0.png").write_bytes(image)
+    for file in ("._0.png", f"{name}.jpg"):
+        (tmp_path / "train" / "a" / file).write_bytes(b"no image")
+    assert _labels(tmp_path / "train") == before
+    assert load_data(DataConfig("imagefolder", tmp_path)).classes == 3
+
+
+def test_a_folder_below_a_hidden_one_is_read(tmp_path: Path) -> None:
+    """The names that are skipped are those of the data, not those of the way to it."""
+    _make(tmp_path / ".cache" / "@me")
+    assert len(FolderImages(tmp_path / ".cache" / "@me" / "train", 8)) == 7
+
+
+def test_a_folder_with_the_name_of_an_image_is_none(tmp_path: Path) -> None:
+    _make(tmp_path)
+    (tmp_path / "train" / "a" / "9.png").mkdir()
+    assert len(FolderImages(tmp_path / "train", 8)) == 7
+
+
+def test_links_are_followed(tmp_path: Path) -> None:
+    """To a class, to a part of one, to a file; in their place in the order."""
+    _make(tmp_path)
+    before = _labels(tmp_path / "train")
+    for number, (name, kept) in enumerate(
+        (("b", "train"), ("more", "train/a"), ("1.png", "val/c"))
+    ):
+        moved = tmp_path / "elsewhere" / str(number)
+        moved.parent.mkdir(exist_ok=True)
+        (tmp_path / kept / name).rename(moved)
+        (tmp_path / kept / name).symlink_to(moved)
+    assert _labels(tmp_path / "train") == before
+    assert len(load_data(DataConfig("imagefolder", tmp_path)).test) == 4  # type: ignore[arg-type]
+
+
+def test_links_in_a_circle_add_nothing(tmp_path: Path) -> None:
+    """Catches images twice, under another class, or for ever."""
+    _make(tmp_path)
+    before = _labels(tmp_path / "train")
+    a = tmp_path / "train" / "a"
+    for name, target in (("self", a), ("up", a.parent), ("top", tmp_path), ("again", a / "more")):
+        (a / name).symlink_to(target)
+    assert [label for label, _ in _labels(tmp_path / "train")] == [label for label, _ in before]
+
+
+@pytest.mark.parametrize("where", ["train/d", "train/a/part", "val/c/more/part"])
+def test_links_to_nothing_are_named(tmp_path: Path, where: str) -> None:
+    """Catches a class, or a part of it, that is silently lost with a disk that isn't mounted."""
+    _make(tmp_path)
+    (tmp_path / where).parent.mkdir(exist_ok=True)
+    (tmp_path / where).symlink_to("/no/such/disk")
+    with pytest.raises(DataError) as error:
+        load_data(DataConfig("imagefolder", tmp_path))
+    path = tmp_path / where
+    assert str(error.value) == f"train: {path} is a link to /no/such/disk, which isn't there"
+
+
+def test_a_folder_that_cannot_be_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _make(tmp_path)
+    really_scan = os.scandir
+
+    def scan(path: str) -> Any:
+        if str(path).endswith("more"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return really_scan(path)
+
+    monkeypatch.setattr(os, "scandir", scan)
+    with pytest.raises(DataError, match=r"^train: can't read .*/a/more: Permission denied$"):
+        FolderImages(tmp_path / "train", 8)
+
+
+def test_a_class_without_images_is_named(tmp_path: Path) -> None:
+    _make(tmp_path)
+    (tmp_path / "train" / "d" / "more").mkdir(parents=True)
+    (tmp_path / "train" / "d" / "0.gif").write_bytes(b"of another kind")
+    with pytest.raises(DataError) as error:
+        FolderImages(tmp_path / "train", 8)
+    what = f"the class {tmp_path}/train/d holds no image ({', '.join(SUFFIXES)})"
+    assert str(error.value) == f"train: {what}"
+
+
+def test_what_should_be_known_is_said(tmp_path: Path) -> None:
+    """One class; classes that are missing where they are tested, empty ones too; all there."""
+    _make(tmp_path / "some")
+    (tmp_path / "some" / "val" / "b").mkdir()
+    _make(tmp_path / "one")
+    for part in ("train", "val"):
+        for name in ("b", "c"):
+            shutil.rmtree(tmp_path / "one" / part / name, ignore_errors=True)
+    _make(tmp_path / "all")
+    shutil.copytree(tmp_path / "all" / "train" / "b", tmp_path / "all" / "val" / "b")
+    some, one, everything = (
+        load_data(DataConfig("imagefolder", tmp_path / name)).remarks
+        for name in ("some", "one", "all")
+    )
+    what = f"{tmp_path}/some/val has no image of 1 of 3 classes (b)"
+    assert some == (f"{what}: kNN and the linear probe are measured on the others",)
+    assert one == (f"{tmp_path}/one has one class, a: kNN and the linear probe are left out",)
+    assert everything == ()
+
+
+def test_many_missing_classes_are_counted(tmp_path: Path) -> None:
+    for name in "abcdefgh":
+        _save(tmp_path / "train" / name / "0.png", np.zeros((8, 8, 3), np.uint8))
+    _save(tmp_path / "test" / "h" / "0.png", np.zeros((8, 8, 3), np.uint8))
+    [remark] = load_data(DataConfig("imagefolder", tmp_path)).remarks
+    assert "test has no image of 7 of 8 classes (a, b, c, d, e, ...): " in remark
