@@ -2,6 +2,7 @@
 
 import errno
 import os
+import pickle
 import resource
 import zipfile
 from collections.abc import Callable
@@ -16,9 +17,11 @@ from shuffle_batchnorm.moco.checkpoint import (
     FREE,
     PARTS,
     CheckpointError,
+    DamagedError,
     State,
     folder_lock,
     load,
+    load_latest,
     read_json,
     refuse_changes,
     save,
@@ -59,9 +62,8 @@ def test_killed_between_two_renamings(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(Path, "replace", rename_once)
     with pytest.raises(KeyboardInterrupt):
         save(tmp_path / "last.pt", state(2.0))
-    found = checkpoint.find(tmp_path)
-    assert found == tmp_path / "last.previous.pt"
-    assert weight(found) == 1.0
+    assert checkpoint.find(tmp_path) == [tmp_path / "last.previous.pt"]
+    assert weight(tmp_path / "last.previous.pt") == 1.0
     save(tmp_path / "last.pt", state(3.0))
     assert [weight(tmp_path / n) for n in ("last.pt", "last.previous.pt")] == [3.0, 1.0]
 
@@ -105,33 +107,85 @@ def flip(data: bytes) -> bytes:
     return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
 
 
-@pytest.mark.parametrize(
-    "damage", [cut, flip, lambda _: b"", lambda _: b"not a checkpoint", lambda d: d[:-1]]
-)
+DAMAGES = [cut, flip, lambda _: b"", lambda data: data[:2], lambda data: data[:-1]]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+    """And the one before it is taken, with a word of it."""
     path = tmp_path / "last.pt"
     save(path, state(1.0))
     save(path, state(2.0))
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(CheckpointError) as refusal:
+    with pytest.raises(DamagedError) as refusal:
         load(path)
-    advice = "to go on from last.previous.pt, rename that to last.pt"
-    assert str(refusal.value) == f"checkpoint: {path} is damaged; {advice}"
-    assert weight(tmp_path / "last.previous.pt") == 1.0
+    assert str(refusal.value) == f"checkpoint: {path} is damaged"
+    taken, found, errors = load_latest(checkpoint.find(tmp_path))
+    assert taken == tmp_path / "last.previous.pt"
+    assert float(found["model"]["w"][0]) == 1.0
+    assert list(map(str, errors)) == [str(refusal.value)]
 
 
-def test_damaged_with_nothing_else(tmp_path: Path) -> None:
-    (tmp_path / "last.pt").write_bytes(b"")
-    with pytest.raises(CheckpointError, match="remove it to start from the beginning"):
-        load(tmp_path / "last.pt")
+def test_all_damaged(tmp_path: Path) -> None:
+    last, previous = tmp_path / "last.pt", tmp_path / "last.previous.pt"
+    last.write_bytes(b"")
+    with pytest.raises(CheckpointError) as refusal:
+        load_latest([last])
+    assert str(refusal.value) == f"checkpoint: {last} is damaged: remove this file, and begin anew"
+    previous.write_bytes(b"hello")
+    save(tmp_path / "best.pt", state(1.0))
+    with pytest.raises(CheckpointError) as refusal:
+        load_latest([last, previous])
+    assert str(refusal.value) == (
+        f"checkpoint: {last} is damaged; checkpoint: {previous} is not a checkpoint of this "
+        "trainer: remove these files, and rename best.pt to last.pt to go on from it"
+    )
 
 
-def test_no_checkpoint_of_ours(tmp_path: Path) -> None:
+def test_a_newer_format_is_no_damage(tmp_path: Path) -> None:
+    """Catches work that is thrown away by an older version, which can't read it."""
+    for number in (1, 99):
+        save(tmp_path / "last.pt", state(1.0) | {"format": number})
+    with pytest.raises(CheckpointError, match="has format 99, this version reads 1"):
+        load_latest(checkpoint.find(tmp_path))
+
+
+def legacy(path: Path) -> None:
+    """As MoCo's were written before torch 1.6."""
+    states = {"epoch": 200, "arch": "resnet50", "state_dict": {}, "optimizer": {}}
+    torch.save(states, path, _use_new_zipfile_serialization=False)
+
+
+def zipped(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("data.pkl", b"no pickle")
+
+
+OTHERS: dict[str, Callable[[Path], object]] = {
+    "legacy": legacy,
+    "current": lambda path: torch.save({"state_dict": {}}, path),
+    "whole model": lambda path: torch.save(torch.nn.Linear(1, 1), path),
+    "tensor": lambda path: torch.save(torch.ones(3), path),
+    "zip": zipped,
+    "table": lambda path: path.write_text("epoch,step\n1,2\n"),
+    "zeros": lambda path: path.write_bytes(bytes(1000)),
+    "pickle": lambda path: path.write_bytes(pickle.dumps({"epoch": 1})),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_no_checkpoint_of_ours(tmp_path: Path, kind: str) -> None:
+    """Catches the advice to remove somebody's file because it is "damaged"."""
+    path = tmp_path / "checkpoint_0199.pth.tar"
+    OTHERS[kind](path)
+    with pytest.raises(DamagedError) as refusal:
+        load(path)
+    assert str(refusal.value) == f"checkpoint: {path} is not a checkpoint of this trainer"
+
+
+def test_none_at_all_and_another_format(tmp_path: Path) -> None:
     path = tmp_path / "last.pt"
     with pytest.raises(CheckpointError, match=r"last\.pt does not exist"):
-        load(path)
-    torch.save({"w": torch.ones(3)}, path)
-    with pytest.raises(CheckpointError, match="is not one of this trainer"):
         load(path)
     torch.save(state(1.0) | {"format": 99}, path)
     with pytest.raises(CheckpointError, match="has format 99, this version reads 1"):
@@ -144,7 +198,7 @@ def test_runs_no_code_of_a_file(tmp_path: Path) -> None:
             return os.system, (f"touch {tmp_path}/evil",)
 
     torch.save(state(1.0) | {"curve": Evil()}, tmp_path / "last.pt")
-    with pytest.raises(CheckpointError, match="damaged"):
+    with pytest.raises(CheckpointError, match="is not a checkpoint of this trainer"):
         load(tmp_path / "last.pt")
     assert not (tmp_path / "evil").exists()
 

@@ -99,10 +99,8 @@ def test_links_are_followed(tmp_path: Path) -> None:
     """To a class, to a part of one, to a file; in their place in the order."""
     _make(tmp_path)
     before = _labels(tmp_path / "train")
-    for number, (name, kept) in enumerate(
-        (("b", "train"), ("more", "train/a"), ("1.png", "val/c"))
-    ):
-        moved = tmp_path / "elsewhere" / str(number)
+    for name, kept in (("b", "train"), ("more", "train/a"), ("1.png", "val/c")):
+        moved = tmp_path / "elsewhere" / name
         moved.parent.mkdir(exist_ok=True)
         (tmp_path / kept / name).rename(moved)
         (tmp_path / kept / name).symlink_to(moved)

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
-from shuffle_batchnorm.moco.config import DataConfig
+from shuffle_batchnorm.moco.config import ConfigError, DataConfig, UserError
 from shuffle_batchnorm.moco.data.images import DataError
 from shuffle_batchnorm.moco.data.loading import EpochBatches, load_data, make_loader
 
@@ -107,6 +108,41 @@ def test_workers_change_nothing(workers: int) -> None:
     assert len(seen[0]) == 3 + 2
     torch.testing.assert_close(seen[0], seen[1], rtol=0, atol=0)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+class Broken(Dataset[Any]):
+    """Raises for one of its images, whatever else is asked for."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __getitem__(self, index: int) -> Tensor:
+        if index == 5:
+            raise self.error
+        return torch.tensor(index)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("error", [DataError("train: a.png is no image"), ConfigError("no")])
+def test_a_users_error_is_that_of_the_worker(workers: int, error: UserError) -> None:
+    """Catches torch's text, which holds the worker's traceback; the batches before it are there.
+
+    And an error that ends the loader for good: the next epoch has batches again.
+    """
+    loader = make_loader(Broken(error), [[0, 1], [2, 5], [3, 4]], workers)
+    for _ in range(2):
+        batches = iter(loader)
+        assert next(batches).tolist() == [0, 1]
+        with pytest.raises(type(error)) as caught:
+            next(batches)
+        assert str(caught.value) == str(error)
+
+
+def test_another_error_keeps_its_traceback() -> None:
+    """A mistake in the code is no user's error."""
+    loader = make_loader(Broken(KeyError("x")), [[5]], 1)
+    with pytest.raises(KeyError, match="Traceback"):
+        next(iter(loader))
 
 
 def test_a_batch_holds_the_images_it_names() -> None:
