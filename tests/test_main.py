@@ -264,6 +264,20 @@ def test_ctrl_c_prints_no_traceback(moment: str) -> None:
         assert_ended(process.pid)
 
 
+def test_ctrl_c_prints_no_traceback_while_torch_is_imported() -> None:
+    """Catches a KeyboardInterrupt outside of `main`."""
+    process = start((*PYTHON, "--data", "random", "--epochs", "100000"))
+    try:
+        while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+            time.sleep(0.001)
+        os.killpg(process.pid, signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=60)
+        assert (process.returncode, stdout, stderr) == (-signal.SIGINT, "", "")
+    finally:
+        process.kill()
+        process.communicate()
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

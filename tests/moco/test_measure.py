@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from shuffle_batchnorm.moco import measure
-from shuffle_batchnorm.moco.config import Config
+from shuffle_batchnorm.moco.config import Config, MoCoConfig
 from shuffle_batchnorm.moco.data.images import ArrayImages
-from shuffle_batchnorm.moco.measure import Measurements
+from shuffle_batchnorm.moco.measure import Measurements, remarks
 from shuffle_batchnorm.moco.ranks.launch import Rank
 
 
@@ -31,3 +31,44 @@ def test_evaluation_sees_every_image_once(monkeypatch: pytest.MonkeyPatch) -> No
         model: Any = MagicMock(encoder_q=nn.Linear(4, 3))
         assert Measurements(Config(), model, MagicMock(), views, rank)._features(part) is None
     assert seen == [0, 2, 4, 6, 1, 3, 5]
+
+
+@pytest.mark.parametrize(
+    ("queue", "count", "expected"),
+    [
+        (24, 24, None),
+        (
+            25,
+            24,
+            "25 is longer than the 24 images: among a query's negatives are about 1 older key",
+        ),
+        (
+            4096,
+            24,
+            "4096 is longer than the 24 images: among a query's negatives are about 171 olde",
+        ),
+        (65536, 1281167, None),
+    ],
+)
+def test_a_queue_longer_than_the_data_is_said(queue: int, count: int, expected: str | None) -> None:
+    images = MagicMock(train=range(count), remarks=("a remark of the data set",))
+    first, *others = remarks(Config(moco=MoCoConfig(queue=queue)), images)
+    assert first == "a remark of the data set"
+    if expected is None:
+        assert others == []
+    else:
+        assert others[0].startswith(f"--queue {expected}")
+
+
+@pytest.mark.parametrize("classes", [1, 2])
+def test_one_class_has_no_accuracy(classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a kNN accuracy of 1 that says nothing; scikit-learn refuses its classifier."""
+    labels = torch.arange(8) % classes
+    part = ArrayImages(torch.eye(8).mul(255).byte()[:, None, None], labels)
+    views = MagicMock(as_they_are=lambda images: images.flatten(1).float())
+    images = MagicMock(classes=classes, train=part, test=part)
+    model: Any = MagicMock(encoder_q=nn.Identity())
+    monkeypatch.setattr(measure, "synchronize_running_stats", lambda _: None)
+    rank = Rank(0, 1, torch.device("cpu"))
+    scores = Measurements(Config(), model, images, views, rank)
+    assert [scores.knn(), scores.linear()] == ([None, None] if classes == 1 else [0.5, 1.0])

@@ -15,11 +15,19 @@ from typing import Any
 import pytest
 from torch import nn
 
-from moco.moco_runs import TIMED, timeless_rows
+from moco.moco_runs import (
+    TIMED,
+    differences,
+    small_config,
+    timeless_rows,
+    train_quickly,
+    without_times,
+)
 from shuffle_batchnorm.moco.checkpoint import CheckpointError, load
 from shuffle_batchnorm.moco.comparison import compare as module
 from shuffle_batchnorm.moco.comparison.compare import compare
 from shuffle_batchnorm.moco.config import Config, from_dict
+from shuffle_batchnorm.moco.journal import outcome
 
 OLD = Path(__file__).parent / "old_runs"
 
@@ -85,3 +93,57 @@ def test_an_old_comparison_of_something_else_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"local-seed0/config.json was begun with another "):
         compare(other, ["local"], [0], tmp_path, command="")
     assert config.optim.lr == 0.12
+
+
+def test_a_damaged_checkpoint_costs_a_few_steps(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A requeued job goes on from the one before it, and ends the same.
+
+    Catches a damaged file that takes the place of the whole one at the next checkpoint, and one
+    that is moved by a run that is refused.
+    """
+    whole, folder = tmp_path / "whole", tmp_path / "damaged"
+    train_quickly(small_config(whole, epochs=1, save_every=3))  # of 11 steps
+    shutil.copytree(whole, folder)
+    (folder / "record.json").unlink()
+    last = folder / "last.pt"
+    last.write_bytes(last.read_bytes()[:-1000])
+    with pytest.raises(CheckpointError, match=r"last\.previous\.pt was begun with another --lr"):
+        train_quickly(small_config(folder, epochs=1, resume=True, lr=0.5))
+    assert not (folder / "last.damaged.pt").exists()
+    capsys.readouterr()
+    train_quickly(small_config(folder, epochs=1, save_every=3, resume=True))
+    out, err = capsys.readouterr()
+    said = f"checkpoint: {last} is damaged; it is last.damaged.pt now"
+    assert err == f"train: warning: {said}, and the run goes on from last.previous.pt\n"
+    assert out.startswith("train: from step 9 of 11,")
+    one, other = (without_times(load(path / "last.pt")) for path in (whole, folder))
+    assert differences(one, other) == []
+    assert load(folder / "last.previous.pt")["step"] == 9
+    assert timeless_rows(whole / "steps.csv") == timeless_rows(folder / "steps.csv")
+
+
+def test_a_run_that_had_ended_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = small_config(tmp_path, epochs=1, resume=True)
+    record = train_quickly(config)
+    capsys.readouterr()
+    assert train_quickly(config) == record
+    out, err = capsys.readouterr()
+    what = f"kNN {record['knn']:.4f}, leak {record['leak']:.3f} (95 % interval "
+    assert out.startswith(f"train: the run in {tmp_path} had ended before: {what}")
+    assert (out.count("\n"), err) == (1, "")
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        (
+            {"knn": None, "leak": 0.25, "leak_interval": [0.125, 0.5]},
+            "kNN left out, leak 0.250 (95",
+        ),
+        ({"knn": 0.5, "leak": None, "leak_interval": None}, "kNN 0.5000, it has diverged"),
+    ],
+)
+def test_outcomes(record: dict[str, Any], expected: str) -> None:
+    assert outcome(record).startswith(expected)

@@ -6,6 +6,7 @@ That they end when their parent is killed is in test_main.
 import atexit
 import contextlib
 import functools
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -108,6 +109,27 @@ def test_one_error_ends_all() -> None:
 def test_death_is_told_from_its_echo(tmp_path: Path) -> None:
     with pytest.raises(RankError, match="process of rank 1 died: killed by SIGKILL"):
         spawn_ranks(die, 2, str(tmp_path))
+
+
+def fail_with_workers(rank: int, _stop: StopRequest) -> None:
+    """Raise where semaphores are left behind, as a loader's workers leave them."""
+    vars(sys)["kept"] = multiprocessing.get_context("spawn").Queue()
+    fail(rank, _stop)
+
+
+def test_an_error_of_ranks_with_workers_is_all_that_is_printed() -> None:
+    """Catches multiprocessing's warning of leaked semaphores, three lines below the error's."""
+    program = (
+        "if __name__ == '__main__':\n"
+        "    from moco.ranks.test_spawn import fail_with_workers\n"
+        "    from shuffle_batchnorm.moco.ranks.spawn import spawn_ranks\n"
+        "    try:\n        spawn_ranks(fail_with_workers, 2)\n"
+        "    except ValueError as error:\n        raise SystemExit(str(error))\n"
+    )
+    command = [sys.executable, "-c", program]
+    folder = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=folder, check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, "train: --this is wrong on rank 1\n")
 
 
 def test_signal_reaches_the_ranks(tmp_path: Path) -> None:

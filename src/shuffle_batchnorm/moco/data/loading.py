@@ -205,7 +205,10 @@ class _Loader(DataLoader[Any]):
     def __iter__(self) -> Any:
         for batch in super().__iter__():
             if isinstance(batch, UserError):
-                raise batch
+                try:
+                    raise batch
+                finally:
+                    del batch  # a cycle with this frame would end its workers by a time limit only
             yield batch
 
 
