@@ -1,8 +1,8 @@
-"""Runs begun by earlier versions go on: `old_runs/` was written by commit 67f698a.
+"""Runs go on, also from a damaged checkpoint, and those begun by earlier versions.
 
-It holds a comparison of `local` and `regroup` in float64, whose second run was killed at step 14
-of 22, two steps after its last checkpoint; `uninterrupted.*` is what that version made of the same
-run when nothing stopped it.
+`old_runs/` was written by commit 67f698a. It holds a comparison of `local` and `regroup` in
+float64, whose second run was killed at step 14 of 22, two steps after its last checkpoint;
+`uninterrupted.*` is what that version made of the same run when nothing stopped it.
 """
 
 import json

@@ -1,5 +1,6 @@
 """Image files of every kind: upright, scaled to 8 bits, or refused in one line with their name."""
 
+import logging
 import struct
 import zlib
 from collections.abc import Callable
@@ -251,6 +252,16 @@ def test_a_file_that_is_no_image_is_named(tmp_path: Path, damage: Callable[[byte
     Image.fromarray(bands()).save(tmp_path / "x.png")
     (tmp_path / "x.png").write_bytes(damage((tmp_path / "x.png").read_bytes()))
     assert refusal(tmp_path / "x.png")
+
+
+def test_pillows_log_is_not_printed(tmp_path: Path) -> None:
+    """Catches its line of a TIFF with too many samples, which Python prints if nobody handles it.
+
+    Here pytest does; so this looks for the handler that stands for nobody.
+    """
+    test_a_missing_file_is_named(tmp_path)
+    kinds = [type(handler) for handler in logging.getLogger("PIL").handlers]
+    assert kinds.count(logging.NullHandler) == 1
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """One image file to a tensor: upright, in 8-bit RGB, of one size."""
 
+import ctypes
+import functools
 import logging
 import warnings
 from contextlib import suppress
@@ -13,8 +15,6 @@ from shuffle_batchnorm.moco.config import CALL
 
 from .images import DataError
 
-# Pillow also logs what it raises; without any handler Python would print it.
-logging.getLogger("PIL").addHandler(logging.NullHandler())
 # TIFF's tags, and what the second one has where 0 is white.
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
 
@@ -32,8 +32,9 @@ def read_image(path: str, side: int) -> Tensor:
     Raises:
         DataError: it is no image, damaged, larger than Pillow allows, or of a mode without a white.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, _imaging
 
+    _silence(_imaging.__file__)
     try:
         # Pillow warns of metadata that it skips, and of large images: either it reads or it raises.
         with warnings.catch_warnings(action="ignore"), Image.open(path) as file:
@@ -46,6 +47,16 @@ def read_image(path: str, side: int) -> Tensor:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"{CALL}: {path} can't be read as an image: {reason}") from error
     return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).contiguous()
+
+
+@functools.cache
+def _silence(pillow: str) -> None:
+    """Keep Pillow's log and its libtiff from printing to stderr, where no file would be named."""
+    logging.getLogger("PIL").addHandler(logging.NullHandler())
+    with suppress(AttributeError, OSError):  # it has no libtiff, or one that can't be reached
+        library = ctypes.CDLL(pillow)
+        library.TIFFSetErrorHandler(None)
+        library.TIFFSetWarningHandler(None)
 
 
 def _as_rgb(image: Any) -> Any:
