@@ -1,6 +1,7 @@
 """The command line: what reads well, and what is refused in one line with exit code 2."""
 
 import builtins
+import functools
 import json
 import re
 import signal
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import tyro
+from PIL import Image
 
 from moco.moco_runs import small_config, train_quickly
 from ranks import run_on_ranks
@@ -19,6 +21,7 @@ from shuffle_batchnorm.moco.checkpoint import PARTS
 from shuffle_batchnorm.moco.cli import main
 from shuffle_batchnorm.moco.comparison import compare
 from shuffle_batchnorm.moco.config import Config, flag, flat
+from shuffle_batchnorm.moco.measure import Measurements
 from shuffle_batchnorm.moco.ranks.spawn import RankError, Stopped
 
 
@@ -237,3 +240,55 @@ def test_other_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(commands.Train, "act", act)
     with pytest.raises(ModuleNotFoundError, match="another"):
         main(["train"])
+
+
+def test_one_class_from_beginning_to_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a kNN accuracy of 1 for it, and scikit-learn's traceback; a long queue is said too."""
+    few = functools.partialmethod(Measurements.leak, batches=2, keys=4)
+    monkeypatch.setattr(Measurements, "leak", few)
+    for part in ("train", "val"):
+        (tmp_path / part / "cats").mkdir(parents=True)
+        for number in range(24):
+            Image.new("RGB", (8, 8), (number,) * 3).save(tmp_path / part / "cats" / f"{number}.png")
+    left_out = f"warning: {tmp_path} has one class, cats: kNN and the linear probe are left out\n"
+    words = ["--dataset", "imagefolder", "--data-path", str(tmp_path), "--image-size", "8"]
+    words += [
+        "--groups",
+        "2",
+        "--batch-size",
+        "8",
+        "--queue",
+        "48",
+        "--epochs",
+        "1",
+        "--device",
+        "cpu",
+        "--augment",
+        "none",
+    ]
+    words += ["--no-tensorboard", "--output", str(tmp_path / "run")]
+    queue = "among a query's negatives are about 2 older keys of its own image"
+    assert main(["train", *words]) == 0
+    out, err = capsys.readouterr()
+    assert err == (
+        f"train: {left_out}train: warning: --queue 48 is longer than the 24 images: {queue}\n"
+    )
+    assert "\ntrain: kNN left out, leak " in out
+    assert json.loads((tmp_path / "run" / "record.json").read_text())["knn"] is None
+    assert main(["train", *words, "--resume"]) == 0
+    out, err = capsys.readouterr()
+    assert (out.partition(" had ended before: kNN left out, leak ")[1] != "", err) == (True, "")
+    figures = tmp_path / "figures.json"
+    last = str(tmp_path / "run" / "last.pt")
+    assert main(["evaluate", last, "--json", str(figures)]) == 0
+    out, err = capsys.readouterr()
+    assert out == f"evaluate: {last}, epoch 1: kNN left out, linear probe left out\n"
+    assert err == f"evaluate: {left_out}"
+    assert [json.loads(figures.read_text())[name] for name in ("knn", "linear")] == [None, None]
+    words[-1] = str(tmp_path / "compare")
+    assert main(["compare", *words, "--bn", "local"]) == 0
+    out, err = capsys.readouterr()
+    assert err.startswith(f"train: {left_out}")
+    assert ", kNN –, " in out
