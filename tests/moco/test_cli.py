@@ -245,7 +245,7 @@ def test_other_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> N
 def test_one_class_from_beginning_to_end(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches a kNN accuracy of 1 for it, and scikit-learn's traceback; a long queue is said too."""
+    """Catches its kNN accuracy of 1, and scikit-learn's traceback; a long queue is said too."""
     few = functools.partialmethod(Measurements.leak, batches=2, keys=4)
     monkeypatch.setattr(Measurements, "leak", few)
     for part in ("train", "val"):
@@ -254,20 +254,8 @@ def test_one_class_from_beginning_to_end(
             Image.new("RGB", (8, 8), (number,) * 3).save(tmp_path / part / "cats" / f"{number}.png")
     left_out = f"warning: {tmp_path} has one class, cats: kNN and the linear probe are left out\n"
     words = ["--dataset", "imagefolder", "--data-path", str(tmp_path), "--image-size", "8"]
-    words += [
-        "--groups",
-        "2",
-        "--batch-size",
-        "8",
-        "--queue",
-        "48",
-        "--epochs",
-        "1",
-        "--device",
-        "cpu",
-        "--augment",
-        "none",
-    ]
+    words += ["--groups", "2", "--batch-size", "8", "--queue", "48", "--epochs", "1"]
+    words += ["--augment", "none", "--device", "cpu"]
     words += ["--no-tensorboard", "--output", str(tmp_path / "run")]
     queue = "among a query's negatives are about 2 older keys of its own image"
     assert main(["train", *words]) == 0
