@@ -249,8 +249,11 @@ def test_killed_parent_leaves_no_workers() -> None:
         assert_ended(process.pid)
 
 
-@pytest.mark.parametrize("moment", ["Loss", "gloo"])
-def test_ctrl_c_prints_no_traceback(moment: str) -> None:
+@pytest.mark.parametrize(
+    ("moment", "signum"),
+    [("Loss", signal.SIGINT), ("gloo", signal.SIGINT), ("Loss", signal.SIGTERM)],
+)
+def test_ctrl_c_prints_no_traceback(moment: str, signum: signal.Signals) -> None:
     """Catches a KeyboardInterrupt in the parent or in a worker, and a signal that nobody hears.
 
     While the workers train, and while they still import torch.
@@ -258,9 +261,9 @@ def test_ctrl_c_prints_no_traceback(moment: str) -> None:
     with training(moment) as process:
         while len(members(process.pid)) < 4:  # two workers, and one that multiprocessing starts
             time.sleep(0.01)
-        os.killpg(process.pid, signal.SIGINT)
+        os.killpg(process.pid, signum)
         _, stderr = process.communicate(timeout=60)
-        assert (process.returncode, stderr) == (130, "")
+        assert (process.returncode, stderr) == (128 + signum, "")
         assert_ended(process.pid)
 
 

@@ -30,8 +30,8 @@ PARTS = {"format", "config", "world_size", "step", "model", "optimizer", "ranks"
 # The number of ranks counts as it is, not as the flag says: torchrun ignores the flag.
 _WHERE = {"data_path", "output", "ranks", "device"}
 _HOW = {"workers", "resume", "save_every", "log_every", "tensorboard"}
-_ZIP = b"PK\x03\x04"  # what a zip file begins with
 FREE = frozenset(_WHERE | _HOW)
+_ZIP = b"PK\x03\x04"  # what a zip file begins with
 
 State = dict[str, Any]
 
