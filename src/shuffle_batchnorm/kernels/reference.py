@@ -104,7 +104,8 @@ def block_grad_affine(
     rows = _of_blocks(users, a) + _of_blocks(groups, b, center, c)
     a, b, center, c = _spread(x.ndim, sizes, rows)
     dx = (widen(x) - center) * b + c
-    return cast(dx + widen(dy) * a, x.dtype)
+    # In place: a sum of two empty tensors would lose their layout.
+    return cast(dx.add_(widen(dy) * a), x.dtype)
 
 
 def _planes(x: Tensor) -> Tensor:
