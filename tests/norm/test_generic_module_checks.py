@@ -207,10 +207,10 @@ def test_memory_format(kind: type[_BatchNorm], mode: str, converted: bool, train
 
 @TRAINING
 def test_grad(kind: type[_BatchNorm], mode: str, converted: bool, training: bool) -> None:
-    """Of all inputs together, and of the input and one parameter at a time."""
+    """Of all inputs together, and of x alone."""
     for layer, _, x in _cases(kind, mode, converted, training, torch.float64):
         parameters = list(layer.parameters())
-        for needed in (parameters, *([p] for p in parameters)):
+        for needed in (parameters, []):
             for parameter in parameters:
                 parameter.requires_grad_(parameter in set(needed))
             assert gradcheck(lambda x, *_: layer(x), (x, *needed), fast_mode=True)  # noqa: B023
