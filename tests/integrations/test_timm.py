@@ -25,8 +25,8 @@ from integrations import timm_models
 
 layers: Any = timm.layers
 utils: Any = timm.utils
-CONVERT = ShuffleBatchNorm.convert_shuffle_batchnorm
-REVERT = ShuffleBatchNorm.revert_shuffle_batchnorm
+CONVERT: Any = ShuffleBatchNorm.convert_shuffle_batchnorm
+REVERT: Any = ShuffleBatchNorm.revert_shuffle_batchnorm
 IMAGES = torch.Size([8, 3, 32, 32])
 
 
@@ -109,6 +109,17 @@ def test_timms_freeze_leaves_the_statistics_of_converted_layers_moving() -> None
     assert not torch.equal(model.bn1.running_mean, before)
 
 
+def test_timms_reparameterisation_takes_reverted_layers() -> None:
+    model = timm.create_model("repvgg_a0", num_classes=10)
+    converted = CONVERT(model, mode="regroup", groups=2).eval()
+    with pytest.raises(AssertionError):
+        utils.reparameterize_model(converted)
+    x = torch.randn(IMAGES)
+    want = converted(x)
+    fused = utils.reparameterize_model(REVERT(converted))
+    torch.testing.assert_close(fused(x), want, rtol=1e-3, atol=1e-3)
+
+
 def test_frozen_layers_stay_frozen_in_a_conversion() -> None:
     """Those that timm has frozen are no batch norms any more; the others are converted."""
     model = _model()
@@ -119,9 +130,8 @@ def test_frozen_layers_stay_frozen_in_a_conversion() -> None:
     assert _count(converted, ShuffleBatchNorm) == 34 - 2
 
 
-def _model(**options: Any) -> nn.Module:
-    model: nn.Module = timm.create_model("mobilenetv3_small_100", num_classes=10, **options)
-    return model
+def _model(**options: Any) -> Any:
+    return timm.create_model("mobilenetv3_small_100", num_classes=10, **options)
 
 
 def _count(model: nn.Module, kind: type[nn.Module]) -> int:
