@@ -113,8 +113,10 @@ def _assert_steps_equal(
     ours = copy.deepcopy(ours)  # as MoCo's key encoder is one
     got = train_step(ours, images)
     for key, tensor in want.items():
-        error = (got[key] - tensor).abs().max() / tensor.abs().max().clamp(min=1e-3)
-        assert error < 1e-8, f"{options}: {key} is off by {error:.1e}"
+        # Not below: a bias before a convolution and a batch norm has a gradient of rounding alone.
+        scale = tensor.abs().max().clamp(min=0.01)
+        error = (got[key] - tensor).abs().max() / scale
+        assert error < 1e-10, f"{options}: {key} is off by {error:.1e}"
     return ours
 
 
