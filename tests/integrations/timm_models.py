@@ -53,7 +53,7 @@ MODELS = {
     "repvgg_a0": Settings(),
     "cspresnet50": Settings(),
     "dpn68": Settings(),
-    "inception_v3": Settings(size=96),
+    "inception_v3": Settings(size=128),
     "mobilevit_xxs": Settings(),
     "ese_vovnet19b_dw": Settings(),
     "ghostnet_100": Settings(),
