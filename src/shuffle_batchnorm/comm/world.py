@@ -20,7 +20,12 @@ class World(NamedTuple):
     @property
     def name(self) -> str:
         """The group's name, the same on all its ranks; empty for one rank."""
-        return "" if self.group is None else self.group.group_name
+        return find_name(self)
+
+
+def find_name(world: World) -> str:
+    """Return `World.name`, also in a graph: compilers before torch 2.10 know no property of it."""
+    return "" if world.group is None else world.group.group_name
 
 
 def check_process_group(call: str, process_group: ProcessGroupLike) -> None:

@@ -13,6 +13,7 @@ from shuffle_batchnorm.comm.world import (
     ProcessGroupLike,
     World,
     check_process_group,
+    find_name,
     find_world,
     resolve,
 )
@@ -72,8 +73,9 @@ def times_set(world: World) -> int:
 
 def next_key_in_graph(world: World) -> Key:
     """Return the key of the next shuffle as tensors and advance it, inside a compiled graph."""
-    _agree_while_tracing(world.name)
-    state = _states[world.name]
+    name = find_name(world)
+    _agree_while_tracing(name)
+    state = _states[name]
     seed, step = state.clone().unbind()
     state[1].add_(1)
     return Key(seed, step)
