@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -56,7 +57,8 @@ def small_config(output: Path, **changes: Any) -> Config:
 
 def train_quickly(config: Config) -> Record:
     """Train, but measure the leak with few keys at the end."""
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "measure_leak: 2 batches are too few")
         few = functools.partialmethod(Measurements.leak, batches=2, keys=4)
         patch.setattr(Measurements, "leak", few)
         return trainer.train(config)

@@ -20,7 +20,7 @@ def _identity(x: Tensor) -> Tensor:
 
 def _call(**changed: Any) -> Any:
     defaults = dict(encode_query=_identity, encode_key=_identity, images=IMAGES, queue=QUEUE)
-    sizes = dict(batch_size=16, batches=2, keys_per_batch=8)
+    sizes = dict(batch_size=16, batches=8, keys_per_batch=8)
     arguments: dict[str, Any] = {**defaults, **sizes, **changed}
     return measure_leak(**arguments)
 

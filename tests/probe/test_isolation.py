@@ -23,7 +23,7 @@ from shuffle_batchnorm.probe.isolation import all_modules, find_roots
 
 __all__ = ["one_thread"]  # a fixture
 
-SMALL: dict[str, Any] = dict(batch_size=16, batches=2, keys_per_batch=4, keys_per_pass=4)
+SMALL: dict[str, Any] = dict(batch_size=16, batches=8, keys_per_batch=4, keys_per_pass=4)
 # The global one, which augmentations still use.
 NUMPY: Any = importlib.import_module("numpy.random")
 IMAGES = torch.randn(40, 3, 6, 6)

@@ -1,5 +1,6 @@
 """The probe finds leaks that are known; and what it says of networks with real batch norm."""
 
+import re
 from math import sqrt
 from typing import Any
 
@@ -164,6 +165,39 @@ def test_the_same_seed_gives_the_same_report() -> None:
 
     assert report(None) == report(None)
     assert report(3) == report(3) != report(4)
+
+
+@pytest.mark.parametrize(("batches", "confidence"), [(2, 0.95), (4, 0.9), (7, 0.95)])
+def test_few_batches_are_warned_of(batches: int, confidence: float) -> None:
+    """Catches an interval that is taken at its word: two batches that agree make it narrow."""
+    message = (
+        f"measure_leak: {batches} batches are too few for the interval: below 8 it misses the true "
+        f"leak more often than its confidence of {100 * confidence:g} % says; take batches=8 or "
+    )
+    with pytest.warns(UserWarning, match=f"^{re.escape(message)}more$") as caught:
+        _probe(Signature(0.5), pool_of_ids(64), batches=batches, confidence=confidence)
+    assert [warning.filename for warning in caught] == [__file__]
+
+
+def test_keys_that_do_not_depend_on_their_batch_need_no_more_batches() -> None:
+    """Warnings are errors: catches one of an interval that is exact."""
+    encoder = nn.Sequential(nn.Flatten(), nn.Linear(12, 8))
+    images, queue = torch.randn(40, 3, 2, 2), torch.randn(9, 8)
+    report = measure_leak(encoder, encoder, images, None, queue, **SMALL | {"batches": 2})
+    assert report.interval == (0, 0)
+
+
+@pytest.mark.parametrize("progress", [None, True, False])
+def test_progress_is_written_on_stderr(
+    progress: bool | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """pytest's stderr is no terminal."""
+    _probe(Signature(0.5), pool_of_ids(64), batches=8, progress=progress)
+    out, err = capsys.readouterr()
+    assert out == ""
+    lines = err.splitlines()
+    assert len(lines) == (8 if progress else 0)
+    assert not lines or lines[0] == "measure_leak: batch 1 of 8"
 
 
 def test_the_report_reads_well() -> None:

@@ -24,7 +24,7 @@ from shuffle_batchnorm import (
 
 __all__ = ["one_thread"]  # a fixture
 
-SIZES: dict[str, Any] = dict(batch_size=24, batches=4, keys_per_batch=12, keys_per_pass=6)
+SIZES: dict[str, Any] = dict(batch_size=24, batches=8, keys_per_batch=12, keys_per_pass=6)
 
 
 NOISE = 0.02  # of the key encoder's weights

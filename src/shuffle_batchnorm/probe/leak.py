@@ -1,5 +1,6 @@
 """The leak: how much better a network recognises its keys in the batch they are trained in."""
 
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +16,10 @@ from . import checks
 from .batches import Batch, Sizes, check_sizes, draw_batch, find_hits, take
 from .intervals import batch_interval
 from .isolation import all_modules, derive_seed, find_roots, isolated, seed_all, shuffle_worlds
+from .progress import count_batches
 
 CALL = "measure_leak"
+ENOUGH = 8  # batches for an interval that covers at its rate; measured in docs/leak.md
 Encode = Callable[[Tensor], Tensor]
 
 
@@ -69,6 +72,7 @@ def measure_leak(
     confidence: float = 0.95,
     resamples: int = 2000,
     generator: torch.Generator | None = None,
+    progress: bool | None = None,
     process_group: ProcessGroupLike = None,
 ) -> LeakReport:
     r"""Measure how much of the pretext accuracy comes from the other samples of a key's batch.
@@ -104,8 +108,9 @@ def measure_leak(
             NumPy, which are seeded for each call. None for the images themselves.
         queue: negatives ``[K, D]``, which stay what they are.
         batch_size: S, the samples of all ranks in a training step; rank r takes the r-th part.
-        batches: how many batches are drawn.
-        keys_per_batch: how many keys are measured in each, at random positions.
+        batches: how many batches are drawn; 8 or more for an interval to rely on.
+        keys_per_batch: how many keys are measured in each, at random positions. Their passes are
+            the cost: see ``docs/leak.md``.
         keys_per_pass: how many of these share a pass, evenly spread over the batch. 1 is exact
             for every encoder. More cost less, and are exact too while no two of them share a
             normaliser: up to G, a divisor of S, in `local` and `regroup`.
@@ -116,11 +121,16 @@ def measure_leak(
         generator: gives the seed of all that is drawn here, one number per call; seeded alike on
             all ranks. None for seed 0: every call takes the same images, so that encoders can
             be compared.
+        progress: whether the first rank writes on stderr which batch it is; None for: in a
+            terminal only.
         process_group: None for all ranks, a ProcessGroup or a 1-D DeviceMesh.
 
     Returns:
         A `LeakReport`, the same on all ranks. Its interval resamples whole batches: see
         ``docs/leak.md``. If no feature of any key depends on the other samples, it is [0, 0].
+
+    Warns:
+        UserWarning: fewer than 8 batches, whose interval misses the true leak too often.
 
     Raises:
         TypeError: an argument of another type, features that are no floating-point tensor.
@@ -136,7 +146,7 @@ def measure_leak(
         >>> from shuffle_batchnorm import ShuffleBatchNorm, measure_leak
         >>> encoder = nn.Sequential(nn.Linear(6, 16), ShuffleBatchNorm(16, mode="local", groups=8))
         >>> images, queue = torch.randn(64, 6), torch.randn(32, 16)
-        >>> sizes = dict(batch_size=32, batches=4, keys_per_batch=8, keys_per_pass=8)
+        >>> sizes = dict(batch_size=32, batches=8, keys_per_batch=8, keys_per_pass=8)
         >>> report = measure_leak(encoder, encoder, images, None, queue, **sizes)
         >>> report.leak == report.as_trained - report.fresh
         True
@@ -170,7 +180,8 @@ def measure_leak(
     probe = _Probe(encode_query, encode_key, images, augment, fixed, sizes, seed, world)
     with torch.no_grad(), isolated(used, shuffle_worlds(used, world)):
         set_shuffle_state((derive_seed(seed, "shuffle"), 0), world.group)
-        outcomes = torch.stack([probe.measure(number) for number in range(batches)])
+        numbers = count_batches(CALL, batches, progress if world.rank == 0 else False)
+        outcomes = torch.stack([probe.measure(number) for number in numbers])
     means = checks.total(outcomes, world, CALL).mean(dim=2)
     trained, fresh, changed = means.unbind(dim=1)
     keys = batches * keys_per_batch
@@ -180,6 +191,13 @@ def measure_leak(
         standard_error, interval = batch_interval(
             trained - fresh, keys, confidence=confidence, resamples=resamples, seed=drawn
         )
+        if batches < ENOUGH:
+            warnings.warn(
+                f"{CALL}: {batches} batches are too few for the interval: below {ENOUGH} it misses "
+                f"the true leak more often than its confidence of {100 * confidence:g} % says; "
+                f"take batches={ENOUGH} or more",
+                stacklevel=2,
+            )
     as_trained, in_fresh = float(trained.mean()), float(fresh.mean())
     leak = as_trained - in_fresh
     return LeakReport(
