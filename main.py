@@ -115,7 +115,7 @@ def read_command_line() -> tuple[Options, TensorDataset, TensorDataset]:
     try:
         train, test = load_data(options.data, options.seed)
     except ImportError:
-        hint = 'pip install "shuffle_batchnorm[demo]", or use --data random'
+        hint = 'pip install ".[demo]" in the folder of this file, or use --data random'
         parser.error(f"argument --data: digits needs scikit-learn: {hint}")
     share = len(train) // world_size(len(options.gpu), "auto")
     if size > share:

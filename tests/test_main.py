@@ -331,5 +331,5 @@ def test_missing_scikit_learn_is_explained(
     assert end.value.code == 2
     assert capsys.readouterr().err == (
         "main.py: error: argument --data: digits needs scikit-learn: "
-        'pip install "shuffle_batchnorm[demo]", or use --data random\n'
+        'pip install ".[demo]" in the folder of this file, or use --data random\n'
     )

@@ -7,13 +7,14 @@ import re
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 import tyro
 from PIL import Image
 
+import shuffle_batchnorm
 from moco.moco_runs import small_config, train_quickly
 from ranks import run_on_ranks
 from shuffle_batchnorm.moco import commands, measure, trainer
@@ -176,7 +177,7 @@ def test_evaluate_and_probe(checkpoint: Path, capsys: pytest.CaptureFixture[str]
     figures = json.loads(path.read_text())
     assert figures["knn"] == pytest.approx(record["knn"], abs=0.003)
     assert figures["linear"] > 0.8
-    assert main(["probe", *words, "--batches", "2", "--keys", "4"]) == 0
+    assert main(["probe", *words, "--batches", "8", "--keys", "4"]) == 0
     figures = json.loads(path.read_text())
     assert figures["leak_as_trained"] == pytest.approx(record["leak_as_trained"], abs=0.13)
     assert figures["leak"] == pytest.approx(
@@ -220,17 +221,54 @@ def test_exit_codes(
     assert capsys.readouterr().err == f"{line}\n"
 
 
-def test_missing_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def without_tyro(monkeypatch: pytest.MonkeyPatch) -> None:
     really_import = builtins.__import__
 
-    def without_tyro(name: str, *args: Any, **kwargs: Any) -> Any:
+    def refuse(name: str, *args: Any, **kwargs: Any) -> Any:
         if name.partition(".")[0] == "tyro":
             raise ModuleNotFoundError("No module named 'tyro'", name="tyro")
         return really_import(name, *args, **kwargs)
 
-    monkeypatch.setattr(builtins, "__import__", without_tyro)
-    line = refusal(capsys, "train")
-    assert line == 'this needs tyro: pip install "shuffle_batchnorm[train]"'
+    monkeypatch.setattr(builtins, "__import__", refuse)
+
+
+NEED = (
+    'shuffle-batchnorm: this needs tyro, one of the packages of the extra "train"; in the folder '
+    'of the source code: pip install ".[train]"'
+)
+
+
+@pytest.mark.parametrize("arguments", ["train", "", "evaluate x.pt", "train --version"])
+@pytest.mark.usefixtures("without_tyro")
+def test_missing_extra(arguments: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches the name of a package index that does not have this library."""
+    assert refusal(capsys, *arguments.split()) == NEED
+
+
+@pytest.mark.parametrize("arguments", ["--help", "-h", "train --help"])
+@pytest.mark.usefixtures("without_tyro")
+def test_usage_without_the_extra(arguments: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments.split()) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert out.startswith("usage: shuffle-batchnorm [--help] [--version] COMMAND")
+    assert out.endswith(f"\n{NEED}\n")
+    named = [line.split()[0] for line in out.splitlines() if line.startswith("  ")]
+    assert named == [
+        get_args(command)[0].__name__.lower() for command in get_args(commands.Command)
+    ]
+
+
+@pytest.mark.usefixtures("without_tyro")
+def test_version_without_the_extra(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr() == (f"shuffle-batchnorm {shuffle_batchnorm.__version__}\n", "")
+
+
+def test_help_names_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    assert "--version" in capsys.readouterr().out
 
 
 def test_other_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

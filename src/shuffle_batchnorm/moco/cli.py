@@ -9,12 +9,23 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+import shuffle_batchnorm
+
 from .config import UserError
 from .ranks.launch import is_first, under_torchrun
 from .ranks.spawn import RankError, Stopped, leave
 
 PROGRAM = "shuffle-batchnorm"
 FAILURE, USER_ERROR = 1, 2
+# What --help says where the flag parser, tyro, is not installed.
+USAGE = f"""\
+usage: {PROGRAM} [--help] [--version] COMMAND [OPTIONS]
+
+  train      train MoCo, or go on with --resume; measure kNN and the leak at the end
+  compare    train with several --bn and seeds, in turn, and write one report
+  evaluate   tell how good the features in a checkpoint are
+  probe      tell how much the keys of a checkpoint leak
+"""
 # Packages of the extra `train`; if another one is missing, something else is wrong.
 EXTRA = {"jinja2", "kornia", "matplotlib", "numpy", "PIL", "scipy", "sklearn", "tqdm", "tyro"}
 
@@ -37,8 +48,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0; 2 for what the user can fix, after one line on stderr; 1 if a rank died;
         130 after SIGINT and 143 after SIGTERM.
     """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ["--version"]:
+        print(f"{PROGRAM} {shuffle_batchnorm.__version__}")
+        return 0
     try:
-        act = _parse(list(sys.argv[1:] if arguments is None else arguments))
+        act = _parse(words)
         act()
     except UserError as error:
         return _refuse(str(error))
@@ -50,7 +65,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         package = (error.name or "").partition(".")[0]
         if package not in EXTRA:
             raise
-        return _refuse(f'this needs {package}: pip install "shuffle_batchnorm[train]"')
+        # True of every install: no package index is asked for this library.
+        need = (
+            f'{PROGRAM}: this needs {package}, one of the packages of the extra "train"; in the '
+            'folder of the source code: pip install ".[train]"'
+        )
+        if {"-h", "--help"}.isdisjoint(words):
+            return _refuse(need)
+        print(f"{USAGE}\n{need}")
     except KeyboardInterrupt:
         return _refuse("stopped", 128 + signal.SIGINT)
     return 0
@@ -72,7 +94,8 @@ def _parse(arguments: list[str]) -> Callable[[], None]:
             wanted: Any = tyro.cli(
                 Command,
                 prog=PROGRAM,
-                description="Train MoCo without the leak, and measure the leak.",
+                description="Train MoCo without the leak, and measure the leak. "
+                "--version prints the version.",
                 args=arguments,
                 config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
             )
