@@ -89,8 +89,10 @@ def test_the_source_distribution_is_lean(built: Path) -> None:
     assert {name for name in found if "/" not in name} == {
         *("CHANGELOG.md", "LICENSE", "README.md", "PKG-INFO", "pyproject.toml", ".gitignore")
     }
-    assert {name.partition("/")[0] for name in found if "/" in name} == {"src", "tests", "docs"}
+    folders = {name.partition("/")[0] for name in found if "/" in name}
+    assert folders == {"src", "tests", "docs", "benchmarks"}
     assert {Path(name).suffix for name in found if name.startswith("docs/")} == {".md"}
+    assert {name for name in found if name.startswith("benchmarks/")} == {"benchmarks/meters.py"}
     assert sum((built / "sdist" / name).stat().st_size for name in found) < 2**21
 
 
