@@ -1,5 +1,7 @@
 """The probe over ranks: the same report on all of them, as in one process; errors end all."""
 
+import contextlib
+import io
 import re
 import time
 from typing import Any
@@ -88,6 +90,18 @@ def test_a_known_leak_over_ranks(world_size: int) -> None:
     low, high = reports[0].interval
     assert low <= 0.75 * 0.6 <= high
     assert reports[0].fresh == pytest.approx(0.25, abs=0.1)
+
+
+def _said() -> str:
+    with contextlib.redirect_stderr(io.StringIO()) as written:
+        measure_leak(*_encoders("local", 3), _images(), **SIZES, progress=True)
+    return written.getvalue()
+
+
+def test_only_the_first_rank_tells_how_far_it_is() -> None:
+    first, *others = run_on_ranks(2, _said)
+    assert len(first.splitlines()) == SIZES["batches"]
+    assert others == [""]
 
 
 def _augmented(seed: int) -> tuple[LeakReport, LeakReport, Any]:
