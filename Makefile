@@ -21,11 +21,13 @@ help: ## list the targets
 
 setup: $(STAMP) ## create .venv with the pinned versions
 
-# Without build isolation, so that the build backend is a pinned one as well.
+# Without build isolation, so that the build backend is a pinned one as well. timm and lightly, which
+# tests convert, without torchvision: it can't be imported beside the CPU build of torch.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt hatchling
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt hatchling hatch-fancy-pypi-readme
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt --no-deps lightly timm
 	@touch $@
 
 demo: setup ## the seed's check on two ranks, then MoCo with and without the leak
