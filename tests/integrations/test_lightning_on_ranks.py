@@ -275,7 +275,8 @@ def _fit_with_sync_batchnorm() -> None:
     callback = ShuffleBatchNormCallback("encoder", groups=GROUPS // 2)
     # Under DDP torch refuses SyncBatchNorm on the CPU by itself.
     fit = trainer(callback, devices=2, strategy=CpuFSDP(), sync_batchnorm=True)
-    fit.fit(Net(), _rank_batches(), _rank_batches())
+    with pytest.warns(UserWarning, match="convert_sync_batchnorm replaces ShuffleBatchNorm layers"):
+        fit.fit(Net(), _rank_batches(), _rank_batches())
 
 
 def test_sync_batchnorm_and_the_callback_are_refused() -> None:

@@ -79,7 +79,8 @@ def test_features_and_ema() -> None:
 def test_timms_sync_batchnorm_loses_activations_of_converted_layers() -> None:
     model = _model()
     converted = CONVERT(copy.deepcopy(model), mode="regroup", groups=2)
-    replaced = layers.convert_sync_batchnorm(converted)
+    with pytest.warns(UserWarning, match="replaces ShuffleBatchNorm layers, so that they shuffle"):
+        replaced = layers.convert_sync_batchnorm(converted)
     assert not _count(replaced, ShuffleBatchNorm)
     x = torch.randn(IMAGES)
     assert not torch.allclose(replaced.eval()(x), model.eval()(x))

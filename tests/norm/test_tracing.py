@@ -1,5 +1,7 @@
 """The layer under torch's tracers: a node in torch.fx, a clear word to torch.jit, one count."""
 
+import copy
+import pickle
 import re
 import warnings
 from functools import partial
@@ -234,3 +236,25 @@ def test_the_operators_text_names_the_call() -> None:
     with pytest.raises(RuntimeError, match=re.escape("shuffle_batch_norm: a compiled layer")):
         y.backward()
     assert number == 4
+
+
+def test_another_converter_is_noticed() -> None:
+    """Catches layers that SyncBatchNorm's converter replaces without a word."""
+    net = _net()
+    with pytest.warns(UserWarning, match="convert_sync_batchnorm replaces ShuffleBatchNorm") as w:
+        synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    assert len(w) == 2
+    assert isinstance(synchronised.get_submodule("1"), nn.SyncBatchNorm)
+
+
+def test_the_attribute_that_it_asks_for_is_the_users() -> None:
+    """Catches an attribute of quantisation that can't be set, copied or asked for."""
+    net = _net()
+    layer = net.get_submodule("1")
+    assert not hasattr(layer, "qconfig")
+    assert "qconfig" not in vars(copy.deepcopy(layer))
+    layer.qconfig = "a config"  # type: ignore[assignment]
+    assert copy.deepcopy(layer).qconfig == "a config"
+    assert pickle.loads(pickle.dumps(layer)).qconfig == "a config"
+    del layer.qconfig
+    assert not hasattr(layer, "qconfig")

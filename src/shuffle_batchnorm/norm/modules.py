@@ -17,7 +17,7 @@ from .convert import FilterFn, convert, revert
 from .functional import Calls, kind_of, normalise
 from .mixing import CALL, Options, check_options
 from .statistics import StatisticsRecord, own_statistics, per_sample_statistics
-from .tracing import call_as_node, count_batch, is_traced, refuse_to
+from .tracing import ReplacementWarning, call_as_node, count_batch, is_traced, refuse_to
 
 
 class ShuffleBatchNorm(_BatchNorm):
@@ -297,6 +297,7 @@ class ShuffleBatchNorm(_BatchNorm):
         """
         return revert(module, cls, cls._OWN_ATTRIBUTES, filter_fn)
 
+    qconfig = ReplacementWarning()  # which nobody has set
     _TRANSIENT = ("_calls", "_forwards", "_sinks")
     _OWN_ATTRIBUTES = ("process_group", "mode", "groups", "offset", "blocks", "_new", *_TRANSIENT)
 

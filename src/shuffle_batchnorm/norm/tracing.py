@@ -1,5 +1,6 @@
 """What a layer is to ``torch.fx``, ``torch.jit``, ``torch.compile`` and ``torch.func``."""
 
+import sys
 import warnings
 from typing import Any, NoReturn
 
@@ -57,6 +58,25 @@ def check_no_transform(input: Any) -> None:
         refuse_to("forward-mode AD", "in training mode it has one for backward passes only")
     if torch._C._are_functorch_transforms_active():
         refuse_to("torch.func", "in training mode a sample's output depends on other samples")
+
+
+class ReplacementWarning:
+    """Warns if a layer is about to be replaced by SyncBatchNorm, as the layer's ``qconfig``.
+
+    PyTorch's converter and timm's ask each batch norm for this attribute, which quantisation may
+    have set, and then take it for one of torch's. Nothing of the old layer is called after that.
+    """
+
+    def __get__(self, layer: nn.Module | None, _kind: type) -> NoReturn:
+        """Raise an AttributeError, as for any attribute that is not there."""
+        if layer is not None and sys._getframe(1).f_code.co_name == "convert_sync_batchnorm":
+            warnings.warn(
+                "convert_sync_batchnorm replaces ShuffleBatchNorm layers, so that they shuffle "
+                "nothing, and loses activations that belong to them; call it before "
+                "convert_shuffle_batchnorm, or use mode='sync' in its place",
+                stacklevel=2,
+            )
+        raise AttributeError("qconfig")
 
 
 def refuse_to(name: str, why: str) -> NoReturn:
