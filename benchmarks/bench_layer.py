@@ -183,12 +183,12 @@ def peaks(
     rows: list[Row] = []
     for mode, count in [(None, 1), *options]:
         network, _ = make_backbone(network_name, stem="imagenet")
-        if mode is not None:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # swap grows with depth; here only sizes matter
-                ShuffleBatchNorm.convert_shuffle_batchnorm(network, mode=mode, groups=count)
         step = partial(_train_once, network.to(device), images)
-        step()  # what is made once and kept
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of depth in swap, and of one group; sizes matter here
+            if mode is not None:
+                ShuffleBatchNorm.convert_shuffle_batchnorm(network, mode=mode, groups=count)
+            step()  # what is made once and kept
         for parameter in network.parameters():
             parameter.grad = None
         peak = peak_memory(step, device)

@@ -4,6 +4,7 @@ import importlib.util
 import pickle
 import sys
 from collections.abc import Callable
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,7 @@ def test_an_exception_reverts() -> None:
 
 def test_a_checkpoint_has_the_keys_of_plain_batch_norm(tmp_path: Path) -> None:
     kept: list[Any] = []
+    set_shuffle_state(None)  # nothing of an earlier test
 
     def save(_: Any, run: Any, model: Any) -> None:
         run.save_checkpoint(tmp_path / "in_fit.ckpt")
@@ -280,3 +282,10 @@ def test_one_of_the_packages_is_enough(missing: str, monkeypatch: pytest.MonkeyP
 def test_without_lightning_the_import_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ImportError, match=r"needs Lightning: pip install lightning \(or pytorch"):
         _import_anew(monkeypatch, "lightning", "pytorch_lightning")
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_the_entry_point_is_installed(package: Any) -> None:
+    """Catches a plugin that nobody watches over, since Lightning does not know of the watch."""
+    found = entry_points(group=f"{package.__name__}.callbacks_factory", name="shuffle_batchnorm")
+    assert [point.load() for point in found] == [lightning_callbacks]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from shuffle_batchnorm import ShuffleBatchNorm, ShuffledEncoder
 from shuffle_batchnorm.moco.build import normalise_key, normalise_query
@@ -47,7 +47,8 @@ def test_batch_shuffle_mixes_the_groups_of_one_rank() -> None:
 
 def test_another_kind_of_batch_norm_is_refused() -> None:
     class Own(nn.BatchNorm2d):
-        pass
+        def forward(self, input: Tensor) -> Tensor:
+            return -super().forward(input)
 
     with pytest.raises(NetworkError, match=r"^train: --bn regroup: .*Own") as caught:
         normalise_key(nn.Sequential(Own(3)), NormConfig())

@@ -284,7 +284,7 @@ def test_one_class_from_beginning_to_end(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches its kNN accuracy of 1, and scikit-learn's traceback; a long queue is said too."""
-    few = functools.partialmethod(Measurements.leak, batches=2, keys=4)
+    few = functools.partialmethod(Measurements.leak, batches=8, keys=1)
     monkeypatch.setattr(Measurements, "leak", few)
     for part in ("train", "val"):
         (tmp_path / part / "cats").mkdir(parents=True)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from shuffle_batchnorm.norm.modules import ShuffleBatchNorm
@@ -100,15 +101,14 @@ def normalise_key(encoder: nn.Module, norm: NormConfig) -> nn.Module:
 
 
 def _convert(encoder: nn.Module, norm: NormConfig, mode: str) -> nn.Module:
+    if not any(isinstance(module, _BatchNorm) for module in encoder.modules()):
+        raise NetworkError(f"{CALL}: --network has no batch norm layer, so --bn would do nothing")
     try:
-        converted = ShuffleBatchNorm.convert_shuffle_batchnorm(
+        return ShuffleBatchNorm.convert_shuffle_batchnorm(
             encoder, mode=mode, groups=norm.groups, offset=norm.offset, blocks=norm.blocks
         )
     except TypeError as error:
         raise NetworkError(f"{CALL}: --bn {norm.bn}: {error}") from error
-    if not any(isinstance(module, ShuffleBatchNorm) for module in converted.modules()):
-        raise NetworkError(f"{CALL}: --network has no batch norm layer, so --bn would do nothing")
-    return converted
 
 
 def parallelise(model: MoCo, rank: Rank) -> nn.Module:
