@@ -5,7 +5,7 @@
 One round trip: shuffle 32x3x96x96 float32 images per rank, unshuffle 32x128 features. Prints, per
 number of ranks, how many times faster ours is (median and, in brackets, 20 and 80 percent
 points), the same for the floor (the exchanges and the copies around them, with nothing checked and
-no order made) and for the bare exchanges (into memory that is there; nothing is permuted), peak
+no order made) and for the bare exchanges (into existing memory; nothing is permuted), peak
 memory beyond the batch in batches, and bytes received per rank in batches. `--save` writes
 benchmarks/results/batch_shuffle.json.
 """

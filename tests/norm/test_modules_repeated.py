@@ -108,7 +108,7 @@ def test_two_views_two_steps(way: str, suspending: bool, momentum: float | None)
 
 @MODES
 def test_tracking_suspended_in_the_first_forward(mode: str) -> None:
-    """Catches statistics that never move where code counts on the repetition (FAULTS L1)."""
+    """Catches statistics that never move where code counts on the repetition."""
     layer, plain = ShuffleBatchNorm(3, mode=mode), nn.BatchNorm1d(3)
     x = torch.randn(6, 3)
     with torch.no_grad():
@@ -138,7 +138,7 @@ def _in_backward(*calls: Callable[[], Any]) -> None:
 
 @pytest.mark.parametrize("before", ["nothing", "with gradient", "another shape"])
 def test_a_forward_in_a_backward_pass_that_repeats_none(before: str) -> None:
-    """Catches a forward that is taken for a repetition because of where it runs (FAULTS L12)."""
+    """Catches a forward that is taken for a repetition because of where it runs."""
     layer, x = ShuffleBatchNorm(3, mode="local"), torch.randn(6, 3)
     number = 0
     if before == "with gradient":

@@ -279,7 +279,7 @@ class ShuffleBatchNorm(_BatchNorm):
     def revert_shuffle_batchnorm(
         cls, module: nn.Module, *, filter_fn: FilterFn | None = None
     ) -> nn.Module:
-        """Undo `convert_shuffle_batchnorm`: back to the classes that were there.
+        """Undo `convert_shuffle_batchnorm`: restore the original classes.
 
         Parameters, buffers and hooks stay shared, so the statistics learnt since then remain. A
         layer constructed as a ShuffleBatchNorm has no former class and stays as it is.

@@ -72,7 +72,7 @@ class ReplacementWarning:
         if layer is not None and sys._getframe(1).f_code.co_name == "convert_sync_batchnorm":
             warnings.warn(
                 "convert_sync_batchnorm replaces ShuffleBatchNorm layers, so that they shuffle "
-                "nothing, and loses activations that belong to them; call it before "
+                "nothing, and drops activations that belong to them; call it before "
                 "convert_shuffle_batchnorm, or use mode='sync' in its place",
                 stacklevel=2,
             )

@@ -15,7 +15,7 @@ from .images import DataError
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 # Beginnings of names that are no data: hidden ones, and those of notebooks, Synology and macOS.
 IGNORED = (".", "@", "__MACOSX")
-HELD_OUT = ("val", "test")  # the first that is there
+HELD_OUT = ("val", "test")  # the first that exists
 
 
 def read_folders(path: Path, side: int) -> tuple["FolderImages", "FolderImages", list[str]]:
