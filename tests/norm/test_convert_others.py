@@ -2,6 +2,7 @@
 
 import copy
 import re
+import time
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -15,8 +16,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrizations, parametrize
 
-from ranks import run_on_ranks
-from shuffle_batchnorm import ShuffleBatchNorm
+from ranks import impatient, new_group, run_on_ranks
+from shuffle_batchnorm import ShuffleBatchNorm, shuffle_offset
 
 convert = ShuffleBatchNorm.convert_shuffle_batchnorm
 revert = ShuffleBatchNorm.revert_shuffle_batchnorm
@@ -62,6 +63,42 @@ class AnyDimensions(_BatchNorm):
         pass
 
 
+class Constants(nn.BatchNorm2d):
+    """Classes and numbers as attributes of the class are no behaviour."""
+
+    act_type = nn.ReLU
+    limit: float = 3.0
+
+
+class PreAct(BatchNormAct2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(nn.BatchNorm2d.forward(self, self.act(x)))  # type: ignore[no-any-return]
+
+
+class Gate(BatchNormAct2d):
+    def forward(self, x: Tensor) -> Tensor:
+        y = nn.BatchNorm2d.forward(self, x)
+        return self.drop(y * self.act(y))  # type: ignore[no-any-return]
+
+
+class Scaled(BatchNormAct2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 2
+
+
+class Freeze:
+    def train(self, mode: bool = True) -> Any: ...
+
+
+class FrozenByMixin(nn.BatchNorm2d, Freeze):
+    pass
+
+
+class Checking(nn.BatchNorm2d):
+    def _check_input_dim(self, input: Tensor) -> None:
+        super()._check_input_dim(input)
+
+
 class Mine(ShuffleBatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input).relu()
@@ -86,7 +123,7 @@ def _kinds(model: nn.Module) -> list[str]:
     return [type(m).__name__ for m in model.modules()]
 
 
-@pytest.mark.parametrize("kind", [InitAlone, InitOfAnInit, AnyDimensions, BatchNormAct2d])
+@pytest.mark.parametrize("kind", [InitAlone, InitOfAnInit, Constants, BatchNormAct2d])
 def test_harmless_subclasses_there_and_back(kind: type[_BatchNorm]) -> None:
     """Catches a subclass that is refused, changed, or not given back."""
     torch.manual_seed(0)
@@ -121,20 +158,54 @@ def test_an_activation_is_applied_after_the_drop() -> None:
     assert 0.2 < y.min() < y.max() == torch.tensor(0.3)
 
 
-class Renorm(AnyDimensions):
-    def extra_repr(self) -> str:
-        return ""
-
-    def _renormalise(self) -> None: ...
-
-
-@pytest.mark.parametrize(("kind", "name"), [(ActThenNorm, "forward"), (Renorm, "_renormalise")])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        (ActThenNorm, "forward"),
+        (AnyDimensions, "_check_input_dim"),
+        (Checking, "_check_input_dim"),
+        (FrozenByMixin, "train"),
+    ],
+)
 def test_doubtful_subclasses_are_refused_with_the_reason(kind: type[_BatchNorm], name: str) -> None:
     """Catches an activation before the norm that is taken for one behind it."""
     layer = kind(6)
     text = f"a subclass may do more than batch normalisation, here in its {name}; replace it by h"
     with pytest.raises(TypeError, match=rf"module '0' is a .*, not one of .*: {text}"):
         convert(nn.Sequential(layer))
+
+
+@pytest.mark.parametrize("kind", [PreAct, Gate, Scaled])
+def test_another_order_of_the_same_submodules_is_refused(kind: type[_BatchNorm]) -> None:
+    """Catches a structure that is taken for timm's, and computes something else."""
+    with pytest.raises(TypeError, match="its forward is not drop and act after batch norm"):
+        convert(nn.Sequential(kind(6)))
+
+
+@pytest.mark.parametrize("options", [dict(device="meta"), dict(dtype=torch.bfloat16)])
+def test_an_activation_is_recognised_in_any_dtype(options: dict[str, Any]) -> None:
+    """Catches a comparison that only float32 on the CPU allows, or that changes the layer."""
+    layer = BatchNormAct2d(6, nn.PReLU()).to(**options)
+    layer.drop.train(), layer.act.train()
+    state = {name: t.clone() for name, t in layer.state_dict().items()}
+    new = convert(layer)
+    assert type(new) is ShuffleBatchNorm
+    assert all(m.training for m in new.modules())
+    if "dtype" in options:
+        assert all(torch.equal(t, state[name]) for name, t in new.state_dict().items())
+
+
+def test_what_is_bound_to_the_old_layer_is_refused_or_dropped() -> None:
+    """Catches a layer that is of the new class and calls the old one."""
+    layer = nn.BatchNorm2d(6)
+    layer.compile(backend="eager")
+    new = convert(layer, mode="regroup", groups=2)
+    x = torch.randn(4, 6, 3, 3)
+    torch.testing.assert_close(new(x), ShuffleBatchNorm(6, mode="regroup", groups=2)(x))
+    hooked = nn.BatchNorm2d(6)
+    hooked.forward = lambda x: x  # type: ignore[method-assign, assignment]
+    with pytest.raises(TypeError, match="its forward was set on the object, as Accelerate"):
+        convert(nn.Sequential(hooked))
 
 
 @pytest.mark.parametrize("name", ["act", "drop"])
@@ -268,14 +339,18 @@ def test_one_process_and_one_group(mode: str) -> None:
         return
     [text] = texts
     assert text == (
-        f"shuffle_batch_norm: there is one process and groups=1, so mode {mode!r} shuffles "
-        "nothing; groups=8 cuts each rank's batch into virtual groups, and "
-        "torch.distributed.init_process_group makes ranks to shuffle among"
+        f"shuffle_batch_norm: one rank with groups=1 is a single group, so mode {mode!r} shuffles "
+        "nothing; groups=8 cuts each rank's batch into virtual groups, and a process group of "
+        "several ranks shuffles among them"
     )
     # New options are looked at again; a copy of the model is another one.
     assert not _texts(lambda: convert(model, mode=mode, groups=2)(x))
     assert len(_texts(lambda: convert(model, mode=mode)(x))) == 1
     assert not _texts(lambda: convert(nn.BatchNorm1d(4), mode=mode, offset=0)(x)), "on purpose"
+    layer = convert(nn.BatchNorm1d(4), mode=mode)
+    with shuffle_offset(layer, 0):
+        assert not _texts(lambda: layer(x))
+    assert len(_texts(lambda: layer(x))) == 1, "an unshuffled pass before does not count"
     assert not _texts(lambda: ShuffleBatchNorm(4, mode=mode)(x)), "as the seed's layer"
 
 
@@ -385,9 +460,10 @@ def _shard(model: nn.Module, how: str) -> nn.Module:
         for layer in model.children():
             fully_shard(layer, mesh=mesh)
     if how.startswith("FSDP1"):
-        return FullyShardedDataParallel(
+        wrapped = FullyShardedDataParallel(
             model, use_orig_params=how.endswith("original"), device_id=torch.device("cpu")
         )
+        return wrapped.module if "inside" in how else wrapped
     fully_shard(model, mesh=mesh)
     return model
 
@@ -403,18 +479,24 @@ def _convert_sharded(how: str, call_revert: bool) -> list[str]:
             call(model)
         texts.append(str(caught.value))
         assert _kinds(model) == before
-        model(x).sum().backward()
+        if "inside" not in how:
+            model(x).sum().backward()
     return texts
 
 
 @pytest.mark.parametrize("call_revert", [False, True])
-@pytest.mark.parametrize("how", ["whole", "per layer", "FSDP1 flat", "FSDP1 original"])
+@pytest.mark.parametrize(
+    "how", ["whole", "per layer", "FSDP1 flat", "FSDP1 inside flat", "FSDP1 inside original"]
+)
 @pytest.mark.filterwarnings("ignore")
 def test_converting_a_sharded_model(how: str, call_revert: bool) -> None:
     """Catches a conversion that loses `weight`, or fails in the next step."""
     for texts in run_on_ranks(2, _quiet, _convert_sharded, how, call_revert):
         for text in texts:
-            assert "convert before fully_shard or FullyShardedDataParallel, and revert" in text
+            assert (
+                "convert before fully_shard, FullyShardedDataParallel or distribute_module, a"
+                in text
+            )
 
 
 def _quiet(function: Callable[..., Any], *args: Any) -> Any:
@@ -452,7 +534,9 @@ def _give_a_dtensor() -> list[str]:
 
 def test_a_dtensor_is_refused_with_the_cure() -> None:
     """Catches an error from inside aten about mixed tensors."""
-    want = "TypeError: shuffle_batch_norm: input is a DTensor; pass this rank's samples, input.to_"
+    want = (
+        "TypeError: shuffle_batch_norm: input is a DTensor; pass this rank's part of it, input.to_"
+    )
     for texts in run_on_ranks(2, _give_a_dtensor):
         assert [text[: len(want)] for text in texts] == [want] * 2
 
@@ -478,6 +562,28 @@ def _eps_on_one_rank(steps: int) -> str:
     with pytest.raises((ValueError, RuntimeError)) as caught:
         layer(torch.randn(4, 4))
     return str(caught.value)
+
+
+def _option_on_one_rank(steps: int) -> tuple[str, float]:
+    layer = ShuffleBatchNorm(4, process_group=new_group(), mode="swap")
+    with impatient():
+        for _ in range(steps):
+            layer(torch.randn(4, 4))
+        if dist.get_rank() == 0:
+            layer.mode = "Sync"
+        start = time.monotonic()
+        with pytest.raises((ValueError, RuntimeError)) as caught:
+            layer(torch.randn(4, 4))
+    return str(caught.value), time.monotonic() - start
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_peers_learn_of_a_bad_option(steps: int) -> None:
+    """Catches a rank that raises alone, and a peer that waits for the time limit."""
+    (own, _), (peers, seconds) = run_on_ranks(2, _option_on_one_rank, steps)
+    assert own.startswith("shuffle_batch_norm: unknown mode 'Sync', choose one of")
+    assert "rank 0 stopped: shuffle_batch_norm: unknown mode 'Sync'" in peers
+    assert seconds < 20
 
 
 @pytest.mark.parametrize("steps", [0, 2])

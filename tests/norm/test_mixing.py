@@ -1,6 +1,7 @@
 """Index arithmetic, by hand and against the truth: no processes, no layers."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -133,3 +134,13 @@ def test_bad_sizes_are_named(arguments: dict[str, object], message: str) -> None
         mixing_matrix(**{**good, **arguments})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"spectral_radius: expected a square matrix"):
         spectral_radius(torch.zeros(2, 3))
+
+
+def test_the_default_device_does_not_matter() -> None:
+    """Catches a matrix made where it can't be read."""
+    options: dict[str, Any] = dict(world_size=2, groups=2, batch_size=4)
+    want = mixing_matrix("regroup", **options)
+    with torch.device("meta"):
+        got = mixing_matrix("regroup", **options)
+        assert spectral_radius(got) == spectral_radius(want)
+    assert torch.equal(got, want)

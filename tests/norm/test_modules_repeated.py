@@ -165,6 +165,53 @@ def test_a_repetition_is_found_once() -> None:
     assert layer.num_batches_tracked == 2, "none"
 
 
+@REENTRANT
+def test_a_pass_without_tracking_before_the_checkpoint(use_reentrant: bool) -> None:
+    """Catches a teacher's pass, never repeated, that is taken for the first of a repetition."""
+    net = _net("local")
+    layer: Any = net.get_submodule("1")
+    for step in range(3):
+        layer.track_running_stats = False
+        with torch.no_grad():
+            net[:3](_images())
+        layer.track_running_stats = True
+        _checkpointed(net[:3], _images(), use_reentrant).sum().backward()
+        assert _counts(net)[0] == step + 1
+
+
+@REENTRANT
+def test_mean_and_count_move_together(use_reentrant: bool) -> None:
+    """Catches a checkpoint that stops between the two, since nothing after the layer is needed."""
+    layer, plain = (
+        ShuffleBatchNorm(3, mode="local", momentum=None),
+        nn.BatchNorm1d(3, momentum=None),
+    )
+    Suspending(layer)
+    for step in range(3):
+        x = torch.randn(6, 3, requires_grad=True)
+        with torch.no_grad():
+            layer.track_running_stats = False
+            layer(x)
+            layer.track_running_stats = True
+        checkpoint(layer, x, use_reentrant=use_reentrant).pow(2).sum().backward()
+        plain(x)
+        assert layer.num_batches_tracked == step + 1
+        torch.testing.assert_close(layer.running_mean, plain.running_mean)
+
+
+def test_many_shapes() -> None:
+    """Catches notes that are lost, or kept for ever."""
+    layer = ShuffleBatchNorm(3, mode="local")
+    for length in range(2, 302):
+        views = [torch.randn(length + view, 3, requires_grad=True) for view in range(2)]
+        ys = [checkpoint(layer, x, use_reentrant=True) for x in views]
+        torch.autograd.backward([y.sum() for y in ys])
+        with torch.no_grad():
+            layer(views[0])  # repeated by nobody
+    assert layer.num_batches_tracked == 900
+    assert len(layer._forwards._notes) <= 256
+
+
 def test_forward_hooks_that_call_the_layer_again() -> None:
     """Catches counting by layer, not by forward: each of the user's forwards moves statistics."""
     layer, plain = ShuffleBatchNorm(3, mode="local"), nn.BatchNorm1d(3)
@@ -222,6 +269,21 @@ def test_the_function_follows_the_same_rule(way: str) -> None:
         torch.testing.assert_close(got, want)
     _in_backward(lambda: run(x))
     assert not torch.equal(once[0], buffers[0]), "no repetition"
+
+
+@REENTRANT
+def test_the_function_knows_buffers_that_are_views(use_reentrant: bool) -> None:
+    """Catches statistics that move twice because each call has another view of them."""
+    rows = torch.stack([torch.zeros(3), torch.ones(3)])
+    x = torch.randn(6, 3, requires_grad=True)
+
+    def run(y: Tensor) -> Tensor:
+        return shuffle_batch_norm(y.sin(), rows[0], rows[1], training=True, mode="local")
+
+    y: Any = checkpoint(run, x, use_reentrant=use_reentrant)
+    once = rows.clone()
+    y.sum().backward()
+    assert torch.equal(rows, once)
 
 
 def _on_ranks(way: str, mode: str) -> list[int]:

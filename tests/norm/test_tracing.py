@@ -78,6 +78,29 @@ def test_other_tracers_find_the_layers_path() -> None:
     assert tracer.names.keys() == {*(f"parts.body.{i}" for i in range(4)), "parts.head"}
 
 
+class Doubling(ShuffleBatchNorm):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * 2
+
+
+def test_fx_runs_hooks_and_subclasses_once() -> None:
+    """Catches what is recorded in a graph and run in its node again."""
+    net = nn.Sequential(Doubling(3, mode="local"), nn.BatchNorm2d(3))
+    ShuffleBatchNorm.convert_shuffle_batchnorm(net, mode="regroup", groups=2)
+    for layer in net:
+        layer.register_forward_hook(lambda _module, _inputs, output: output * 3)
+        layer.register_forward_pre_hook(lambda _module, inputs: inputs[0] + 1)
+    x = torch.randn(4, 3, 2, 2)
+    assert torch.equal(fx.symbolic_trace(net)(x), net(x))
+    twin = pickle.loads(pickle.dumps(ShuffleBatchNorm(3)))
+    for layer in (twin, copy.deepcopy(twin)):
+        assert [n.op for n in fx.symbolic_trace(nn.Sequential(layer)).graph.nodes][
+            1
+        ] == "call_module"
+    reverted = ShuffleBatchNorm.revert_shuffle_batchnorm(net)
+    assert "__module__" not in vars(reverted.get_submodule("1"))
+
+
 def test_fx_traces_layers_with_an_activation_whole() -> None:
     """Catches an activation that is lost in the graph."""
 
@@ -171,6 +194,24 @@ def test_a_checkpoint_around_compiled_code_raises(
         y.sum().backward()
 
 
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_so_does_the_function(use_reentrant: bool) -> None:
+    """Catches running statistics of the function that move twice."""
+    torch._dynamo.reset()
+    buffers = torch.zeros(3), torch.ones(3)
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def run(x: Tensor) -> Tensor:
+        return shuffle_batch_norm(x.sin(), *buffers, training=True, mode="local", groups=2).tanh()
+
+    x = torch.randn(4, 3, requires_grad=True)
+    run(x).sum().backward()
+    assert buffers[0].abs().min() > 0
+    y = checkpoint(run, x, use_reentrant=use_reentrant)
+    with pytest.raises(RuntimeError, match="checkpoint around compiled code would move"):
+        y.sum().backward()
+
+
 @MODES
 def test_compiled_layers_count_as_eager_ones(mode: str) -> None:
     """Catches batches that the operator in the graph counts twice, or not at all."""
@@ -207,7 +248,7 @@ def test_compiling_says_that_nothing_is_shuffled(groups: int) -> None:
             compiled(torch.randn(4, 3, 6, 6))
     texts = {str(w.message) for w in caught}
     assert len(texts) == (groups == 1)
-    assert all("groups=1, so mode 'regroup' shuffles nothing" in text for text in texts)
+    assert all("so mode 'regroup' shuffles nothing" in text for text in texts)
 
 
 @torch.no_grad()
@@ -229,10 +270,10 @@ def test_a_graph_communicates_as_the_model() -> None:
 def test_the_operators_text_names_the_call() -> None:
     """Catches an operator that counts inside a backward pass without a word."""
     number, x = torch.tensor(3), torch.ones(1, requires_grad=True)
-    torch.ops.shuffle_batchnorm.count_batch(number)
+    torch.ops.shuffle_batchnorm.count_batch(number, 1)
     assert number == 4
     y = x * 2
-    y.register_hook(lambda _: torch.ops.shuffle_batchnorm.count_batch(number))
+    y.register_hook(lambda _: torch.ops.shuffle_batchnorm.count_batch(number, 1))
     with pytest.raises(RuntimeError, match=re.escape("shuffle_batch_norm: a compiled layer")):
         y.backward()
     assert number == 4

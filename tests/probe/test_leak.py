@@ -17,7 +17,7 @@ from probe.known_leaks import (
     one_thread,
     pool_of_ids,
 )
-from shuffle_batchnorm import LeakReport, measure_leak
+from shuffle_batchnorm import LeakReport, ShuffleBatchNorm, measure_leak
 
 __all__ = ["one_thread"]  # a fixture
 
@@ -206,3 +206,14 @@ def test_the_report_reads_well() -> None:
         "leak 0.300 ± 0.010 (95 % interval 0.280 to 0.320): top-1 0.800 as trained, "
         "0.500 in a fresh batch; 1024 keys in 32 batches"
     )
+
+
+def test_the_default_device_does_not_matter() -> None:
+    """Catches a number drawn, or an interval taken, where it can't be read."""
+    encoder = nn.Sequential(nn.Linear(6, 16), ShuffleBatchNorm(16, mode="local", groups=4))
+    images, queue = torch.randn(64, 6), torch.randn(32, 16)
+    options: dict[str, Any] = dict(batch_size=16, batches=8, keys_per_batch=4, keys_per_pass=4)
+    want = measure_leak(encoder, encoder, images, None, queue, **options)
+    with torch.device("meta"):
+        got = measure_leak(encoder, encoder, images, None, queue, **options)
+    assert got == want

@@ -176,3 +176,12 @@ def test_one_rank_that_differs_ends_all(kind: str, message: str) -> None:
     outcomes = outcomes_on_ranks(2, _bad, kind)
     assert message in str(outcomes[0])
     assert all(isinstance(outcome, Exception) for outcome in outcomes)
+
+
+def test_the_default_device_does_not_matter() -> None:
+    """Catches a report made where it can't be read."""
+    model, x = nn.Sequential(ShuffleBatchNorm(3, groups=2)), torch.randn(4, 3)
+    want = stability(model, x)
+    with torch.device("meta"):
+        got = stability(model, x)
+    assert (got.spectral_radius, str(got)) == (want.spectral_radius, str(want))

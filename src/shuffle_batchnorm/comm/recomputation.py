@@ -1,11 +1,11 @@
 """Whether a forward pass is run again inside a backward pass."""
 
-from collections import Counter
 from collections.abc import Hashable
+from typing import NamedTuple
 
 import torch
 
-_MOST_KINDS = 256
+_MOST_NOTES = 256
 
 
 def is_recomputation() -> bool:
@@ -13,6 +13,20 @@ def is_recomputation() -> bool:
     if torch.compiler.is_compiling():
         return False
     return torch._C._current_graph_task_id() != -1
+
+
+class _Note(NamedTuple):
+    """A forward that may be repeated.
+
+    Attributes:
+        kind: the same for a forward and its repetition.
+        hooked: whether it ran under saved-tensor hooks, as in checkpoints that are not reentrant.
+        moved: whether it moved statistics, or repeated one that had.
+    """
+
+    kind: Hashable
+    hooked: bool
+    moved: bool
 
 
 class Forwards:
@@ -23,9 +37,9 @@ class Forwards:
     """
 
     def __init__(self) -> None:
-        self._open: Counter[tuple[Hashable, bool]] = Counter()
-        # Repetitions that will be repeated themselves, in nested checkpoints.
-        self._nested: Counter[tuple[Hashable, bool]] = Counter()
+        self._notes: list[_Note] = []
+        # Of repetitions that will be repeated themselves, in nested checkpoints.
+        self._nested: list[_Note] = []
 
     def begin(self, kind: Hashable, tracked: bool) -> tuple[bool, bool]:
         """Take note of a forward.
@@ -37,33 +51,31 @@ class Forwards:
         Returns:
             Whether statistics have to be moved, and whether this forward repeats another.
         """
-        repeats, moved = False, False
-        nested = is_recomputation()
-        if nested:
-            repeats, moved = self._find(kind)
+        first = None
+        notes = self._notes
+        if is_recomputation():
+            first, notes = self._find(kind), self._nested
         elif self._nested:
             self._nested.clear()
+        moved = first is not None and first.moved
         moves = tracked and not moved
-        if not nested and _may_be_repeated():
-            if len(self._open) >= _MOST_KINDS:
-                self._open.clear()
-            self._open[kind, moves] += 1
-        elif repeats and _may_be_repeated():
-            self._nested[kind, moves or moved] += 1
-        return moves, repeats
+        if notes is self._notes or first is not None:
+            hooked = _is_hooked()
+            if hooked or not torch.is_grad_enabled():
+                notes.append(_Note(kind, hooked, moves or moved))
+                del notes[:-_MOST_NOTES]
+        return moves, first is not None
 
-    def _find(self, kind: Hashable) -> tuple[bool, bool]:
-        """Return whether a forward of this kind waits for its repetition, and if it has moved."""
-        for forwards in (self._open, self._nested):
-            for moved in (False, True):
-                if forwards[kind, moved]:
-                    forwards[kind, moved] -= 1
-                    return True, moved
-        return False, False
+    def _find(self, kind: Hashable) -> _Note | None:
+        """Remove and return the note of the forward that is repeated: the last of this kind."""
+        hooked = _is_hooked()
+        for notes in (self._notes, self._nested):
+            same = [i for i, note in enumerate(notes) if note.kind == kind]
+            if same:
+                return notes.pop(max(same, key=lambda i: (notes[i].hooked == hooked, i)))
+        return None
 
 
-def _may_be_repeated() -> bool:
-    if not torch.is_grad_enabled():
-        return True
+def _is_hooked() -> bool:
     hooks: object = torch._C._autograd._top_saved_tensors_default_hooks(False)
     return hooks is not None

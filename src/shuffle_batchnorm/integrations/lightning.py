@@ -92,6 +92,7 @@ class ShuffleBatchNormCallback(Callback):
         mesh = getattr(pl_module, "device_mesh", None)
         if self._process_group is None and mesh is not None:
             self._group = mesh["data_parallel"]
+        list(_named(pl_module, self._names))  # raises before anything is converted
         self._found = 0, 0
         with warnings.catch_warnings():
             if not trainer.is_global_zero:  # rank 0 says it

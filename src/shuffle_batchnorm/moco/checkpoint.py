@@ -9,6 +9,7 @@ import io
 import json
 import os
 import time
+import warnings
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -165,7 +166,8 @@ def load(path: Path) -> State:
         raise DamagedError(f"checkpoint: {path} is damaged")
     state = None
     if is_whole:
-        with suppress(Exception):  # a model as a whole, say, or no file of torch's
+        # A model as a whole, say, or no file of torch's, which may warn of what it takes it for.
+        with warnings.catch_warnings(action="ignore"), suppress(Exception):
             state = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(state, dict) or not state.keys() >= PARTS:
         raise DamagedError(f"checkpoint: {path} is not a checkpoint of this trainer")

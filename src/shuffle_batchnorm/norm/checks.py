@@ -11,7 +11,7 @@ from shuffle_batchnorm.comm.world import ProcessGroupLike, World, resolve
 from shuffle_batchnorm.kernels import select
 from shuffle_batchnorm.kernels.rows import accumulation_dtype
 
-from .mixing import CALL, Options, Plan, make_plan
+from .mixing import CALL, Options, Plan, check_options, make_plan
 from .statistics import Call, RowFormat, asks_peers, mix, prepare_call, rejection
 from .tracing import warn
 
@@ -75,17 +75,30 @@ def check_input(
 
 def check_eps(eps: float) -> None:
     """Raise a ValueError unless `eps` is positive."""
+    if not isinstance(eps, (float, int)):
+        raise TypeError(f"{CALL}: eps must be a number, got {eps!r}")
     if not eps > 0:
         raise ValueError(f"{CALL}: eps must be positive when training, got eps={eps}")
 
 
-def check_local(input: Any) -> None:
-    """Raise a TypeError if the input is one of many shards: ranks exchange statistics here."""
-    if any(kind.__name__ == "DTensor" for kind in type(input).__mro__):
-        raise TypeError(
-            f"{CALL}: input is a DTensor; pass this rank's samples, input.to_local(), and shard "
-            "the output again with DTensor.from_local"
-        )
+def check_local(input: Any, parameters: Parameters) -> None:
+    """Raise a TypeError for tensors that are shards: ranks exchange statistics here."""
+    for name, tensor in (("input", input), *parameters._asdict().items()):
+        if type(tensor).__name__ == "DTensor":
+            raise TypeError(
+                f"{CALL}: {name} is a DTensor; pass this rank's part of it, {name}.to_local(), "
+                "and leave the layer out of distribute_module"
+            )
+
+
+def check_or_announce(options: Options, world: World) -> None:
+    """Raise what is wrong with options, and let peers that wait for this rank know."""
+    try:
+        check_options(CALL, options)
+    except (TypeError, ValueError) as error:
+        if not torch.compiler.is_compiling():
+            failures.announce(world, str(error))
+        raise
 
 
 def agree_once(options: Options, call: Call, world: World) -> None:
@@ -163,8 +176,8 @@ def warn_of_few_groups(options: Options, process_group: ProcessGroupLike) -> Non
     cure = f"groups={-(-8 // ranks)} cuts each rank's batch into virtual groups"
     if total == 1:
         warn(
-            f"there is one process and groups=1, so mode {mode!r} shuffles nothing; {cure}, and "
-            "torch.distributed.init_process_group makes ranks to shuffle among"
+            f"one rank with groups=1 is a single group, so mode {mode!r} shuffles nothing; {cure}, "
+            "and a process group of several ranks shuffles among them"
         )
     elif ranks > 1 and mode == "regroup" and total < min(8, blocks):
         warn(

@@ -1,8 +1,10 @@
 """Replacing layers of a model in place by others that share everything with them."""
 
+import copy
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
+from types import FunctionType
 from typing import Any, TypeVar
 
 import torch
@@ -16,9 +18,7 @@ _CONVERTIBLE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm
 _STANDARD = ", ".join(kind.__name__ for kind in _CONVERTIBLE)
 _DEEP = 8  # layers in mode swap from which the growth of the activations is worth a warning
 # What a subclass may define and still normalise as its base does.
-_HARMLESS = {
-    "__init__", "__annotate_func__", "_check_input_dim", "extra_repr", "reset_parameters",
-}  # fmt: skip
+_HARMLESS = {"__init__", "__annotate_func__", "extra_repr", "reset_parameters"}
 _CONVERT, _REVERT = "convert_shuffle_batchnorm", "revert_shuffle_batchnorm"
 
 
@@ -130,6 +130,7 @@ def _twin(layer: nn.Module, layer_type: type[Layer]) -> Layer:
     """Return a module of another class with the same parameters, buffers, hooks and attributes."""
     twin = layer_type.__new__(layer_type)
     twin.__dict__.update(layer.__dict__)
+    twin.__dict__.pop("_compiled_call_impl", None)  # by Module.compile: it calls the old layer
     for name in ("_parameters", "_buffers", "_modules"):
         # Tables of their own, so that a tensor set on one layer is not set on the other. The hook
         # tables stay shared: a handle made before can still remove its hook.
@@ -165,14 +166,21 @@ def _obstacle(layer: nn.Module) -> str:
             "remove the parametrization first "
             "(torch.nn.utils.parametrize.remove_parametrizations), and register it again after"
         )
+    if "forward" in layer.__dict__:
+        return "its forward was set on the object, as Accelerate's hooks do; remove that first"
     tensors = [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]
     sharded = any(_is_a("DTensor", t) or hasattr(t, "_fsdp_flattened") for t in tensors)
-    if sharded or _is_a("FSDPModule", layer):
+    # Flattened by FSDP1, it is a plain attribute, and no hook makes it from another parameter.
+    lost = "weight" in layer.__dict__ and not any(n.startswith("weight") for n in layer._parameters)
+    if sharded or lost or _is_a("FSDPModule", layer):
         return _WRAPPED
     return ""
 
 
-_WRAPPED = "convert before fully_shard or FullyShardedDataParallel, and revert before them as well"
+_WRAPPED = (
+    "convert before fully_shard, FullyShardedDataParallel or distribute_module, and revert before "
+    "them as well"
+)
 
 
 def _check_not_wrapped(call: str, module: nn.Module, layers: dict[nn.Module, str]) -> None:
@@ -192,8 +200,8 @@ def _is_a(name: str, thing: object) -> bool:
 def _doubt(layer: nn.Module) -> str:
     """Return why a layer might do more than batch normalisation; empty if it does not."""
     own = _own_behaviour(layer) - _HARMLESS
-    if _has_activation(layer):
-        own.remove("forward")
+    if own == {"forward"} and _has_activation(layer):
+        return "" if _activates_last(layer) else "its forward is not drop and act after batch norm"
     if not own:
         return ""
     return (
@@ -203,22 +211,43 @@ def _doubt(layer: nn.Module) -> str:
 
 
 def _own_behaviour(layer: nn.Module) -> set[str]:
-    """Return the names of what a layer's class defines beyond torch's batch norm."""
-    own: set[str] = set()
-    for kind in type(layer).__mro__:
-        if kind in (*_CONVERTIBLE, _BatchNorm):
-            break
-        own |= {
-            name
-            for name, value in vars(kind).items()
-            if callable(value) or isinstance(value, (property, classmethod, staticmethod))
-        }
-    return own
+    """Return the names of what a layer's classes, but those of torch, define to be called."""
+    kinds = (FunctionType, property, classmethod, staticmethod)
+    return {
+        name
+        for kind in type(layer).__mro__
+        if kind not in nn.BatchNorm1d.__mro__ and kind not in _CONVERTIBLE
+        for name, value in vars(kind).items()
+        if isinstance(value, kinds)
+    }
 
 
 def _has_activation(layer: nn.Module) -> bool:
     """Whether this is a batch norm followed by its `drop` and `act`, as timm's BatchNormAct2d."""
     return layer._modules.keys() == {"drop", "act"} and "forward" in _own_behaviour(layer)
+
+
+def _activates_last(layer: nn.Module) -> bool:
+    """Whether a layer's forward gives in eval mode what `drop` and `act` after batch norm give."""
+    tensor = next(layer.parameters(), next(layer.buffers(), torch.empty(0)))
+    if tensor.is_meta:
+        return True
+    # Called without hooks, and with numbers that show an order.
+    twin: Any = _twin(layer, type(layer))
+    twin.training = False
+    for name, child in layer._modules.items():
+        twin._modules[name] = copy.deepcopy(child).eval()  # type: ignore[union-attr]
+    channels = torch.linspace(-2, 2, twin.num_features).to(tensor)
+    mean, var, weight, bias = channels, channels.exp(), channels + 0.3, channels.cos()
+    twin._buffers.update(running_mean=mean, running_var=var)
+    twin._parameters.update(weight=weight, bias=bias)
+    space = {nn.BatchNorm1d: (3,), nn.BatchNorm3d: (3, 1, 1)}
+    ends = next((space[kind] for kind in space if isinstance(layer, kind)), (3, 1))
+    x = torch.linspace(-4, 4, 6 * twin.num_features).to(tensor).view(2, twin.num_features, *ends)
+    with torch.no_grad():
+        norm = nn.functional.batch_norm(x, mean, var, weight, bias, eps=twin.eps)
+        want = twin.act(twin.drop(norm))
+        return torch.allclose(type(layer).forward(twin, x), want, rtol=0.02, atol=0.02)
 
 
 def _refusal(call: str, name: str, layer: nn.Module, cure: str) -> str:

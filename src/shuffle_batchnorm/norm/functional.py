@@ -34,6 +34,7 @@ from .checks import (
     check_eps,
     check_input,
     check_local,
+    check_or_announce,
     refuse,
     warn_if_nothing_is_shuffled,
 )
@@ -46,7 +47,7 @@ from .statistics import (
     prepare_call,
     statistics_of,
 )
-from .tracing import check_no_transform
+from .tracing import check_no_transform, count_batch
 
 
 def shuffle_batch_norm(
@@ -126,23 +127,26 @@ def shuffle_batch_norm(
         [-5.0, -3.0, 3.0, 5.0]
     """
     options = Options(mode, groups, offset, blocks)
-    check_options(CALL, options)
     check_process_group(CALL, process_group)
     if not training:
+        check_options(CALL, options)
         return F.batch_norm(input, running_mean, running_var, weight, bias, False, 0.0, eps)
     buffers = (running_mean, running_var)
     if isinstance(running_mean, Tensor) and not torch.compiler.is_compiling():
-        forwards = _forwards.setdefault(running_mean, Forwards())
-        moves, _ = forwards.begin(kind_of(input), tracked=True)
+        owner = running_mean if running_mean._base is None else running_mean._base
+        if owner not in _forwards:
+            _forwards[owner] = Forwards()
+        kind = kind_of(input), running_mean.storage_offset()
+        moves, _ = _forwards[owner].begin(kind, tracked=True)
         buffers = buffers if moves else (None, None)
     parameters = Parameters(weight, bias, *buffers)
-    return normalise(input, parameters, momentum, eps, options, process_group, _calls).output
+    return normalise(input, parameters, None, momentum, eps, options, process_group, _calls).output
 
 
 Calls = dict[Any, Call]
 _calls: Calls = {}
 _MOST_CALLS = 256
-# By the running mean, which is what two calls with the same statistics have in common.
+# By the running mean, or what it is a view of, which calls with the same statistics share.
 _forwards = WeakIdKeyDictionary()
 
 
@@ -162,6 +166,7 @@ class Normalised(NamedTuple):
 def normalise(
     input: Tensor,
     parameters: Parameters,
+    num_batches_tracked: Tensor | None,
     momentum: float | Tensor,
     eps: float,
     options: Options,
@@ -186,6 +191,11 @@ def normalise(
         running = None
         if running_mean is not None and running_var is not None:
             running = Running(running_mean, running_var, momentum)
+        # Before what follows, which a checkpoint may leave when it has what it needs.
+        if num_batches_tracked is not None:
+            count_batch(num_batches_tracked)
+        elif running is not None:
+            count_batch(running.mean, 0)
         rstd, scale = _normaliser_rows(statistics, input, weight, eps, running, call)
         source: tuple[Tensor, ...] | tuple[None, ...] = (None, None, None)
         if statistics.source is not None:
@@ -222,13 +232,13 @@ def _find_call(
     if can_keep:
         tensors = input, *parameters
         forms = [None if t is None else (t.shape, t.dtype, t.device) for t in tensors]
-        key = options, eps > 0, world.rank, world.size, *forms
+        key = options, eps, world.rank, world.size, *forms
         if key in calls:
             return calls[key]
-    check_options(CALL, options)
+    check_or_announce(options, world)
     try:
         check_eps(eps)
-        check_local(input)
+        check_local(input, parameters)
         check_input(input, parameters, options.groups, num_features, check_dimensions)
     except (TypeError, ValueError) as error:
         refuse(error, input, parameters, options, world, num_features)

@@ -169,12 +169,15 @@ def mixing_matrix(
     if batch_size % groups:
         raise ValueError(f"{call}: batch_size {batch_size} is not divisible by groups={groups}")
     plan = make_plan(options, world_size, rank=0)
-    sizes = torch.tensor(plan.sizes(batch_size) * world_size)
     cells = [(i, c) for i in range(plan.total_groups) for c in range(plan.per_group)]
-    used = torch.tensor([plan.used(i, c) for i, c in cells]).repeat_interleave(sizes)
-    joined = torch.tensor([plan.joined(i, c) for i, c in cells]).repeat_interleave(sizes)
+    sizes = torch.tensor(plan.sizes(batch_size) * world_size, device="cpu")
+    used, joined = (
+        torch.tensor([number(i, c) for i, c in cells], device="cpu").repeat_interleave(sizes)
+        for number in (plan.used, plan.joined)
+    )
     members = (used[:, None] == joined[None, :]).double()
-    return members / members.sum(dim=1, keepdim=True)
+    weights: Tensor = members / members.sum(dim=1, keepdim=True)
+    return weights
 
 
 def spectral_radius(matrix: Tensor) -> float:

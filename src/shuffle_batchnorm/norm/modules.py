@@ -17,7 +17,7 @@ from .convert import FilterFn, convert, revert
 from .functional import Calls, kind_of, normalise
 from .mixing import CALL, Options, check_options
 from .statistics import StatisticsRecord, own_statistics, per_sample_statistics
-from .tracing import ReplacementWarning, call_as_node, count_batch, is_traced, refuse_to
+from .tracing import LEAF, ReplacementWarning, refuse_to
 
 
 class ShuffleBatchNorm(_BatchNorm):
@@ -117,6 +117,7 @@ class ShuffleBatchNorm(_BatchNorm):
         """Drop what belongs to this very object in this process, not to the model."""
         self._calls: Calls = {}
         self._forwards = Forwards()
+        self.__dict__["__module__"] = LEAF
         self._sinks: list[tuple[str, list[StatisticsRecord]]] = []
 
     def reset_parameters(self) -> None:
@@ -129,8 +130,6 @@ class ShuffleBatchNorm(_BatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise ``[N, C, *]``. See the class."""
-        if is_traced(input):
-            return call_as_node(self, input)  # type: ignore[no-any-return]
         output = self._train(input) if self.training else self._evaluate(input)
         if self._is_followed:
             for name in ("drop", "act"):
@@ -146,17 +145,17 @@ class ShuffleBatchNorm(_BatchNorm):
             if self._former is not None:
                 warn_of_few_groups(options, self.process_group)
         else:
-            if self._new:
+            if self._new and self.offset:
                 self._new.clear()
                 warn_of_few_groups(options, self.process_group)
             tracked, repeats = self._forwards.begin(kind_of(input), tracked)
         buffers = (self.running_mean, self.running_var) if tracked else (None, None)
+        number = self.num_batches_tracked if tracked else None
         result = normalise(
-            input, Parameters(self.weight, self.bias, *buffers), self._running_step(), self.eps,
-            options, self.process_group, self._calls, self.num_features, self._check_dimensions,
+            input, Parameters(self.weight, self.bias, *buffers), number, self._running_step(),
+            self.eps, options, self.process_group, self._calls, self.num_features,
+            self._check_dimensions,
         )  # fmt: skip
-        if tracked and self.num_batches_tracked is not None:
-            count_batch(self.num_batches_tracked)
         if self._sinks and not repeats:
             mean, std = per_sample_statistics(result.statistics, result.sizes)
             self._record(input, mean, std.square())
@@ -298,7 +297,7 @@ class ShuffleBatchNorm(_BatchNorm):
         return revert(module, cls, cls._OWN_ATTRIBUTES, filter_fn)
 
     qconfig = ReplacementWarning()  # which nobody has set
-    _TRANSIENT = ("_calls", "_forwards", "_sinks")
+    _TRANSIENT = ("_calls", "_forwards", "_sinks", "__module__")
     _OWN_ATTRIBUTES = ("process_group", "mode", "groups", "offset", "blocks", "_new", *_TRANSIENT)
 
     def _replicate_for_data_parallel(self) -> Self:

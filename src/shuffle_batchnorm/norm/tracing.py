@@ -5,47 +5,42 @@ import warnings
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from .mixing import CALL
 
+# A layer's own ``__module__`` makes it a node of a graph: torch.fx looks there, not at the class,
+# and traces into what is not in torch.nn. The class keeps its own, for pickle.
+LEAF = "torch.nn (shuffle_batchnorm)"
+
 # Counts a batch in compiled code, which an eager checkpoint around it would run twice: there no
 # Python code is left that could tell. An operator, so that the compiler keeps it.
-torch.library.define("shuffle_batchnorm::count_batch", "(Tensor(a!) number) -> ()")
 
 
-def _count_batch(number: Tensor) -> None:
+def _count_batch(number: Tensor, step: int) -> None:
     if torch._C._current_graph_task_id() != -1:
         raise RuntimeError(
             f"{CALL}: a compiled layer was run inside a backward pass: an activation checkpoint "
             "around compiled code would move its running statistics twice; put the checkpoint "
             "inside the code that is compiled"
         )
-    number.add_(1)
+    number.add_(step)
 
 
-torch.library.impl("shuffle_batchnorm::count_batch", "CompositeExplicitAutograd", _count_batch)
-torch.library.register_fake("shuffle_batchnorm::count_batch", lambda _number: None)
+_NAME = "shuffle_batchnorm::count_batch"
+if not hasattr(torch.ops.shuffle_batchnorm, "count_batch"):  # else this module is loaded again
+    torch.library.define(_NAME, "(Tensor(a!) number, int step) -> ()")
+    torch.library.impl(_NAME, "CompositeExplicitAutograd", _count_batch)
+    torch.library.register_fake(_NAME, lambda _number, _step: None)
 
 
-def count_batch(number: Tensor) -> None:
-    """Add 1 to a layer's number of batches."""
+def count_batch(number: Tensor, step: int = 1) -> None:
+    """Add to a layer's number of batches; compiled code raises in a backward pass."""
     if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
-        torch.ops.shuffle_batchnorm.count_batch(number)
-    else:
-        number.add_(1)
-
-
-def is_traced(input: object) -> bool:
-    """Whether ``torch.fx`` traces a call with this input."""
-    return isinstance(input, fx.Proxy)
-
-
-def call_as_node(layer: nn.Module, input: Any) -> Any:
-    """Return the output of a layer in a graph of ``torch.fx``, where it is a node, as torch's."""
-    tracer = input.tracer
-    return tracer.create_proxy("call_module", tracer.path_of_module(layer), (input,), {})
+        torch.ops.shuffle_batchnorm.count_batch(number, step)
+    elif step:
+        number.add_(step)
 
 
 def check_no_transform(input: Any) -> None:

@@ -45,7 +45,7 @@ def batch_interval(
     mean = values.mean()
     deviations = values[drawn].mean(dim=1) - mean
     tail = (1 - confidence) / 2
-    ends = torch.quantile(deviations, torch.tensor([tail, 1 - tail], dtype=values.dtype))
+    ends = [torch.quantile(deviations, share) for share in (tail, 1 - tail)]
     wider = math.sqrt(batches / (batches - 1))
     wider *= student_quantile(confidence, batches - 1) / NormalDist().inv_cdf(1 - tail)
     unseen = 1 - (1 - confidence) ** (1 / keys)

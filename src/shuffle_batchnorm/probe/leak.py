@@ -191,7 +191,7 @@ def measure_leak(
         standard_error, interval = batch_interval(
             trained - fresh, keys, confidence=confidence, resamples=resamples, seed=drawn
         )
-        if batches < ENOUGH:
+        if batches < ENOUGH and world.rank == 0:
             warnings.warn(
                 f"{CALL}: {batches} batches are too few for the interval: below {ENOUGH} it misses "
                 f"the true leak more often than its confidence of {100 * confidence:g} % says; "

@@ -237,13 +237,15 @@ _HOOKS = "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backwa
 def _foreign_hooks(encoder: nn.Module) -> Iterator[tuple[int, str]]:
     """Yield number and description of the users' hooks on the encoder's modules."""
     of_all = {kind: getattr(nn.modules.module, f"_global{kind}") for kind in _HOOKS}
-    places = [(repr(name), vars(module)) for name, module in encoder.named_modules()]
-    for (place, tables), kind in itertools.product([*places, ("all modules", of_all)], _HOOKS):
-        for number, entry in tables[kind].items():
+    owners = ((repr(name), vars(module)) for name, module in encoder.named_modules())
+    for owner, tables in itertools.chain(owners, [("all modules", of_all)]):
+        entries = [entry for kind in _HOOKS if tables[kind] for entry in tables[kind].items()]
+        for number, entry in entries:
             hook = getattr(entry, "func", entry)  # of functools.partial, the function
-            if str(hook.__module__).partition(".")[0] not in ("torch", "shuffle_batchnorm"):
+            module = str(getattr(hook, "__module__", ""))
+            if module.partition(".")[0] not in ("torch", "shuffle_batchnorm"):
                 name = getattr(hook, "__qualname__", type(hook).__qualname__)
-                yield number, f"{name} on {place}"
+                yield number, f"{name} on {owner}"
 
 
 def _count_groups(layer: _BatchNorm, world: World) -> int:

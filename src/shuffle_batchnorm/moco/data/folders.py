@@ -67,7 +67,7 @@ class FolderImages(Dataset[tuple[Tensor, int]]):
     def __init__(self, folder: Path, side: int, classes: list[str] | None = None) -> None:
         if not folder.is_dir():
             raise DataError(f"{CALL}: --dataset imagefolder needs the folder {folder}")
-        _, found, _ = next(_walk(folder))
+        _, found, _ = next(_walk(folder), (folder, [], []))  # one that links to itself is empty
         self.side, self.classes = side, found if classes is None else classes
         unknown = sorted(set(found) - set(self.classes))
         if unknown:
