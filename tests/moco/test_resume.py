@@ -135,6 +135,29 @@ def test_a_run_that_had_ended_says_so(tmp_path: Path, capsys: pytest.CaptureFixt
     assert (out.count("\n"), err) == (1, "")
 
 
+@pytest.mark.parametrize("text", ["[]", "{}", "null", '{"config": []}', "\x00\xff"])
+def test_other_damaged_files_of_a_run(tmp_path: Path, text: str) -> None:
+    """Catches tracebacks, and a run that begins anew over one that had ended."""
+    whole = tmp_path / "whole"
+    train_quickly(small_config(whole, epochs=1))
+    for name in ("record.json", "config.json"):
+        folder = tmp_path / name
+        shutil.copytree(whole, folder)
+        (folder / name).write_text(text)
+        with pytest.raises(CheckpointError, match=rf"{name} (is damaged, or not of|is not JSON)"):
+            train_quickly(small_config(folder, epochs=1, resume=True))
+
+
+@pytest.mark.parametrize("text", [b"\xff\xfe", b"a,b\n1,2\n", b"step,loss\nx,1\n"])
+def test_damaged_steps_are_named(tmp_path: Path, text: bytes) -> None:
+    """Catches a traceback of the csv module."""
+    train_quickly(small_config(tmp_path, epochs=1, save_every=3))
+    (tmp_path / "record.json").unlink()
+    (tmp_path / "steps.csv").write_bytes(text)
+    with pytest.raises(CheckpointError, match=r"steps\.csv is damaged; remove it"):
+        train_quickly(small_config(tmp_path, epochs=1, save_every=3, resume=True))
+
+
 @pytest.mark.parametrize(
     ("record", "expected"),
     [

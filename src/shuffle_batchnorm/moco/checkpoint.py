@@ -113,6 +113,24 @@ def read_json(path: Path) -> Any:
         raise CheckpointError(f"{CALL}: {path} is not JSON: {error}") from error
 
 
+def read_object(path: Path, kinds: dict[str, type]) -> State:
+    """Return what a file of a run holds.
+
+    Args:
+        path: of the file.
+        kinds: by name, what it must have.
+
+    Raises:
+        CheckpointError: it can't be read, or is something else.
+    """
+    value = read_json(path)
+    if not isinstance(value, dict) or any(
+        name not in value or not isinstance(value[name], kind) for name, kind in kinds.items()
+    ):
+        raise CheckpointError(f"{CALL}: {path} is damaged, or not of this trainer; remove it")
+    return value
+
+
 def find(folder: Path) -> list[Path]:
     """Return the checkpoints to go on from, the latest first."""
     return [path for path in (folder / LAST, folder / PREVIOUS) if path.exists()]

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from .checkpoint import CheckpointError, read_json, write_atomically, write_json
+from .checkpoint import CheckpointError, read_object, write_atomically, write_json
 from .config import CALL, Config, to_dict
 
 Row = Mapping[str, Any]
@@ -189,7 +189,9 @@ def _describe(config: Config, world_size: int, path: Path) -> dict[str, Any]:
         "processor": processor(),
         "cpus": os.cpu_count(),
     }
-    starts = read_json(path).get("starts", []) if config.run.resume and path.exists() else []
+    starts = []
+    if config.run.resume and path.exists():
+        starts = read_object(path, {"starts": list})["starts"]
     return {"config": to_dict(config), "world_size": world_size, "starts": [*starts, start]}
 
 
@@ -197,9 +199,12 @@ def _read_steps(path: Path, step: int) -> list[Row]:
     """Return the rows of the steps that are done; a row cut short by a crash is after them."""
     if step == 0 or not path.exists():
         return []
-    with path.open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if None not in {*row, *row.values()}]
-    return [row for row in rows if int(row["step"]) <= step]
+    try:
+        with path.open(newline="") as file:
+            rows = [r for r in csv.DictReader(file) if None not in r and None not in r.values()]
+        return [row for row in rows if int(row["step"]) <= step]
+    except (KeyError, ValueError, csv.Error) as error:
+        raise CheckpointError(f"{CALL}: {path} is damaged; remove it: its rows are lost") from error
 
 
 def _tensorboard(folder: Path, step: int) -> Any:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import checkpoint
-from .checkpoint import DAMAGED, State, read_json, refuse_changes
+from .checkpoint import DAMAGED, State, read_object, refuse_changes
 from .config import CALL, Config, ConfigError, to_dict
 from .journal import CONFIG, RECORD, warn
 from .model import MoCo
@@ -45,8 +45,9 @@ def find_run(config: Config, rank: Rank) -> RunState:
     where = {"world_size": rank.world_size, "device": rank.device.type}
     now = {"config": to_dict(config), **where}
     if record.exists():
-        refuse_changes(CALL, folder / CONFIG, read_json(folder / CONFIG), now)
-        return RunState(record=read_json(record))
+        before = read_object(folder / CONFIG, {"config": dict})
+        refuse_changes(CALL, folder / CONFIG, before, now)
+        return RunState(record=read_object(record, {"knn": object, "leak": object}))
     if not paths:
         return RunState()
     path, state, errors = checkpoint.load_latest(paths)

@@ -182,3 +182,10 @@ def test_many_missing_classes_are_counted(tmp_path: Path) -> None:
     _save(tmp_path / "test" / "h" / "0.png", np.zeros((8, 8, 3), np.uint8))
     [remark] = load_data(DataConfig("imagefolder", tmp_path)).remarks
     assert "test has no image of 7 of 8 classes (a, b, c, d, e, ...): " in remark
+
+
+def test_a_folder_that_is_a_link_to_its_parent(tmp_path: Path) -> None:
+    """Catches a traceback where the walk finds nothing that is below."""
+    (tmp_path / "train").symlink_to(tmp_path)
+    with pytest.raises(DataError, match="train holds no class folder with images in it"):
+        FolderImages(tmp_path / "train", 8)
