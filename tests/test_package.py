@@ -87,7 +87,15 @@ def test_the_source_distribution_is_lean(built: Path) -> None:
     """Catches runs, measurements and pictures that every download would carry."""
     found = files(built / "sdist")
     assert {name for name in found if "/" not in name} == {
-        *("CHANGELOG.md", "LICENSE", "README.md", "PKG-INFO", "pyproject.toml", ".gitignore")
+        *(
+            "CHANGELOG.md",
+            "CONTRIBUTING.md",
+            "LICENSE",
+            "README.md",
+            "PKG-INFO",
+            "pyproject.toml",
+            ".gitignore",
+        )
     }
     folders = {name.partition("/")[0] for name in found if "/" in name}
     assert folders == {"src", "tests", "docs", "benchmarks"}

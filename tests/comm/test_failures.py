@@ -138,6 +138,27 @@ def _two_groups_of_one_name() -> list[str]:
         return [_outcome(lambda: _sum(resolve(None, "test")))]
 
 
+def _after_a_group_that_one_rank_used(folder: str) -> list[str]:
+    rank, size = dist.get_rank(), dist.get_world_size()
+    if rank == 0:
+        failures.announce(resolve(None, "test"), "it is alone")
+    dist.barrier()
+    dist.destroy_process_group()
+    dist.init_process_group(
+        "gloo", init_method=Path(folder, "meet").as_uri(), rank=rank, world_size=size
+    )
+    with impatient():
+        if rank == 1:
+            failures.announce(resolve(None, "test"), "out of luck")
+        return [_outcome(lambda: _sum(resolve(None, "test")))]
+
+
+def test_a_group_before_that_one_rank_used_does_not_matter(tmp_path: Path) -> None:
+    """Catches ranks that count the groups of a name, each by itself, and look in other places."""
+    first, _ = run_on_ranks(2, _after_a_group_that_one_rank_used, str(tmp_path), fresh=True)
+    assert first == ["test: rank 1 stopped: out of luck"]
+
+
 def test_a_later_group_of_the_same_name_is_another() -> None:
     """Catches keys that outlive their group, as under torchrun, whose store is kept."""
     assert run_on_ranks(2, _two_groups_of_one_name, fresh=True) == [["2"]] * 2
@@ -183,3 +204,16 @@ def _count(calls: int) -> int:
     for _ in range(calls):
         _sum(world)
     return failures.begun(world) - before
+
+
+def _alone_among_imagined_ranks() -> str:
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.destroy_process_group()
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    return _outcome(lambda: _sum(resolve(None, "test")))
+
+
+def test_imagined_ranks_are_no_hindrance() -> None:
+    """Catches a store of torch's for dry runs that has no more than it needs."""
+    assert run_on_ranks(1, _alone_among_imagined_ranks, fresh=True) == ["1"]

@@ -7,6 +7,7 @@ peer is in another. A rank that leaves a collective before its end abandons the 
 """
 
 import time
+import uuid
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -42,7 +43,7 @@ class _Progress:
 
 
 _groups: WeakKeyDictionary[Any, _Progress] = WeakKeyDictionary()
-_names: Counter[str] = Counter()
+_names: dict[str, Counter[str]] = {}  # by the store, since some ranks may have had no use for one
 
 
 def announce(world: World, message: str) -> None:
@@ -150,9 +151,19 @@ def _count_failures(world: World, more: int) -> int:
 def _progress(world: World) -> _Progress:
     if world.group not in _groups:
         # Torch uses names again, and under torchrun the store outlives its groups.
-        _names[world.name] += 1
-        _groups[world.group] = _Progress(f"shuffle_batchnorm/{world.name}/{_names[world.name]}")
+        names = _names.setdefault(_name_of_store(), Counter())
+        names[world.name] += 1
+        _groups[world.group] = _Progress(f"shuffle_batchnorm/{world.name}/{names[world.name]}")
     return _groups[world.group]
+
+
+def _name_of_store() -> str:
+    """Return what the first rank to ask has named the store, the same on all ranks."""
+    try:
+        name: bytes = _store().compare_set("shuffle_batchnorm/store", "", uuid.uuid4().hex)
+    except RuntimeError:  # torch's FakeStore, whose other ranks are imagined, can't
+        return ""
+    return name.decode()
 
 
 def _write(world: World, key: str, text: str) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from shuffle_batchnorm.moco.config import CALL, DataConfig, UserError
+from shuffle_batchnorm.moco.ranks.spawn import start_tracker
 from shuffle_batchnorm.shuffle.permutations import DATA_SET, Key, permutation
 
 from .cifar import read_cifar
@@ -169,6 +170,8 @@ def make_loader(
         A loader, for any number of epochs; see `EpochBatches.set_epoch`. It raises a `UserError` of
         its workers as it would be without them.
     """
+    if workers:
+        start_tracker()
     return _Loader(
         _Batches(dataset),
         batch_sampler=batches,

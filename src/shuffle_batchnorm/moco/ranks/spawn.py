@@ -68,7 +68,7 @@ def holding_signals() -> Iterator[None]:
 
     A terminal's Ctrl-C goes to all processes, also to those that still import torch.
     """
-    _start_tracker()  # later, starting it would let signals through
+    start_tracker()  # later, starting it would let signals through
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
         yield
@@ -76,7 +76,7 @@ def holding_signals() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _start_tracker() -> None:
+def start_tracker() -> None:
     """Start multiprocessing's process that tidies up, one that does so without a word.
 
     Ranks that end after an error leave it the semaphores of their loaders, and it would warn.
