@@ -1,6 +1,7 @@
 """What a call of the layer has to be, what ranks must have in common, and how one refuses."""
 
 from collections.abc import Callable
+from numbers import Real
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -73,11 +74,11 @@ def check_input(
         )
 
 
-def check_eps(eps: float) -> None:
+def check_eps(eps: Any) -> None:
     """Raise a ValueError unless `eps` is positive."""
-    if not isinstance(eps, (float, int)):
+    if not isinstance(eps, Real):
         raise TypeError(f"{CALL}: eps must be a number, got {eps!r}")
-    if not eps > 0:
+    if not float(eps) > 0:
         raise ValueError(f"{CALL}: eps must be positive when training, got eps={eps}")
 
 

@@ -5,7 +5,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from types import FunctionType
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
@@ -216,7 +216,7 @@ def _own_behaviour(layer: nn.Module) -> set[str]:
     return {
         name
         for kind in type(layer).__mro__
-        if kind not in nn.BatchNorm1d.__mro__ and kind not in _CONVERTIBLE
+        if kind not in (*nn.BatchNorm1d.__mro__, *_CONVERTIBLE, Generic)
         for name, value in vars(kind).items()
         if isinstance(value, kinds)
     }
@@ -229,7 +229,7 @@ def _has_activation(layer: nn.Module) -> bool:
 
 def _activates_last(layer: nn.Module) -> bool:
     """Whether a layer's forward gives in eval mode what `drop` and `act` after batch norm give."""
-    tensor = next(layer.parameters(), next(layer.buffers(), torch.empty(0)))
+    tensor = next(layer.parameters(), next(layer.buffers(), torch.empty(0, device="cpu")))
     if tensor.is_meta:
         return True
     # Called without hooks, and with numbers that show an order.
@@ -237,13 +237,14 @@ def _activates_last(layer: nn.Module) -> bool:
     twin.training = False
     for name, child in layer._modules.items():
         twin._modules[name] = copy.deepcopy(child).eval()  # type: ignore[union-attr]
-    channels = torch.linspace(-2, 2, twin.num_features).to(tensor)
+    count = twin.num_features
+    channels = torch.linspace(-2, 2, count, device="cpu").to(tensor)
     mean, var, weight, bias = channels, channels.exp(), channels + 0.3, channels.cos()
     twin._buffers.update(running_mean=mean, running_var=var)
     twin._parameters.update(weight=weight, bias=bias)
     space = {nn.BatchNorm1d: (3,), nn.BatchNorm3d: (3, 1, 1)}
     ends = next((space[kind] for kind in space if isinstance(layer, kind)), (3, 1))
-    x = torch.linspace(-4, 4, 6 * twin.num_features).to(tensor).view(2, twin.num_features, *ends)
+    x = torch.linspace(-4, 4, 6 * count, device="cpu").to(tensor).view(2, count, *ends)
     with torch.no_grad():
         norm = nn.functional.batch_norm(x, mean, var, weight, bias, eps=twin.eps)
         want = twin.act(twin.drop(norm))

@@ -133,7 +133,7 @@ class ShuffleBatchNorm(_BatchNorm):
         output = self._train(input) if self.training else self._evaluate(input)
         if self._is_followed:
             for name in ("drop", "act"):
-                output = self.get_submodule(name)(output)
+                output = self._modules[name](output)  # type: ignore[misc]
         return output
 
     def _train(self, input: Tensor) -> Tensor:

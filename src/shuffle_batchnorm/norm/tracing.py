@@ -14,11 +14,12 @@ from .mixing import CALL
 # and traces into what is not in torch.nn. The class keeps its own, for pickle.
 LEAF = "torch.nn (shuffle_batchnorm)"
 
-# Counts a batch in compiled code, which an eager checkpoint around it would run twice: there no
-# Python code is left that could tell. An operator, so that the compiler keeps it.
-
 
 def _count_batch(number: Tensor, step: int) -> None:
+    """Count a batch in compiled code, which an eager checkpoint around it would run twice.
+
+    No Python code is left there that could tell; an operator is what the compiler keeps.
+    """
     if torch._C._current_graph_task_id() != -1:
         raise RuntimeError(
             f"{CALL}: a compiled layer was run inside a backward pass: an activation checkpoint "
