@@ -3,6 +3,8 @@
 import copy
 import pickle
 import re
+import subprocess
+import sys
 import warnings
 from functools import partial
 from typing import Any
@@ -299,3 +301,18 @@ def test_the_attribute_that_it_asks_for_is_the_users() -> None:
     assert pickle.loads(pickle.dumps(layer)).qconfig == "a config"
     del layer.qconfig
     assert not hasattr(layer, "qconfig")
+
+
+def test_the_package_can_be_imported_again() -> None:
+    """Catches an operator that may be defined once in a process, where notebooks reload modules."""
+    program = (
+        "import sys, shuffle_batchnorm\n"
+        "for name in [n for n in sys.modules if n.startswith('shuffle_batchnorm')]:\n"
+        "    del sys.modules[name]\n"
+        "import shuffle_batchnorm\n"
+        "print(shuffle_batchnorm.ShuffleBatchNorm(3).groups)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert run.stdout == "1\n"
