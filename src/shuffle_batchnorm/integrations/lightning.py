@@ -2,7 +2,8 @@
 
 import difflib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +39,59 @@ else:
     Callback, LayerSync = _base("callbacks", "Callback"), _base("plugins", "LayerSync")
 
 
-class ShuffleBatchNormCallback(Callback):
+class _Conversion:
+    """Which submodules of a LightningModule are converted, and how."""
+
+    def __init__(
+        self,
+        *submodules: str,
+        process_group: ProcessGroupLike = None,
+        mode: str = "regroup",
+        **options: Any,
+    ) -> None:
+        self._names = submodules
+        self._process_group = process_group
+        self._options = {"mode": mode, **options}
+
+    def _convert(self, model: nn.Module, group: ProcessGroupLike) -> nn.Module:
+        if _is_sharded(model) and self._count(model)[0]:  # by an earlier fit, which left them
+            return model
+        convert = partial(
+            ShuffleBatchNorm.convert_shuffle_batchnorm, process_group=group, **self._options
+        )
+        return self._replace(model, convert)
+
+    def _revert(self, model: nn.Module) -> nn.Module:
+        return self._replace(model, ShuffleBatchNorm.revert_shuffle_batchnorm)
+
+    def _replace(self, model: nn.Module, change: Callable[[nn.Module], nn.Module]) -> nn.Module:
+        for name, module in list(self._named(model)):
+            new = change(module)
+            if new is not module:  # it is a batch norm itself
+                model.set_submodule(name, new)
+        return model
+
+    def _named(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        for name in self._names or ("",):
+            try:
+                yield name, model.get_submodule(name)
+            except AttributeError:
+                known = [known for known, _ in model.named_modules() if known]
+                near = difflib.get_close_matches(name, known) or list(dict(model.named_children()))
+                raise ValueError(
+                    f"shuffle_batchnorm: {type(model).__name__} has no submodule {name!r} yet; "
+                    f"near names: {', '.join(near)}. What is built in setup or configure_model "
+                    "comes too late for the callback: convert it there"
+                ) from None
+
+    def _count(self, model: nn.Module) -> tuple[int, int]:
+        """Return how many batch norms of the named submodules are shuffled, and how many not."""
+        modules = {m for _, named in self._named(model) for m in named.modules()}
+        shuffled = sum(isinstance(m, ShuffleBatchNorm) for m in modules)
+        return shuffled, sum(isinstance(m, _BatchNorm) for m in modules) - shuffled
+
+
+class ShuffleBatchNormCallback(_Conversion, Callback):
     """Train with ShuffleBatchNorm in place of the batch norms of a LightningModule.
 
     Converts when ``fit`` begins, before the strategy wraps the model, and reverts after it, also
@@ -67,17 +120,8 @@ class ShuffleBatchNormCallback(Callback):
         >>> trainer = Trainer(callbacks=[callback], max_epochs=1)  # doctest: +SKIP
     """
 
-    def __init__(
-        self,
-        *submodules: str,
-        process_group: ProcessGroupLike = None,
-        mode: str = "regroup",
-        **options: Any,
-    ) -> None:
-        self._names = submodules
-        self._process_group = self._group = process_group
-        self._options = {"mode": mode, **options}
-        self._found: tuple[int, int] | None = None  # None outside of fit
+    _found: tuple[int, int] | None = None  # None outside of fit
+    _group: ProcessGroupLike = None  # of the layers, known when fit begins
 
     @property
     def state_key(self) -> str:
@@ -90,20 +134,21 @@ class ShuffleBatchNormCallback(Callback):
         if stage != "fit":
             return
         mesh = getattr(pl_module, "device_mesh", None)
-        if self._process_group is None and mesh is not None:
+        self._group = self._process_group
+        if self._group is None and mesh is not None:
             self._group = mesh["data_parallel"]
-        list(_named(pl_module, self._names))  # raises before anything is converted
+        list(self._named(pl_module))  # raises before anything is converted
         self._found = 0, 0
         with warnings.catch_warnings():
             if not trainer.is_global_zero:  # rank 0 says it
                 warnings.simplefilter("ignore")
-            _convert(pl_module, self._names, self._group, self._options)
-        self._found = _count(pl_module, self._names)
+            self._convert(pl_module, self._group)
+        self._found = self._count(pl_module)
 
     @override
     def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Raise if something has put other batch norms beside or in place of the converted."""
-        before, now = self._found or (0, 0), _count(pl_module, self._names)
+        before, now = self._found or (0, 0), self._count(pl_module)
         if now[0] < before[0]:
             raise RuntimeError(
                 f"ShuffleBatchNormCallback: {before[0] - now[0]} of {before[0]} converted layers "
@@ -129,7 +174,7 @@ class ShuffleBatchNormCallback(Callback):
 
     def _average(self, pl_module: "LightningModule") -> None:
         if self._found is not None:
-            for _, module in _named(pl_module, self._names):
+            for _, module in self._named(pl_module):
                 synchronize_running_stats(module)
 
     @override
@@ -146,7 +191,7 @@ class ShuffleBatchNormCallback(Callback):
 
     def _finish(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         if self._found is not None and not _is_sharded(trainer.model):
-            _revert(pl_module, self._names)
+            self._revert(pl_module)
         self._found = None
 
     @override
@@ -163,7 +208,7 @@ class ShuffleBatchNormCallback(Callback):
                 set_shuffle_state(state, group)
 
 
-class ShuffleBatchNormSync(LayerSync):
+class ShuffleBatchNormSync(_Conversion, LayerSync):
     """The conversion as a plugin, in the slot of ``Trainer(sync_batchnorm=True)``.
 
     Lightning refuses the two together. It applies this to the model as ``configure_model`` left it,
@@ -182,31 +227,23 @@ class ShuffleBatchNormSync(LayerSync):
 
     exists = False  # in this process
 
-    def __init__(
-        self,
-        *submodules: str,
-        process_group: ProcessGroupLike = None,
-        mode: str = "regroup",
-        **options: Any,
-    ) -> None:
-        self._names = submodules
-        self._process_group = process_group
-        self._options = {"mode": mode, **options}
+    def __init__(self, *submodules: str, **options: Any) -> None:
+        super().__init__(*submodules, **options)
         ShuffleBatchNormSync.exists = True
 
     @override
     def apply(self, model: nn.Module) -> nn.Module:
         """Convert the named submodules."""
-        return _convert(model, self._names, self._process_group, self._options)
+        return self._convert(model, self._process_group)
 
     @override
     def revert(self, model: nn.Module) -> nn.Module:
         """Revert them, unless they are sharded."""
-        return model if _is_sharded(model) else _revert(model, self._names)
+        return model if _is_sharded(model) else self._revert(model)
 
     def warn_unless_applied(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Warn if no layer is converted at the start of fit."""
-        if trainer.is_global_zero and _count(pl_module, self._names)[0] == 0:
+        if trainer.is_global_zero and self._count(pl_module)[0] == 0:
             warnings.warn(
                 "ShuffleBatchNormSync: no layer was converted, so nothing is shuffled in this fit: "
                 f"Lightning does not apply this plugin under {type(trainer.strategy).__name__}; "
@@ -224,47 +261,6 @@ class PluginWatch(Callback):
         plugin = trainer._accelerator_connector._layer_sync
         if isinstance(plugin, ShuffleBatchNormSync):
             plugin.warn_unless_applied(trainer, pl_module)
-
-
-def _convert(
-    model: nn.Module, names: tuple[str, ...], group: ProcessGroupLike, options: dict[str, Any]
-) -> nn.Module:
-    if _is_sharded(model) and _count(model, names)[0]:  # by an earlier fit, which left them
-        return model
-    for name, module in list(_named(model, names)):
-        new = ShuffleBatchNorm.convert_shuffle_batchnorm(module, group, **options)
-        if new is not module:  # it is a batch norm itself
-            model.set_submodule(name, new)
-    return model
-
-
-def _revert(model: nn.Module, names: tuple[str, ...]) -> nn.Module:
-    for name, module in list(_named(model, names)):
-        new = ShuffleBatchNorm.revert_shuffle_batchnorm(module)
-        if new is not module:
-            model.set_submodule(name, new)
-    return model
-
-
-def _named(model: nn.Module, names: tuple[str, ...]) -> Iterator[tuple[str, nn.Module]]:
-    for name in names or ("",):
-        try:
-            yield name, model.get_submodule(name)
-        except AttributeError:
-            known = [known for known, _ in model.named_modules() if known]
-            near = difflib.get_close_matches(name, known) or list(dict(model.named_children()))
-            raise ValueError(
-                f"shuffle_batchnorm: {type(model).__name__} has no submodule {name!r} yet; near "
-                f"names: {', '.join(near)}. What is built in setup or configure_model comes too "
-                "late for the callback: convert it there"
-            ) from None
-
-
-def _count(model: nn.Module, names: tuple[str, ...]) -> tuple[int, int]:
-    """Return how many batch norms of the named submodules are shuffled, and how many are not."""
-    modules = {m for _, named in _named(model, names) for m in named.modules()}
-    shuffled = sum(isinstance(m, ShuffleBatchNorm) for m in modules)
-    return shuffled, sum(isinstance(m, _BatchNorm) for m in modules) - shuffled
 
 
 def _is_sharded(model: nn.Module | None) -> bool:
