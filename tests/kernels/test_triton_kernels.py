@@ -22,7 +22,7 @@ CASES = [
     ((8, 3, 9), "float64", True, 1, False, 8),
     ((8, 130), "float32", False, 8, False, 8),
 ]
-HEAVY = {"moments", "affine", "grad_sums"}
+HEAVY = {"moments", "affine", "grad_sums", "grad_affine"}
 SMALL = {
     "merge_moments",
     "merge_sums",

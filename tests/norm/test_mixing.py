@@ -8,9 +8,8 @@ import torch
 
 import truth
 from shuffle_batchnorm import mixing_matrix, spectral_radius
-from shuffle_batchnorm.kernels import reference
 from shuffle_batchnorm.norm.mixing import MODES, Options, block_sizes, make_plan
-from shuffle_batchnorm.norm.statistics import RowFormat, prepare_call
+from shuffle_batchnorm.norm.statistics import RowFormat, prepare_local
 
 OFFSETS = [0, 1, -1, 2, 5, 7]
 
@@ -32,7 +31,8 @@ def test_groups_of_one_process_have_equal_shares(groups: int, offset: int, block
         plan = make_plan(Options("regroup", groups, offset, blocks), 1, 0)
         plan = plan.without_empty_blocks(batch)
         sizes = plan.sizes(batch)
-        found = prepare_call(plan, sizes, RowFormat(3, torch.float32), reference).mixing.groups
+        call = prepare_local(plan, torch.ones(batch, 3), 1.0, RowFormat(3, torch.float32), ())
+        found = call.local.groups
         if not plan.shuffles:
             assert found is None
             assert sizes == (batch // groups,) * groups

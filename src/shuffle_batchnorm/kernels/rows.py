@@ -56,11 +56,13 @@ class Running(NamedTuple):
         mean: ``[C]``.
         var: ``[C]``.
         step: the share of the batch in what they become.
+        number: of batches, which `triton_local` counts; elsewhere the layer has.
     """
 
     mean: Tensor
     var: Tensor
     step: float | Tensor
+    number: Tensor | None = None
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:

@@ -13,11 +13,15 @@ arithmetic is in the dtype of the rows. Arguments that mean the same everywhere:
 import triton
 import triton.language as tl
 
+from .triton_merge import is_last, merge_moments, merge_sums, move_running, sum_gradients
 
-@triton.jit(do_not_specialize=["columns", "splits"])
+
+@triton.jit(do_not_specialize=["weight", "columns", "splits", "members", "normalisers"])
 def moments(
-    x, starts, out, columns, outer, units, splits, SPLIT: tl.constexpr, UNIT: tl.constexpr,
+    x, starts, out, owners, order, weight, rows, arrivals, root: tl.float64, columns, members,
+    normalisers, splits, outer, units, SPLIT: tl.constexpr, UNIT: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
+    MERGED: tl.constexpr,
 ):  # fmt: skip
     """Write mean and standard deviation; or a split's mean, sum of squares about it, and count.
 
@@ -26,7 +30,8 @@ def moments(
     next to nothing where tiles resemble each other.
 
     `out` is ``[2, blocks, C]``, or ``[3, splits, blocks, C]`` if SPLIT, for `merge_moments`;
-    `columns` is blocks * C.
+    `columns` is blocks * C. If there are `arrivals`, the last program to end its part of a
+    normaliser's channels merges all parts of these, MERGED at a time.
     """
     dtype = out.dtype.element_ty
     inner = units * UNIT
@@ -78,18 +83,33 @@ def moments(
         tl.store(position + 2 * size, count + tl.zeros_like(squares), mask=exist)
     else:
         tl.store(position + size, tl.sqrt(squares / tl.maximum(count, 1)), mask=exist)
+    if arrivals is not None:
+        group, tiles, column, LANES = _merged(
+            block, owners, tile, outer, inner, CHANNELS_LAST, OUTER, INNER
+        )
+        if is_last(arrivals + group * tiles + tile, splits * members):
+            merge_moments(
+                out, order, weight, rows, root, group, normalisers, column, columns,
+                inner if CHANNELS_LAST else outer, splits, members, MERGED, LANES,
+            )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["columns", "splits"])
+@triton.jit(
+    do_not_specialize=[
+        "columns", "center_stride", "scale_at", "scale_stride", "splits", "members", "normalisers"
+    ]
+)  # fmt: skip
 def grad_sums(
-    dy, x, starts, owners, center, center_stride, scale, scale_stride, out, columns, outer, units,
-    splits, UNIT: tl.constexpr, CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr,
-    OUTER: tl.constexpr, INNER: tl.constexpr,
+    x, dy, starts, out, owners, order, center, scale, rows, arrivals, count: tl.float64, columns,
+    center_stride, scale_at, scale_stride, members, normalisers, splits, outer, units,
+    UNIT: tl.constexpr, CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr, OUTER: tl.constexpr,
+    INNER: tl.constexpr, MERGED: tl.constexpr,
 ):  # fmt: skip
     """Write each split's sums of ``dy`` and of ``dy * (x - center) * scale``.
 
-    `owners` are for `center` and `scale`; `out` is ``[2, splits, blocks, C]``; `columns` is
-    blocks * C.
+    `owners` are for `center` and `scale`, whose first row is `scale_at` numbers from `scale`; `out`
+    is ``[2, splits, blocks, C]``; `columns` is blocks * C. If there are `arrivals`, the last
+    program to end its part of a normaliser's channels merges all parts of these, MERGED at a time.
     """
     dtype = out.dtype.element_ty
     inner = units * UNIT
@@ -113,26 +133,117 @@ def grad_sums(
             total += gradient
             dot += gradient * (values - mean)
 
-    factor = tl.load(scale + row * scale_stride + channels, mask=exist, other=0)
+    factors = scale + scale_at + row * scale_stride + channels
+    factor = tl.load(factors, mask=exist, other=0)
     position = out + _row_start(block, split, columns, outer, inner, CHANNELS_LAST) + channels
     tl.store(position, _per_channel(total, CHANNELS_LAST), mask=exist)
     size = splits.to(tl.int64) * columns
     tl.store(position + size, _per_channel(dot, CHANNELS_LAST) * factor, mask=exist)
+    if arrivals is not None:
+        group, tiles, column, LANES = _merged(
+            block, owners, tile, outer, inner, CHANNELS_LAST, OUTER, INNER
+        )
+        if is_last(arrivals + group * tiles + tile, splits * members):
+            merge_sums(
+                out, order, center, rows, count, group, normalisers, column, columns,
+                inner if CHANNELS_LAST else outer, splits, members, MERGED, LANES,
+            )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["samples"])
+@triton.jit(
+    do_not_specialize=[
+        "shift", "running_mean", "running_var", "number", "steps", "center_stride", "scale_at",
+        "scale_stride", "shift_stride", "rows", "samples",
+    ]
+)  # fmt: skip
 def affine(
-    x, y, blocks, owners, center, center_stride, scale, scale_stride, shift, shift_stride,
-    dy, users, factor, factor_stride, samples, outer, units, UNIT: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
+    x, y, blocks, owners, center, scale, shift, running_mean, running_var, number, steps,
+    step: tl.float64, change: tl.float64, center_stride, scale_at, scale_stride, shift_stride, rows,
+    samples, outer, units, UNIT: tl.constexpr, CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr,
+    OUTER: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    """Write ``y = (x - center) * scale + shift``, plus ``dy * factor`` if there is a `dy`.
+    """Write ``y = (x - center) * scale + shift``.
 
     `blocks` is the block of each sample ``[samples]``; `owners` are for `center`, `scale` and
-    `shift`, `users` for `factor`.
+    `shift`; the first row of scales is `scale_at` numbers from `scale`. Without `shift`, it is 0.
+    The first program of each channel moves running statistics, if there are any: see
+    `triton_rows.move_running`.
     """
     dtype = center.dtype.element_ty
     inner = units * UNIT
+    offsets, exists, block, channels, exist = _tile(
+        blocks, samples, outer, inner, CHANNELS_LAST, ROWS, OUTER, INNER
+    )
+    owner = block if owners is None else tl.load(owners + block)
+    values = tl.load(x + offsets, mask=exists, other=0).to(dtype)
+    values -= _per_sample(center + owner * center_stride + channels, exist, CHANNELS_LAST)
+    scale += scale_at
+    values *= _per_sample(scale + owner * scale_stride + channels, exist, CHANNELS_LAST)
+    if shift is not None:
+        values += _per_sample(shift + owner * shift_stride + channels, exist, CHANNELS_LAST).to(
+            dtype
+        )
+    tl.store(y + offsets, values.to(y.dtype.element_ty), mask=exists)
+    if running_mean is not None:
+        first, column, exist = _own_channels(outer, inner, CHANNELS_LAST, OUTER, INNER)
+        if first:
+            move_running(
+                center, rows, center_stride, running_mean, running_var, number, steps, step, change,
+                column, exist,
+            )  # fmt: skip
+
+
+@triton.jit(
+    do_not_specialize=[
+        "weight_grad", "bias_grad", "center_stride", "scale_at", "scale_stride", "shift_at",
+        "shift_stride", "factor_at", "factor_stride", "rows", "samples",
+    ]
+)  # fmt: skip
+def grad_affine(
+    x, y, dy, blocks, owners, users, center, scale, shift, factor, weight_grad, bias_grad,
+    center_stride, scale_at, scale_stride, shift_at, shift_stride, factor_at, factor_stride, rows,
+    samples, outer, units, UNIT: tl.constexpr, CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr,
+    OUTER: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    """Write ``y = dy * factor + (x - center) * scale + shift``.
+
+    `users` are for `factor`; otherwise as in `affine`. The first program of each channel writes the
+    gradients of weight and bias, if they are asked for: see `triton_rows.sum_gradients`.
+    """
+    dtype = center.dtype.element_ty
+    inner = units * UNIT
+    offsets, exists, block, channels, exist = _tile(
+        blocks, samples, outer, inner, CHANNELS_LAST, ROWS, OUTER, INNER
+    )
+    owner = block if owners is None else tl.load(owners + block)
+    user = block if users is None else tl.load(users + block)
+    values = tl.load(x + offsets, mask=exists, other=0).to(dtype)
+    gradient = tl.load(dy + offsets, mask=exists, other=0).to(dtype)
+    values -= _per_sample(center + owner * center_stride + channels, exist, CHANNELS_LAST)
+    slopes = scale + scale_at + owner * scale_stride + channels
+    values *= _per_sample(slopes, exist, CHANNELS_LAST)
+    shifts = shift + shift_at + owner * shift_stride + channels
+    values += _per_sample(shifts, exist, CHANNELS_LAST)
+    factors = factor + factor_at + user * factor_stride + channels
+    values += gradient * _per_sample(factors, exist, CHANNELS_LAST)
+    tl.store(y + offsets, values.to(y.dtype.element_ty), mask=exists)
+    if weight_grad is not None or bias_grad is not None:
+        first, column, exist = _own_channels(outer, inner, CHANNELS_LAST, OUTER, INNER)
+        if first:
+            sum_gradients(scale, rows, scale_stride, weight_grad, bias_grad, column, exist)
+
+
+@triton.jit
+def _tile(
+    blocks, samples, outer, inner,
+    CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    """Return this program's tile of ``[N, outer, inner]``, to be mapped value by value.
+
+    Returns:
+        offsets, exists: of its values, ``[OUTER, ROWS, INNER]``.
+        block, channels, exist: of its rows' numbers, ``[ROWS, INNER]`` or ``[OUTER, ROWS]``.
+    """
     pieces = tl.cdiv(inner, INNER)
     heights = tl.cdiv(outer, OUTER)
     program = tl.program_id(0)
@@ -142,23 +253,31 @@ def affine(
     offsets = (sample[None, :, None] * outer + o[:, None, None]) * inner + i
     there = sample < samples
     exists = there[:, None] & (o < outer)[:, None, None] & (i < inner)
-
     block = tl.load(blocks + sample, mask=there, other=0)
     if CHANNELS_LAST:
         block, channels, exist = block[:, None], i[None, :], there[:, None] & (i < inner)
     else:
         block, channels, exist = block[None, :], o[:, None], there & (o < outer)[:, None]
-    owner = block if owners is None else tl.load(owners + block)
-    values = tl.load(x + offsets, mask=exists, other=0).to(dtype)
-    values -= _per_sample(center + owner * center_stride + channels, exist, CHANNELS_LAST)
-    values *= _per_sample(scale + owner * scale_stride + channels, exist, CHANNELS_LAST)
-    values += _per_sample(shift + owner * shift_stride + channels, exist, CHANNELS_LAST)
-    if dy is not None:
-        gradient = tl.load(dy + offsets, mask=exists, other=0).to(dtype)
-        user = block if users is None else tl.load(users + block)
-        factors = factor + user * factor_stride + channels
-        values += gradient * _per_sample(factors, exist, CHANNELS_LAST)
-    tl.store(y + offsets, values.to(y.dtype.element_ty), mask=exists)
+    return offsets, exists, block, channels, exist
+
+
+@triton.jit
+def _own_channels(
+    outer, inner, CHANNELS_LAST: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr
+):
+    """Return whether a program is the first of its channels, which these are, and which exist."""
+    pieces = tl.cdiv(inner, INNER)
+    heights = tl.cdiv(outer, OUTER)
+    program = tl.program_id(0)
+    if CHANNELS_LAST:
+        first = program < pieces
+        column = program % pieces * INNER + tl.arange(0, INNER)
+        exist = column < inner
+    else:
+        first = (program % pieces == 0) & (program // pieces < heights)
+        column = program // pieces % heights * OUTER + tl.arange(0, OUTER)
+        exist = column < outer
+    return first, column, exist
 
 
 @triton.jit
@@ -250,6 +369,18 @@ def _channels(
 def _per_channel(lanes, CHANNELS_LAST: tl.constexpr):
     """Sum ``[OUTER, INNER]`` over the axis that isn't channels, and keep the axis."""
     return tl.sum(lanes, axis=0 if CHANNELS_LAST else 1, keep_dims=True)
+
+
+@triton.jit
+def _merged(
+    block, owners, tile, outer, inner,
+    CHANNELS_LAST: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    """Return what merges this program's part: normaliser, tiles, channels ``[1, LANES]``, LANES."""
+    group = block if owners is None else tl.load(owners + block)
+    tiles = tl.cdiv(inner, INNER) if CHANNELS_LAST else tl.cdiv(outer, OUTER)
+    LANES: tl.constexpr = INNER if CHANNELS_LAST else OUTER
+    return group, tiles, tile * LANES + tl.arange(0, LANES)[None, :], LANES
 
 
 @triton.jit

@@ -17,6 +17,7 @@ from .layouts import as_layout, layout
 from .rows import Groups, Running, Sizes, accumulation_dtype, constant, merge_blocks
 from .rows import merge_moments as merge_in_torch
 from .tiles import MERGED, elementwise, merge_tile, reduction, row_tile
+from .triton_local import TritonLocal as TritonLocal
 
 
 def block_moments(x: Tensor, sizes: Sizes, groups: Groups = None) -> tuple[Tensor, Tensor]:
@@ -33,8 +34,9 @@ def block_moments(x: Tensor, sizes: Sizes, groups: Groups = None) -> tuple[Tenso
     out = x.new_empty(planes, dtype=accumulation_dtype(x))
     with torch.cuda.device_of(x):
         triton_kernels.moments[(tiles.programs,)](
-            x, starts, out, blocks * channels, splits=splits, SPLIT=merges, **tiles.arguments
-        )
+            x, starts, out, None, None, None, None, None, 0.0, blocks * channels, members=1,
+            normalisers=blocks, splits=splits, SPLIT=merges, MERGED=1, **tiles.arguments,
+        )  # fmt: skip
         if merges:
             number, order = _order(groups, blocks, x)
             parts, out = out, out.new_empty(2, number, channels)
@@ -51,7 +53,16 @@ def block_affine(
 ) -> Tensor:
     """See `reference.block_affine`."""
     x, channels_last = layout(x)
-    return _affine(x, sizes, channels_last, center, scale, shift, groups)
+    tiles = elementwise(x.shape, sizes, channels_last, x.itemsize)
+    center, scale, shift = (_dense(row) for row in (center, scale, shift))
+    y = torch.empty_like(x)
+    with torch.cuda.device_of(x):
+        triton_kernels.affine[(tiles.programs,)](
+            x, y, constant(tiles.table, torch.int64, x), _owners(groups, x), center, scale, shift,
+            None, None, None, None, 0.0, 0.0, center.stride(0), 0, scale.stride(0), shift.stride(0),
+            len(center), x.shape[0], **tiles.arguments,
+        )  # fmt: skip
+    return y
 
 
 def block_grad_sums(
@@ -59,14 +70,16 @@ def block_grad_sums(
 ) -> tuple[Tensor, Tensor]:
     """See `reference.block_grad_sums`."""
     x, channels_last = layout(x)
+    center, scale = _dense(center), _dense(scale)
     tiles = reduction(x.shape, sizes, channels_last, x.itemsize)
     rows = (len(sizes), x.shape[1])
     starts = constant(tiles.table, torch.int64, x)
     out = x.new_empty((2, tiles.splits, *rows), dtype=accumulation_dtype(x))
     with torch.cuda.device_of(x):
         triton_kernels.grad_sums[(tiles.programs,)](
-            as_layout(dy, channels_last), x, starts, _owners(groups, x), *_row(center),
-            *_row(scale), out, rows[0] * rows[1], splits=tiles.splits, **tiles.arguments,
+            x, as_layout(dy, channels_last), starts, out, _owners(groups, x), None, center, scale,
+            None, None, 0.0, rows[0] * rows[1], center.stride(0), 0, scale.stride(0), members=1,
+            normalisers=rows[0], splits=tiles.splits, MERGED=1, **tiles.arguments,
         )  # fmt: skip
         if tiles.splits > 1 or groups is not None:
             number, order = _order(groups, rows[0], x)
@@ -93,9 +106,17 @@ def block_grad_affine(
 ) -> Tensor:
     """See `reference.block_grad_affine`."""
     x, channels_last = layout(x)
-    return _affine(
-        x, sizes, channels_last, center, b, c, groups, as_layout(dy, channels_last), a, users
-    )
+    tiles = elementwise(x.shape, sizes, channels_last, x.itemsize)
+    a, b, center, c = (_dense(row) for row in (a, b, center, c))
+    dx = torch.empty_like(x)
+    with torch.cuda.device_of(x):
+        triton_kernels.grad_affine[(tiles.programs,)](
+            x, dx, as_layout(dy, channels_last), constant(tiles.table, torch.int64, x),
+            _owners(groups, x), _owners(users, x), center, b, c, a, None, None, center.stride(0),
+            0, b.stride(0), 0, c.stride(0), 0, a.stride(0), len(center), x.shape[0],
+            **tiles.arguments,
+        )  # fmt: skip
+    return dx
 
 
 def normaliser_rows(
@@ -192,30 +213,6 @@ def _coefficients(
     return out
 
 
-def _affine(
-    x: Tensor,
-    sizes: Sizes,
-    channels_last: bool,
-    center: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    groups: Groups,
-    dy: Tensor | None = None,
-    factor: Tensor | None = None,
-    users: Groups = None,
-) -> Tensor:
-    tiles = elementwise(x.shape, sizes, channels_last, x.itemsize)
-    blocks = constant(tiles.table, torch.int64, x)
-    y = torch.empty_like(x)
-    with torch.cuda.device_of(x):
-        triton_kernels.affine[(tiles.programs,)](
-            x, y, blocks, _owners(groups, x), *_row(center), *_row(scale), *_row(shift),
-            dy, _owners(users, x), *((None, 0) if factor is None else _row(factor)),
-            x.shape[0], **tiles.arguments,
-        )  # fmt: skip
-    return y
-
-
 def _order(groups: Groups, blocks: int, like: Tensor) -> tuple[int, Tensor]:
     """Return the number of groups, and their blocks in order; without groups each block is one."""
     if groups is None:
@@ -228,9 +225,14 @@ def _owners(groups: Groups, like: Tensor) -> Tensor | None:
     return None if groups is None else constant(groups.owners, torch.int64, like)
 
 
+def _dense(row: Tensor) -> Tensor:
+    """Return rows whose numbers lie side by side."""
+    return row if row.stride(1) == 1 else row.contiguous()
+
+
 def _row(row: Tensor) -> tuple[Tensor, int]:
     """Return rows ``[blocks, C]``, or of groups, and the distance from one to the next."""
-    row = row if row.stride(1) == 1 else row.contiguous()
+    row = _dense(row)
     return row, row.stride(0)
 
 

@@ -7,6 +7,8 @@ channels and goes over all rows that it needs, ROWS at a time.
 import triton
 import triton.language as tl
 
+from .triton_merge import inverse_deviation, move
+
 
 @triton.jit(do_not_specialize=["columns", "channels", "splits", "members"])
 def merge_moments(
@@ -127,11 +129,7 @@ def normaliser_rows(
         row = first + tl.arange(0, ROWS)[:, None]
         exists = (row < rows) & exist
         deviation = _load(std, std_stride, row, column, exists)
-        # The square of a deviation that fits the dtype may not. No maximum: it would hide a NaN.
-        larger = tl.where(deviation > root, deviation, root)
-        smaller = tl.where(deviation > root, root, deviation)
-        ratio = tl.div_rn(smaller, tl.where(larger == 0, 1, larger))
-        rstd = tl.div_rn(1.0, larger * tl.sqrt_rn(1 + ratio * ratio))
+        rstd = inverse_deviation(deviation, root)
         position = row * channels + column
         tl.store(out + position, rstd, mask=exists)
         if weight is not None:
@@ -146,19 +144,9 @@ def normaliser_rows(
         if IN_MEMORY:
             step = tl.load(step)
         average = tl.sum(means, axis=0, keep_dims=True) / rows
-        _move(running_mean + column, average, step, exist)
+        move(running_mean + column, average, step, exist)
         average = tl.sum(variances, axis=0, keep_dims=True) / rows
-        _move(running_var + column, average, step, exist)
-
-
-@triton.jit
-def _move(running, new, step, exist):
-    """Move running statistics a share `step` towards new ones."""
-    old = tl.load(running, mask=exist, other=0).to(new.dtype)
-    distance = new - old
-    # As torch does it: all the way is exactly there.
-    moved = tl.where(step < 0.5, old + step * distance, new - distance * (1 - step))
-    tl.store(running, moved.to(running.dtype.element_ty), mask=exist)
+        move(running_var + column, average, step, exist)
 
 
 @triton.jit

@@ -1,29 +1,13 @@
-"""The normalisation of one rank's batch with given statistics, and its exact gradient."""
+"""The normalisation of one rank's batch, and its exact gradient, as autograd sees them."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from shuffle_batchnorm.comm.world import World
-from shuffle_batchnorm.kernels.rows import cast
+from shuffle_batchnorm.kernels.rows import Running, cast
 
 from .mixing import CALL
-from .statistics import Call, asks_peers, mix_gradients
-
-
-class Rows(NamedTuple):
-    """Rows of R normalisers.
-
-    Attributes:
-        counts: values per channel, ``[R, 1]`` or a number.
-        mean: ``[R, C]``.
-        rstd: ``1 / sqrt(std**2 + eps)``, ``[R, C]``.
-    """
-
-    counts: Tensor | int
-    mean: Tensor
-    rstd: Tensor
 
 
 class Normalise(torch.autograd.Function):
@@ -40,15 +24,9 @@ class Normalise(torch.autograd.Function):
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        count: Tensor | int,
-        mean: Tensor,
-        rstd: Tensor,
-        scale: Tensor | None,
-        source_count: Tensor | None,
-        source_mean: Tensor | None,
-        source_rstd: Tensor | None,
-        call: Call,
-        world: World,
+        work: Any,
+        running: Running | None,
+        *rows: Tensor | None,
     ) -> Tensor:
         """Return y.
 
@@ -57,85 +35,33 @@ class Normalise(torch.autograd.Function):
             x: ``[N, C, *]``.
             weight: ``[C]``.
             bias: ``[C]``.
-            count: `Rows` of the normalisers used: see `Statistics`.
-            mean: likewise.
-            rstd: likewise.
-            scale: ``rstd * weight``; None without a weight.
-            source_count: `Rows` of those that the blocks join, if they are others.
-            source_mean: likewise.
-            source_rstd: likewise.
-            call: what has been prepared.
-            world: the ranks.
+            work: what does it: `Local`, `TritonLocal` or `AmongRanks`.
+            running: statistics to be moved, if they have not been.
+            *rows: of normalisers, as its `statistics` has returned them.
         """
-        scale = rstd if scale is None else scale
-        # A number stays out of the tensors to be saved.
-        number, counts = (None, count) if isinstance(count, Tensor) else (count, None)
-        ctx.save_for_backward(
-            x, weight, mean, rstd, scale, counts, source_count, source_mean, source_rstd
-        )
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.call = number, call, world
-        shift = mean.new_zeros(()) if bias is None else cast(bias, mean.dtype)
-        shift = shift.expand_as(mean)
-        kernels, users = call.kernels, call.mixing.users
-        y: Tensor = kernels.block_affine(x, call.sizes, mean, scale, shift, users)
+        ctx.save_for_backward(x, weight, *rows)
+        ctx.work, ctx.bias_dtype = work, None if bias is None else bias.dtype
+        y: Tensor = work.affine(x, bias, rows, running)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of x, weight and bias."""
-        x, weight, mean, rstd, scale, counts, *of_source = ctx.saved_tensors
-        number, call, world = ctx.call
-        source = Rows(number if counts is None else counts, mean, rstd)
-        if of_source[0] is not None:
-            source = Rows(*of_source)
-        arguments = dy, x, weight, mean, rstd, scale, source, call, world
-        needs_dx = ctx.needs_input_grad[0]
+        x, weight, *rows = ctx.saved_tensors
+        arguments = dy, x, weight, ctx.bias_dtype, tuple(rows), ctx.needs_input_grad[0]
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-            dx, dweight, dbias = _gradients(needs_dx, *arguments)
+            dx, dweight, dbias = ctx.work.gradients(*arguments)
         else:
             # create_graph: the first derivatives are right; a second one must not be wrong.
             with torch.no_grad():
-                first = _gradients(needs_dx, *arguments)
+                first = ctx.work.gradients(*arguments)
             dx, dweight, dbias = _FirstDerivative.apply(*first, dy, x, weight)  # type: ignore[no-untyped-call]
         return (
             dx,
             None if weight is None else cast(dweight, weight.dtype),
             None if ctx.bias_dtype is None else cast(dbias, ctx.bias_dtype),
-            *[None] * 9,
+            *[None] * (2 + len(rows)),
         )
-
-
-def _gradients(
-    needs_dx: bool,
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    scale: Tensor,
-    source: Rows,
-    call: Call,
-    world: World,
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Return the gradients of input, weight and bias.
-
-    Always exchanges, even where no gradient of the input is needed: a peer may need one.
-    """
-    kernels, sizes, (groups, users) = call.kernels, call.sizes, call.mixing
-    total, dot = kernels.block_grad_sums(dy, x, sizes, mean, rstd, users)
-    if asks_peers(call.plan):
-        dweight, dbias, weighted = kernels.param_grads(total, dot, weight)
-        total, dot = mix_gradients(weighted, call, world).unbind(dim=1)
-        b = c = total
-        if needs_dx:  # what has arrived is weighted already
-            b, c = kernels.dx_coefficients(total, dot, source.rstd, source.rstd, source.counts)
-    else:
-        dweight, dbias, b, c = kernels.backward_rows(total, dot, rstd, scale, source.counts)
-    if not needs_dx:
-        return None, dweight, dbias
-    dx = kernels.block_grad_affine(dy, x, sizes, scale, b, source.mean, c, users, groups)
-    return dx, dweight, dbias
 
 
 class _FirstDerivative(torch.autograd.Function):

@@ -16,16 +16,10 @@ from shuffle_batchnorm.comm.world import (
     resolve,
 )
 from shuffle_batchnorm.kernels import select
-from shuffle_batchnorm.kernels.rows import (
-    Running,
-    accumulation_dtype,
-    are_equal,
-    counts,
-    is_known,
-    move,
-    unbiased_variance,
-)
+from shuffle_batchnorm.kernels.local import Rows
+from shuffle_batchnorm.kernels.rows import Running, accumulation_dtype, is_known, per_sample, take
 
+from .among_ranks import AmongRanks
 from .autograd import Normalise
 from .checks import (
     CheckDimensions,
@@ -38,15 +32,8 @@ from .checks import (
     refuse,
     warn_if_nothing_is_shuffled,
 )
-from .mixing import CALL, Options, Plan, check_options, make_plan
-from .statistics import (
-    Call,
-    RowFormat,
-    Statistics,
-    check_counts,
-    prepare_call,
-    statistics_of,
-)
+from .mixing import CALL, Options, check_options, make_plan
+from .statistics import Call, RowFormat, asks_peers, prepare_call, prepare_local
 from .tracing import check_no_transform, count_batch
 
 
@@ -156,17 +143,27 @@ def kind_of(input: Any) -> Hashable:
 
 
 class Normalised(NamedTuple):
-    """The output of a training call, and the statistics behind it."""
+    """The output of a training call, and what is behind it."""
 
     output: Tensor
-    statistics: Statistics
-    sizes: tuple[int, ...]
+    call: Call
+    work: Any
+    rows: Rows
+    std: Tensor | None
+
+    def per_sample(self) -> tuple[Tensor, Tensor]:
+        """Return the mean and std ``[N, C]`` that normalised each sample."""
+        mean, std = (
+            per_sample(take(rows, self.call.used), self.call.sizes)
+            for rows in self.work.moments(self.rows, self.std)
+        )
+        return mean, std
 
 
 def normalise(
     input: Tensor,
     parameters: Parameters,
-    num_batches_tracked: Tensor | None,
+    number: Tensor | None,
     momentum: float | Tensor,
     eps: float,
     options: Options,
@@ -177,64 +174,63 @@ def normalise(
 ) -> Normalised:
     """Normalise with batch statistics and update the running ones. See `shuffle_batch_norm`.
 
-    What is prepared for a kind of call is kept in `calls`.
+    What is prepared for a kind of call is kept in `calls`; `number` counts batches.
     """
-    if not torch.compiler.is_compiling():
+    is_eager = not torch.compiler.is_compiling()
+    if is_eager:
         check_no_transform(input)
     world = resolve(process_group, CALL)
-    call = _find_call(input, parameters, eps, options, world, calls, num_features, check_dimensions)
-    agree_once(options, call, world)
-    weight, bias, running_mean, running_var = parameters
-    with torch.no_grad():
-        statistics = statistics_of(input, call, world)  # moments and mix
-        check_counts(statistics, call, world, input.shape)
-        running = None
-        if running_mean is not None and running_var is not None:
-            running = Running(running_mean, running_var, momentum)
-        # Before what follows, which a checkpoint may leave when it has what it needs.
-        if num_batches_tracked is not None:
-            count_batch(num_batches_tracked)
+    call: Call | None = None
+    key: Any = None
+    # Fake and other special tensors may have sizes that are symbols, which have no hash.
+    if is_eager and type(input) is Tensor:
+        forms = [_form(x) for x in (input, *parameters, number)]
+        key = options, eps, world.rank, world.size, *forms
+        call = calls.get(key)
+    if call is None:
+        call = _prepare(input, parameters, eps, options, world, num_features, check_dimensions)
+        if key is not None:
+            if len(calls) >= _MOST_CALLS:
+                calls.clear()
+            calls[key] = call
+    work = call.local
+    if work is None:
+        agree_once(options, call, world)
+        work = AmongRanks(call, world, eps)
+    weight, bias, mean, var = parameters
+    running = None if mean is None or var is None else Running(mean, var, momentum, number)
+    rows, std = work.statistics(input, weight, running)
+    if not call.moves_later:  # before what follows, which a checkpoint may leave early
+        if number is not None:
+            count_batch(number)
         elif running is not None:
             count_batch(running.mean, 0)
-        rstd, scale = _normaliser_rows(statistics, input, weight, eps, running, call)
-        source: tuple[Tensor, ...] | tuple[None, ...] = (None, None, None)
-        if statistics.source is not None:
-            count, mean, std = statistics.source
-            source_rstd, _ = call.kernels.normaliser_rows(mean, std, None, eps, count, None)
-            source = (count, mean, source_rstd)
+    running = running if call.moves_later else None
     output = Normalise.apply(  # type: ignore[no-untyped-call]
-        input, weight, bias, statistics.counts, statistics.mean, rstd,
-        None if weight is None else scale,  # a compiler refuses the same tensor twice
-        *source, call, world,
-    )  # fmt: skip
-    return Normalised(output, statistics, call.sizes)
+        input, weight, bias, work, running, *rows
+    )
+    return Normalised(output, call, work, rows, std)
 
 
-def _find_call(
+def _form(x: Tensor | None) -> Any:
+    return None if x is None else (x.shape, x.stride(), x.dtype, x.device)
+
+
+def _prepare(
     input: Tensor,
     parameters: Parameters,
     eps: float,
     options: Options,
     world: World,
-    calls: Calls,
     num_features: int | None,
     check_dimensions: CheckDimensions | None,
 ) -> Call:
-    """Return what has been prepared for a kind of call; or check a new kind, and prepare it.
+    """Check a new kind of call, and prepare it.
 
     Raises:
         ValueError: the input doesn't fit the rule; the peers know.
         TypeError: likewise.
     """
-    # Fake and other special tensors may have sizes that are symbols, which have no hash.
-    can_keep = not torch.compiler.is_compiling() and type(input) is Tensor
-    key: Any = None
-    if can_keep:
-        tensors = input, *parameters
-        forms = [None if t is None else (t.shape, t.dtype, t.device) for t in tensors]
-        key = options, eps, world.rank, world.size, *forms
-        if key in calls:
-            return calls[key]
     check_or_announce(options, world)
     try:
         check_eps(eps)
@@ -245,50 +241,10 @@ def _find_call(
     plan = make_plan(options, world.size, world.rank)
     warn_if_nothing_is_shuffled(options, plan)
     batch = input.shape[0]
-    if world.size == 1 and is_known(batch // plan.groups < plan.per_group):
-        # Ranks keep theirs: a peer with a larger batch has samples in blocks that are empty here.
-        # So does a graph for batches of any size.
-        plan = plan.without_empty_blocks(batch)
     row_format = RowFormat(input.shape[1], accumulation_dtype(input))
-    call = prepare_call(plan, plan.sizes(batch), row_format, select.select(input))
-    if can_keep:
-        if len(calls) >= _MOST_CALLS:
-            calls.clear()
-        calls[key] = call
-    return call
-
-
-def _normaliser_rows(
-    statistics: Statistics,
-    input: Tensor,
-    weight: Tensor | None,
-    eps: float,
-    running: Running | None,
-    call: Call,
-) -> tuple[Tensor, Tensor]:
-    """Return ``rstd = 1 / sqrt(std**2 + eps)`` and ``rstd * weight``; move running statistics."""
-    count, mean, std = statistics[:3]
-    if isinstance(count, Tensor) and running is not None:
-        sizes = call.sizes if input.shape[2:].numel() > 0 else (0,) * len(call.sizes)
-        if not are_equal(sizes) or sizes[0] == 0:
-            _move_running(running, count, statistics, sizes, call.plan)
-            running = None
-    # Else each normaliser has as many blocks here, so their average is that over the blocks.
-    rstd, scale = call.kernels.normaliser_rows(mean, std, weight, eps, count, running)
-    return rstd, scale
-
-
-def _move_running(
-    running: Running, count: Tensor, statistics: Statistics, sizes: tuple[int, ...], plan: Plan
-) -> None:
-    """Move the running statistics towards those used, averaged over the blocks with samples.
-
-    In `regroup` the mean over all ranks of these averages is the average over all new groups.
-    """
-    var = unbiased_variance(statistics.std, count)
-    # In sync an empty rank learns what the others have seen.
-    filled = count > 0 if plan.mode == "sync" else counts(sizes, 1, count) > 0
-    number = filled.sum()
-    step = running.step * (number > 0).to(count.dtype)
-    for old, batch in ((running.mean, statistics.mean), (running.var, var)):
-        move(old, torch.where(filled, batch, 0).sum(dim=0) / number.clamp(min=1), step)
+    if asks_peers(plan):
+        return prepare_call(plan, plan.sizes(batch), row_format, select.select(input))
+    if world.size == 1 and is_known(batch // plan.groups < plan.per_group):
+        # A graph for batches of any size keeps them.
+        plan = plan.without_empty_blocks(batch)
+    return prepare_local(plan, input, eps, row_format, parameters)

@@ -16,7 +16,7 @@ from .checks import Parameters, check_input, warn_of_few_groups
 from .convert import FilterFn, convert, revert
 from .functional import Calls, kind_of, normalise
 from .mixing import CALL, Options, check_options
-from .statistics import StatisticsRecord, own_statistics, per_sample_statistics
+from .statistics import StatisticsRecord, own_statistics
 from .tracing import LEAF, ReplacementWarning, refuse_to
 
 
@@ -157,7 +157,7 @@ class ShuffleBatchNorm(_BatchNorm):
             self._check_dimensions,
         )  # fmt: skip
         if self._sinks and not repeats:
-            mean, std = per_sample_statistics(result.statistics, result.sizes)
+            mean, std = result.per_sample()
             self._record(input, mean, std.square())
         return result.output
 

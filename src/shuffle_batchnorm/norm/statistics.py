@@ -6,7 +6,8 @@ in float32, or float64 for float64 input, and are merged in float64 where the de
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,11 +15,13 @@ from torch import Tensor
 from shuffle_batchnorm.comm import collectives, failures
 from shuffle_batchnorm.comm.world import World
 from shuffle_batchnorm.kernels import select
+from shuffle_batchnorm.kernels.local import Local, prepare
 from shuffle_batchnorm.kernels.rows import (
     BlockGroups,
     Order,
     are_equal,
     counts,
+    is_known,
     per_sample,
     take,
 )
@@ -46,24 +49,16 @@ class Moments(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """The R normalisers that a rank has to do with in one call.
-
-    In one process row k is normaliser k; across ranks it is the normaliser that local block k uses.
+    """The statistics that normalise a rank's blocks, among several ranks.
 
     Attributes:
-        counts: values per channel, ``[R, 1]``; in one process a number, since all have as many.
-        mean: ``[R, C]``.
-        std: ``[R, C]``.
-        used: the row of each block; None if it is the one of the same number.
-        source: the moments of this rank's own blocks, where other ranks use them and the blocks
-            do not: across ranks in `swap`.
+        used: of the normaliser that each block uses.
+        source: of this rank's own blocks, where other ranks use them and the blocks do not: in
+            `swap`.
     """
 
-    counts: Tensor | int
-    mean: Tensor
-    std: Tensor
-    used: Order | None = None
-    source: Moments | None = None
+    used: Moments
+    source: Moments | None
 
 
 class StatisticsRecord(NamedTuple):
@@ -84,18 +79,6 @@ class StatisticsRecord(NamedTuple):
     used_var: Tensor
 
 
-class LocalMixing(NamedTuple):
-    """Who normalises whom in one process. Across ranks each block has its own row instead.
-
-    Attributes:
-        groups: of blocks, each group a normaliser; None if each block is one.
-        users: of blocks, by the normaliser that they use; None if each uses its own.
-    """
-
-    groups: BlockGroups | None = None
-    users: BlockGroups | None = None
-
-
 class RowFormat(NamedTuple):
     """The form of the rows that ranks exchange."""
 
@@ -110,33 +93,51 @@ class Call(NamedTuple):
         plan: how the ranks mix.
         sizes: samples per block.
         row_format: of what ranks exchange.
-        mixing: who normalises whom, where no peer is asked.
+        kernels: those for the input.
+        local: what one process does that asks no peer; None if there are peers to ask.
+        moves_later: whether running statistics move there in the elementwise pass, not before.
+        used: the normaliser of each block there; None if it is the one of the same number.
         route: of statistics to the ranks that use them, if there is one.
         back: of gradients, likewise.
-        kernels: those for the input.
     """
 
     plan: Plan
     sizes: tuple[int, ...]
     row_format: RowFormat
-    mixing: LocalMixing
-    route: Route | None
-    back: Route | None
     kernels: Kernels
+    local: Any = None
+    moves_later: bool = False
+    used: Order | None = None
+    route: Route | None = None
+    back: Route | None = None
 
 
 def prepare_call(
     plan: Plan, sizes: tuple[int, ...], row_format: RowFormat, kernels: Kernels
 ) -> Call:
-    """Find who normalises whom, or which rows travel."""
-    mixing, route, back = LocalMixing(), None, None
-    if plan.shuffles and asks_peers(plan):
-        route, back = find_route(plan), find_route(plan.transposed())
-    elif plan.shuffles:
+    """Find which rows travel; without peers, see `prepare_local`."""
+    call = Call(plan, sizes, row_format, kernels)
+    if not plan.shuffles:
+        return call
+    return call._replace(route=find_route(plan), back=find_route(plan.transposed()))
+
+
+def prepare_local(
+    plan: Plan, x: Tensor, eps: float, row_format: RowFormat, parameters: Iterable[Tensor | None]
+) -> Call:
+    """Find who normalises whom in one process, and prepare its kernels."""
+    sizes, kernels = plan.sizes(x.shape[0]), select.select(x)
+    groups = users = None
+    if plan.shuffles:
         cells = ((i, c) for i in range(plan.groups) for c in range(plan.per_group))
         users = BlockGroups(plan.groups, tuple(plan.used(*cell) for cell in cells))
-        mixing = LocalMixing(users if plan.mode == "regroup" else None, users)
-    return Call(plan, sizes, row_format, mixing, route, back, kernels)
+        groups = users if plan.mode == "regroup" else None
+    count = x.shape[2:].numel() * (x.shape[0] // plan.groups)
+    if is_known(count == 1):
+        raise _count_error(1, 0, plan, x.shape)
+    local = prepare(kernels, x, eps, sizes, groups, users, count, parameters)
+    used = None if users is None else users.owners
+    return Call(plan, sizes, row_format, kernels, local, not isinstance(local, Local), used)
 
 
 def asks_peers(plan: Plan) -> bool:
@@ -149,17 +150,11 @@ def statistics_of(x: Tensor, call: Call, world: World) -> Statistics:
 
     Communication: that of `mix`.
     """
-    kernels, plan, sizes, (groups, users) = call.kernels, call.plan, call.sizes, call.mixing
-    if not asks_peers(plan):
-        mean, std = kernels.block_moments(x, sizes, groups)
-        # A group of blocks has as many as any.
-        count = x.shape[2:].numel() * (x.shape[0] // plan.groups)
-        return Statistics(count, mean, std, None if users is None else users.owners)
-    mean, std = kernels.block_moments(x, sizes)
+    sizes, plan = call.sizes, call.plan
+    mean, std = call.kernels.block_moments(x, sizes)
     rows = torch.cat([counts(sizes, x.shape[2:].numel(), mean), mean, std], dim=1)
     used = _unpack(mix(rows, call, world))
-    source = _unpack(rows) if plan.mode == "swap" and plan.shuffles else None
-    return Statistics(*used, source=source)
+    return Statistics(used, _unpack(rows) if plan.mode == "swap" and plan.shuffles else None)
 
 
 def rejection(plan: Plan, row_format: RowFormat, device: torch.device) -> Tensor:
@@ -227,12 +222,6 @@ def _doing(rows: Tensor, call: Call) -> str:
     return f"exchanges rows of {rows.shape[1]} numbers in mode {call.plan.mode!r}"
 
 
-def per_sample_statistics(statistics: Statistics, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Return the mean and std ``[N, C]`` that normalised each sample."""
-    mean, std = (take(rows, statistics.used) for rows in (statistics.mean, statistics.std))
-    return per_sample(mean, sizes), per_sample(std, sizes)
-
-
 def own_statistics(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """Return the mean and std ``[N, C]`` of each sample's own group, as plain BN has them."""
     sizes = block_sizes(x.shape[0], groups, 1)
@@ -240,17 +229,12 @@ def own_statistics(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     return per_sample(mean, sizes), per_sample(std, sizes)
 
 
-def check_counts(statistics: Statistics, call: Call, world: World, shape: torch.Size) -> None:
+def check_counts(count: Tensor, call: Call, world: World, shape: torch.Size) -> None:
     """Raise if a normaliser has fewer than 2 values per channel, or its rank rejected its input.
 
     On the CPU the error is raised here and names the group. A GPU raises a device-side assertion,
-    so that no step has to wait for the counts.
+    so that no step has to wait for the counts, ``[R, 1]``.
     """
-    count = statistics.counts
-    if not isinstance(count, Tensor):
-        if count == 1:
-            raise _count_error(1, 0, call.plan, shape)
-        return
     count = count[:, 0]
     if torch.compiler.is_compiling() or count.device.type != "cpu":
         torch._assert_async(
