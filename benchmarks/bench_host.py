@@ -1,66 +1,116 @@
-"""Host time: a layer so small that nothing but Python and the start of operations takes time.
+"""Host time: what a layer so small costs that nothing but Python and launches takes time.
 
     python benchmarks/bench_host.py [--save]
 
-Forward and backward of ``[16, 8]`` in float32 on one CPU thread, over ``nn.BatchNorm1d``: after a
-warm-up, the best of several runs of 300 calls back to back, layer after layer in each run, so that
-a busy machine slows all of them. `--save` writes benchmarks/results/host.json.
+Forward and backward over ``nn.BatchNorm2d``: after a warm-up, the best of several runs of 300 calls
+back to back, layer after layer in each run, so that a busy machine slows all of them.
+
+On a GPU, ``[32, 64, 14, 14]`` in float32. Without one, ``[16, 8, 2, 2]`` on one CPU thread with the
+Triton kernels replaced by stand-ins, in which nothing runs: what is left is the Python, the
+look-ups and the allocations of a step on a GPU, and its launches are counted. The CPU's own
+kernels are measured beside them. The last line is JSON; `--save` writes
+benchmarks/results/host.json.
 """
 
 import argparse
+import json
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from harness import save
+from stand_ins import triton_stand_ins
 from torch import Tensor, nn
 
 from shuffle_batchnorm import ShuffleBatchNorm
+from shuffle_batchnorm.moco.journal import processor
 
-SHAPE = (16, 8)
 CALLS, RUNS = 300, 15
-PLAIN, EMPTY = "nn.BatchNorm1d", "empty autograd.Function"
+PLAIN, EMPTY = "nn.BatchNorm2d", "empty autograd.Function"
+MODES = {"local": 1, "swap": 8, "regroup": 8}  # and groups
+
+Layer = Callable[[Tensor], Tensor]
 
 
 class _Empty(torch.autograd.Function):
-    """What autograd itself takes for a function in Python."""
+    """What autograd itself takes for a function in Python, with a weight and a bias."""
 
     @staticmethod
-    def forward(_ctx: object, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, bias)
         return x.view_as(x)
 
     @staticmethod
-    def backward(_ctx: object, dy: Tensor) -> Tensor:
-        return dy
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        _, weight, bias = ctx.saved_tensors
+        return dy, weight, bias
 
 
-def _contestants() -> dict[str, Callable[[Tensor], Tensor]]:
-    channels = SHAPE[1]
-    layers: dict[str, Callable[[Tensor], Tensor]] = {PLAIN: nn.BatchNorm1d(channels)}
-    for mode, groups in (("local", 1), ("sync", 1), ("swap", 2), ("regroup", 2)):
-        layers[f"{mode}, groups={groups}"] = ShuffleBatchNorm(channels, mode=mode, groups=groups)
-    return layers | {EMPTY: _Empty.apply}
+def _empty(channels: int, device: str) -> Layer:
+    weight, bias = (nn.Parameter(torch.zeros(channels, device=device)) for _ in range(2))
+    return lambda x: _Empty.apply(x, weight, bias)  # type: ignore[no-untyped-call]
 
 
-def _seconds(layer: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor) -> float:
+def _layers(channels: int, device: str) -> dict[str, Layer]:
+    return {
+        mode: ShuffleBatchNorm(channels, mode=mode, groups=groups, device=device)
+        for mode, groups in MODES.items()
+    }
+
+
+def _seconds(layer: Layer, x: Tensor, dy: Tensor, calls: int = CALLS) -> float:
+    _synchronize(x)
     start = time.perf_counter()
-    for _ in range(CALLS):
+    for _ in range(calls):
         layer(x).backward(dy)
-    return (time.perf_counter() - start) / CALLS
+    seconds = time.perf_counter() - start
+    _synchronize(x)
+    return seconds / calls
 
 
-def measure(runs: int = RUNS) -> dict[str, float]:
-    """The least seconds of one forward and backward, by name."""
-    x, dy = torch.randn(SHAPE, requires_grad=True), torch.randn(SHAPE)
-    contestants = _contestants()
-    for layer in contestants.values():
-        _seconds(layer, x, dy)  # prepares what is kept from call to call
+def _synchronize(x: Tensor) -> None:
+    if x.is_cuda:
+        torch.cuda.synchronize()
+
+
+def measure(device: str, runs: int = RUNS) -> tuple[dict[str, float], dict[str, int]]:
+    """The least seconds of one forward and backward, by name, and launches of each mode."""
+    shape = (32, 64, 14, 14) if device == "cuda" else (16, 8, 2, 2)
+    x, dy = torch.randn(shape, device=device, requires_grad=True), torch.randn(shape, device=device)
+    plain: dict[str, Layer] = {PLAIN: nn.BatchNorm2d(shape[1]).to(device)}
+    contestants = plain | _layers(shape[1], device) | {EMPTY: _empty(shape[1], device)}
+    stand_ins = triton_stand_ins() if device == "cpu" else nullcontext()
+    launches: dict[str, int] = {}
+    own = {f"{mode}, CPU kernels": layer for mode, layer in _layers(shape[1], device).items()}
+    if device == "cpu":
+        for layer in own.values():
+            _seconds(layer, x, dy, 10)  # prepares what is kept from call to call
+    with stand_ins as counter:
+        for name, layer in contestants.items():
+            _seconds(layer, x, dy, 10)
+            if name in MODES:
+                launches[name] = _count(layer, x, dy, counter)
+    contestants |= own if device == "cpu" else {}
     best = dict.fromkeys(contestants, float("inf"))
     for _ in range(runs):
         for name, layer in contestants.items():
             best[name] = min(best[name], _seconds(layer, x, dy))
-    return best
+    return best, launches
+
+
+def _count(layer: Layer, x: Tensor, dy: Tensor, counter: Any) -> int:
+    """Launches of a step: of our kernels, and on a GPU of all."""
+    if counter is not None:
+        before = counter.total()
+        layer(x).backward(dy)
+        return int(counter.total() - before)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        torch.autograd.grad(layer(x), x, dy)
+        torch.cuda.synchronize()
+    # Without what reads memory and gives none: a launch is one event on the device.
+    return sum(event.count for event in profile.key_averages() if event.self_device_time_total)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -68,17 +118,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--runs", type=int, default=RUNS, help=f"of {CALLS} calls each ({RUNS})")
     parser.add_argument("--save", action="store_true", help="write the results' JSON")
     arguments = parser.parse_args(argv)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    seconds = measure(arguments.runs)
+    seconds, launches = measure(device, arguments.runs)
+    torch.set_num_threads(threads)
     rows: list[dict[str, Any]] = [
         {"name": name, "seconds": best, "ratio": best / seconds[PLAIN]}
         for name, best in seconds.items()
     ]
-    print(f"{'forward and backward of 16x8':28}       µs  / {PLAIN}")
+    print(f"{'forward + backward':28}       µs  / {PLAIN}")
     for row in rows:
         print(f"{row['name']:28} {1e6 * float(row['seconds']):8.1f}  {row['ratio']:8.2f}")
+    summary: dict[str, Any] = {
+        "host_ratio": {mode: round(seconds[mode] / seconds[PLAIN], 2) for mode in MODES},
+        "launches": launches,
+        "device": torch.cuda.get_device_name() if device == "cuda" else f"{processor()}, stand-ins",
+    }
     if arguments.save:
-        print(f"wrote {save('host', rows, on_gpu=False)}")
+        print(f"wrote {save('host', rows, on_gpu=device == 'cuda', **summary)}")
+    print(json.dumps(summary))
 
 
 if __name__ == "__main__":

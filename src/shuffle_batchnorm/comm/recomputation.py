@@ -51,6 +51,8 @@ class Forwards:
         Returns:
             Whether statistics have to be moved, and whether this forward repeats another.
         """
+        if _is_plain() and not self._nested:
+            return tracked, False
         first = None
         notes = self._notes
         if is_recomputation():
@@ -74,6 +76,11 @@ class Forwards:
             if same:
                 return notes.pop(max(same, key=lambda i: (notes[i].hooked == hooked, i)))
         return None
+
+
+def _is_plain() -> bool:
+    """Whether this forward neither repeats another nor can be repeated."""
+    return torch.is_grad_enabled() and not is_recomputation() and not _is_hooked()
 
 
 def _is_hooked() -> bool:

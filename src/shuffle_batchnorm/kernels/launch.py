@@ -9,13 +9,12 @@ from functools import cache
 from importlib.metadata import version
 from typing import Any
 
-import torch
 from torch import Tensor
 
 # In these versions a launch ends in ``compiled.run(*grid, stream, function, metadata, None, None,
-# None, *arguments)``, constants among the arguments, and an address may stand for a tensor.
+# None, *arguments)``, constants among the arguments.
 _KNOWN = ("3.5.", "3.6.", "3.7.")
-_ALIGNMENT = 16  # bytes; for other addresses Triton compiles another kernel
+ALIGNMENT = 16  # bytes; for memory at other addresses Triton compiles another kernel
 
 
 class Launch:
@@ -24,41 +23,37 @@ class Launch:
     Args:
         kernel: its parameters are tensors, floats, then `numbers` and `constants`.
         programs: of the grid.
-        vectors: how many of the tensors, the first ones, it accesses 16 bytes at a time; the others
-            are not specialised, or always aligned.
         numbers: by name, integers.
         constants: by name, known to the compiler.
     """
 
     def __init__(
-        self,
-        kernel: Any,
-        programs: int,
-        vectors: int,
-        numbers: dict[str, int],
-        constants: dict[str, int | bool],
+        self, kernel: Any, programs: int, numbers: dict[str, int], constants: dict[str, int | bool]
     ) -> None:
-        self._kernel, self._grid, self._vectors = kernel, (programs, 1, 1), vectors
+        self._kernel, self._programs = kernel, programs
         self._named = numbers | constants
         self._last = tuple(self._named[name] for name in kernel.arg_names if name in self._named)
         self._run: Any = None
-        self._first: tuple[Any, ...] = ()
+        self._function: Any = None
+        self._metadata: Any = None
 
-    def __call__(
-        self, stream: int, *tensors: Tensor | None, floats: tuple[float, ...] = ()
-    ) -> None:
-        """Launch on the current stream of the current device, which is given by its number."""
-        addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-        aligned = True
-        for address in addresses[: self._vectors]:
-            if address is not None and address % _ALIGNMENT:
-                aligned = False
+    def __call__(self, aligned: bool, stream: int, *arguments: Tensor | float | None) -> None:
+        """Launch on the current stream of the current device.
+
+        Args:
+            aligned: whether all memory at whose address Triton looks is aligned.
+            stream: its number.
+            *arguments: tensors, and None in place of some, then floats.
+        """
         if aligned and self._run is not None:
-            self._run(*self._grid, stream, *self._first, *addresses, *floats, *self._last)
+            self._run(
+                self._programs, 1, 1, stream, self._function, self._metadata, None, None, None,
+                *arguments, *self._last,
+            )  # fmt: skip
             return
-        compiled = self._kernel[self._grid](*tensors, *floats, **self._named)
+        compiled = self._kernel[(self._programs,)](*arguments, **self._named)
         if aligned and is_known(compiled):
-            self._first = compiled.function, compiled.packed_metadata, None, None, None
+            self._function, self._metadata = compiled.function, compiled.packed_metadata
             self._run = compiled.run
 
 
@@ -71,15 +66,3 @@ def is_known(compiled: Any) -> bool:
 @cache
 def _is_version_known() -> bool:
     return version("triton").startswith(_KNOWN)
-
-
-def current_device() -> int:
-    """Return the number of the current CUDA device."""
-    number: int = torch._C._cuda_getDevice()
-    return number
-
-
-def current_stream(device: int) -> int:
-    """Return the number of the current stream of a CUDA device."""
-    number: int = torch._C._cuda_getCurrentRawStream(device)
-    return number

@@ -68,7 +68,7 @@ class Local(NamedTuple):
         dx = kernels.block_grad_affine(dy, x, sizes, scale, b, mean, c, users, groups)
         return dx, dweight, dbias
 
-    def moments(self, rows: Rows, std: Tensor) -> tuple[Tensor, Tensor]:
+    def moments(self, _x: Tensor, rows: Rows, std: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and deviation of each normaliser, from what `statistics` has returned."""
         return rows[0], std
 

@@ -96,12 +96,13 @@ def moments(
 
 @triton.jit(
     do_not_specialize=[
-        "columns", "center_stride", "scale_at", "scale_stride", "splits", "members", "normalisers"
+        "columns", "center_stride", "scale_at", "scale_stride", "splits", "members", "normalisers",
+        "out_at",
     ]
 )  # fmt: skip
 def grad_sums(
-    x, dy, starts, out, owners, order, center, scale, rows, arrivals, count: tl.float64, columns,
-    center_stride, scale_at, scale_stride, members, normalisers, splits, outer, units,
+    x, dy, starts, out, owners, order, center, scale, arrivals, count: tl.float64, columns,
+    center_stride, scale_at, scale_stride, out_at, members, normalisers, splits, outer, units,
     UNIT: tl.constexpr, CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr, OUTER: tl.constexpr,
     INNER: tl.constexpr, MERGED: tl.constexpr,
 ):  # fmt: skip
@@ -109,7 +110,8 @@ def grad_sums(
 
     `owners` are for `center` and `scale`, whose first row is `scale_at` numbers from `scale`; `out`
     is ``[2, splits, blocks, C]``; `columns` is blocks * C. If there are `arrivals`, the last
-    program to end its part of a normaliser's channels merges all parts of these, MERGED at a time.
+    program to end its part of a normaliser's channels merges all parts of these, MERGED at a time,
+    to rows that begin `out_at` numbers from `out`.
     """
     dtype = out.dtype.element_ty
     inner = units * UNIT
@@ -145,7 +147,7 @@ def grad_sums(
         )
         if is_last(arrivals + group * tiles + tile, splits * members):
             merge_sums(
-                out, order, center, rows, count, group, normalisers, column, columns,
+                out, order, center, out + out_at, count, group, normalisers, column, columns,
                 inner if CHANNELS_LAST else outer, splits, members, MERGED, LANES,
             )  # fmt: skip
 
@@ -167,7 +169,7 @@ def affine(
     `blocks` is the block of each sample ``[samples]``; `owners` are for `center`, `scale` and
     `shift`; the first row of scales is `scale_at` numbers from `scale`. Without `shift`, it is 0.
     The first program of each channel moves running statistics, if there are any: see
-    `triton_rows.move_running`.
+    `triton_merge.move_running`.
     """
     dtype = center.dtype.element_ty
     inner = units * UNIT
@@ -195,12 +197,12 @@ def affine(
 
 @triton.jit(
     do_not_specialize=[
-        "weight_grad", "bias_grad", "center_stride", "scale_at", "scale_stride", "shift_at",
-        "shift_stride", "factor_at", "factor_stride", "rows", "samples",
+        "weight_grad", "bias_grad", "sums_at", "center_stride", "scale_at", "scale_stride",
+        "shift_at", "shift_stride", "factor_at", "factor_stride", "rows", "samples",
     ]
 )  # fmt: skip
 def grad_affine(
-    x, y, dy, blocks, owners, users, center, scale, shift, factor, weight_grad, bias_grad,
+    x, y, dy, blocks, owners, users, center, scale, shift, factor, weight_grad, bias_grad, sums_at,
     center_stride, scale_at, scale_stride, shift_at, shift_stride, factor_at, factor_stride, rows,
     samples, outer, units, UNIT: tl.constexpr, CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr,
     OUTER: tl.constexpr, INNER: tl.constexpr,
@@ -208,7 +210,8 @@ def grad_affine(
     """Write ``y = dy * factor + (x - center) * scale + shift``.
 
     `users` are for `factor`; otherwise as in `affine`. The first program of each channel writes the
-    gradients of weight and bias, if they are asked for: see `triton_rows.sum_gradients`.
+    gradients of weight and bias, if they are asked for, from rows that begin `sums_at` numbers from
+    `scale`: see `triton_merge.sum_gradients`.
     """
     dtype = center.dtype.element_ty
     inner = units * UNIT
@@ -230,7 +233,9 @@ def grad_affine(
     if weight_grad is not None or bias_grad is not None:
         first, column, exist = _own_channels(outer, inner, CHANNELS_LAST, OUTER, INNER)
         if first:
-            sum_gradients(scale, rows, scale_stride, weight_grad, bias_grad, column, exist)
+            sum_gradients(
+                scale + sums_at, rows, scale_stride, weight_grad, bias_grad, column, exist
+            )
 
 
 @triton.jit

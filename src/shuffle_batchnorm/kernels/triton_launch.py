@@ -59,8 +59,9 @@ def block_affine(
     with torch.cuda.device_of(x):
         triton_kernels.affine[(tiles.programs,)](
             x, y, constant(tiles.table, torch.int64, x), _owners(groups, x), center, scale, shift,
-            None, None, None, None, 0.0, 0.0, center.stride(0), 0, scale.stride(0), shift.stride(0),
-            len(center), x.shape[0], **tiles.arguments,
+            None, None, None, None, 0.0, 0.0, center_stride=center.stride(0), scale_at=0,
+            scale_stride=scale.stride(0), shift_stride=shift.stride(0), rows=len(center),
+            samples=x.shape[0], **tiles.arguments,
         )  # fmt: skip
     return y
 
@@ -78,8 +79,9 @@ def block_grad_sums(
     with torch.cuda.device_of(x):
         triton_kernels.grad_sums[(tiles.programs,)](
             x, as_layout(dy, channels_last), starts, out, _owners(groups, x), None, center, scale,
-            None, None, 0.0, rows[0] * rows[1], center.stride(0), 0, scale.stride(0), members=1,
-            normalisers=rows[0], splits=tiles.splits, MERGED=1, **tiles.arguments,
+            None, 0.0, columns=rows[0] * rows[1], center_stride=center.stride(0), scale_at=0,
+            scale_stride=scale.stride(0), out_at=0, members=1, normalisers=rows[0],
+            splits=tiles.splits, MERGED=1, **tiles.arguments,
         )  # fmt: skip
         if tiles.splits > 1 or groups is not None:
             number, order = _order(groups, rows[0], x)
@@ -112,9 +114,10 @@ def block_grad_affine(
     with torch.cuda.device_of(x):
         triton_kernels.grad_affine[(tiles.programs,)](
             x, dx, as_layout(dy, channels_last), constant(tiles.table, torch.int64, x),
-            _owners(groups, x), _owners(users, x), center, b, c, a, None, None, center.stride(0),
-            0, b.stride(0), 0, c.stride(0), 0, a.stride(0), len(center), x.shape[0],
-            **tiles.arguments,
+            _owners(groups, x), _owners(users, x), center, b, c, a, None, None, sums_at=0,
+            center_stride=center.stride(0), scale_at=0, scale_stride=b.stride(0), shift_at=0,
+            shift_stride=c.stride(0), factor_at=0, factor_stride=a.stride(0), rows=len(center),
+            samples=x.shape[0], **tiles.arguments,
         )  # fmt: skip
     return dx
 

@@ -73,18 +73,21 @@ def merge_moments(
     tl.store(position + 3 * plane, rstd, mask=exist)
 
 
-@triton.jit(do_not_specialize=["columns", "channels", "splits", "members"])
+@triton.jit(do_not_specialize=["columns", "channels", "splits", "members", "out_at"])
 def finish_sums(
-    parts, order, rows, out, count: tl.float64, columns, channels, splits, members,
+    parts, order, rows, count: tl.float64, columns, channels, splits, members, out_at,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Merge the sums of each normaliser in a program of its own: see `merge_sums`."""
+    """Merge the sums of each normaliser in a program of its own: see `merge_sums`.
+
+    The rows are written `out_at` numbers from `parts`.
+    """
     tiles = tl.cdiv(channels, COLUMNS)
     normaliser = (tl.program_id(0) // tiles).to(tl.int64)
     column = tl.program_id(0) % tiles * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     merge_sums(
-        parts, order, rows, out, count, normaliser, tl.num_programs(0) // tiles, column, columns,
-        channels, splits, members, ROWS, COLUMNS,
+        parts, order, rows, parts + out_at, count, normaliser, tl.num_programs(0) // tiles, column,
+        columns, channels, splits, members, ROWS, COLUMNS,
     )  # fmt: skip
 
 

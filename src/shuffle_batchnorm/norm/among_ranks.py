@@ -102,6 +102,6 @@ class AmongRanks(NamedTuple):
         dx = kernels.block_grad_affine(dy, x, sizes, scale, b, source_mean, c)
         return dx, dweight, dbias
 
-    def moments(self, rows: Rows, std: Tensor) -> tuple[Tensor, Tensor]:
+    def moments(self, _x: Tensor, rows: Rows, std: Tensor) -> tuple[Tensor, Tensor]:
         """See `kernels.local.Local.moments`."""
         return rows[0], std

@@ -20,7 +20,7 @@ from shuffle_batchnorm.kernels.local import Rows
 from shuffle_batchnorm.kernels.rows import Running, accumulation_dtype, is_known, per_sample, take
 
 from .among_ranks import AmongRanks
-from .autograd import Normalise
+from .autograd import Normalise, apply_directly
 from .checks import (
     CheckDimensions,
     Parameters,
@@ -151,11 +151,11 @@ class Normalised(NamedTuple):
     rows: Rows
     std: Tensor | None
 
-    def per_sample(self) -> tuple[Tensor, Tensor]:
-        """Return the mean and std ``[N, C]`` that normalised each sample."""
+    def per_sample(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the mean and std ``[N, C]`` that normalised each sample of the input."""
         mean, std = (
             per_sample(take(rows, self.call.used), self.call.sizes)
-            for rows in self.work.moments(self.rows, self.std)
+            for rows in self.work.moments(input.detach(), self.rows, self.std)
         )
         return mean, std
 
@@ -184,7 +184,8 @@ def normalise(
     key: Any = None
     # Fake and other special tensors may have sizes that are symbols, which have no hash.
     if is_eager and type(input) is Tensor:
-        forms = [_form(x) for x in (input, *parameters, number)]
+        tensors = input, *parameters, number
+        forms = [x if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in tensors]
         key = options, eps, world.rank, world.size, *forms
         call = calls.get(key)
     if call is None:
@@ -205,15 +206,9 @@ def normalise(
             count_batch(number)
         elif running is not None:
             count_batch(running.mean, 0)
-    running = running if call.moves_later else None
-    output = Normalise.apply(  # type: ignore[no-untyped-call]
-        input, weight, bias, work, running, *rows
-    )
+    apply = apply_directly if is_eager else Normalise.apply
+    output = apply(input, weight, bias, work, running if call.moves_later else None, *rows)
     return Normalised(output, call, work, rows, std)
-
-
-def _form(x: Tensor | None) -> Any:
-    return None if x is None else (x.shape, x.stride(), x.dtype, x.device)
 
 
 def _prepare(

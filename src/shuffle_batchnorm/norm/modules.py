@@ -149,22 +149,34 @@ class ShuffleBatchNorm(_BatchNorm):
                 self._new.clear()
                 warn_of_few_groups(options, self.process_group)
             tracked, repeats = self._forwards.begin(kind_of(input), tracked)
-        buffers = (self.running_mean, self.running_var) if tracked else (None, None)
-        number = self.num_batches_tracked if tracked else None
+        weight, bias, *buffers = self._tensors()
+        mean, var, number = buffers if tracked else (None, None, None)
+        step = self._cumulative_step() if self.momentum is None else self.momentum
         result = normalise(
-            input, Parameters(self.weight, self.bias, *buffers), number, self._running_step(),
-            self.eps, options, self.process_group, self._calls, self.num_features,
-            self._check_dimensions,
+            input, Parameters(weight, bias, mean, var), number, step, self.eps, options,
+            self.process_group, self._calls, self.num_features, self._check_dimensions,
         )  # fmt: skip
         if self._sinks and not repeats:
-            mean, std = result.per_sample()
+            mean, std = result.per_sample(input)
             self._record(input, mean, std.square())
         return result.output
 
-    def _running_step(self) -> float | Tensor:
-        """Return the share of this batch in the running statistics, as ``nn.BatchNorm`` does."""
-        if self.momentum is not None:
-            return self.momentum
+    def _tensors(self) -> tuple[Tensor | None, ...]:
+        """Return weight, bias, running mean and variance, and the number of batches."""
+        parameters, buffers = self._parameters, self._buffers
+        try:  # what nn.Module's look-up would find, in less time
+            return (
+                parameters["weight"], parameters["bias"], buffers["running_mean"],
+                buffers["running_var"], buffers["num_batches_tracked"],
+            )  # fmt: skip
+        except KeyError:  # of a parametrized weight, or one that FSDP has put there
+            return (
+                self.weight, self.bias, self.running_mean, self.running_var,
+                self.num_batches_tracked,
+            )  # fmt: skip
+
+    def _cumulative_step(self) -> float | Tensor:
+        """Return the share of this batch in a cumulative average, as ``nn.BatchNorm`` does."""
         if self.num_batches_tracked is None:
             return 0.0
         return 1.0 / (self.num_batches_tracked + 1.0)
