@@ -47,11 +47,12 @@ class Local(NamedTuple):
         # A compiler refuses the same tensor twice.
         return (mean, rstd, None if weight is None else scale), std
 
-    def affine(
-        self, x: Tensor, bias: Tensor | None, rows: Rows, _running: Running | None
-    ) -> Tensor:
-        """Return ``y = (x - mean) * rstd * weight + bias``."""
-        return affine(self.kernels, x, bias, self.sizes, rows, self.users)
+    def forward(
+        self, x: Tensor, _weight: Tensor | None, bias: Tensor | None, rows: Rows,
+        _running: Running | None,
+    ) -> tuple[Tensor, Rows]:  # fmt: skip
+        """Return ``y = (x - mean) * rstd * weight + bias``, and what `gradients` needs."""
+        return affine(self.kernels, x, bias, self.sizes, rows, self.users), rows
 
     def gradients(
         self, dy: Tensor, x: Tensor, _weight: Tensor | None, _bias_dtype: torch.dtype | None,

@@ -70,11 +70,12 @@ class AmongRanks(NamedTuple):
         for old, batch in ((running.mean, mean), (running.var, var)):
             move(old, torch.where(filled, batch, 0).sum(dim=0) / number.clamp(min=1), step)
 
-    def affine(
-        self, x: Tensor, bias: Tensor | None, rows: Rows, _running: Running | None
-    ) -> Tensor:
-        """Return ``y = (x - mean) * rstd * weight + bias``."""
-        return affine(self.call.kernels, x, bias, self.call.sizes, rows, None)
+    def forward(
+        self, x: Tensor, _weight: Tensor | None, bias: Tensor | None, rows: Rows,
+        _running: Running | None,
+    ) -> tuple[Tensor, Rows]:  # fmt: skip
+        """Return ``y = (x - mean) * rstd * weight + bias``, and what `gradients` needs."""
+        return affine(self.call.kernels, x, bias, self.call.sizes, rows, None), rows
 
     def gradients(
         self, dy: Tensor, x: Tensor, weight: Tensor | None, _bias_dtype: torch.dtype | None,

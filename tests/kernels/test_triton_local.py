@@ -1,0 +1,205 @@
+"""One process on the Triton kernels against the same in plain torch."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.kernel_cases import GROUPED, MIXED, randn
+from shuffle_batchnorm.kernels import reference, tiles
+from shuffle_batchnorm.kernels.local import Local
+from shuffle_batchnorm.kernels.rows import BlockGroups, Groups, Running
+
+pytest.importorskip("triton", reason="Triton is for Linux")
+from shuffle_batchnorm.kernels import triton_local
+from shuffle_batchnorm.kernels.triton_local import TritonLocal
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+pytestmark = [pytest.mark.gpu] if CUDA else []
+BOTH = pytest.mark.parametrize("merge_last", [False, True], ids=["three", "two"])
+EPS = 1e-3
+
+
+@pytest.fixture(autouse=True)
+def _nan_in_fresh_memory() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=[False, True], ids=["whole", "split"])
+def _splits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let a block be summed by one program, or by as many as it has steps."""
+    if request.param:
+        monkeypatch.setattr(tiles, "_STEPS", 1)
+        monkeypatch.setattr(tiles, "_UNSPLIT", 1)
+    tiles.reduction.cache_clear()
+    yield
+    tiles.reduction.cache_clear()
+
+
+def _next(groups: Groups, blocks: int) -> BlockGroups:
+    """Let the blocks of each normaliser be used by the next one, as `swap` does."""
+    number = blocks if groups is None else groups.number
+    owners = range(blocks) if groups is None else groups.owners
+    return BlockGroups(number, tuple((owner + 1) % number for owner in owners))
+
+
+def _run(
+    work: Any, x: Tensor, dy: Tensor, weight: Tensor | None, bias: Tensor | None,
+    running: Running | None = None, needs_dx: bool = True,
+) -> dict[str, Tensor | None]:  # fmt: skip
+    """Forward and backward, as `Normalise` calls them."""
+    rows, std = work.statistics(x, weight, running)
+    mean, deviation = work.moments(x, rows, std)
+    y, rows = work.forward(x, weight, bias, rows, running)
+    dtype = None if bias is None else bias.dtype
+    dx, dweight, dbias = work.gradients(dy, x, weight, dtype, rows, needs_dx)
+    return dict(
+        y=y, mean=mean, std=deviation, dx=dx, dweight=None if weight is None else dweight,
+        dbias=None if bias is None else dbias,
+    )  # fmt: skip
+
+
+def _compare(got: dict[str, Any], want: dict[str, Any], tolerance: float) -> None:
+    for name, tensor in want.items():
+        if tensor is None:
+            assert got[name] is None, name
+        else:
+            torch.testing.assert_close(
+                got[name], tensor, rtol=tolerance, atol=tolerance, check_dtype=name[0] != "d",
+                msg=lambda text, name=name: f"{name}: {text}",
+            )  # fmt: skip
+
+
+def _values(x: Tensor, sizes: tuple[int, ...], groups: Groups) -> int:
+    number = len(sizes) if groups is None else groups.number
+    return x.shape[2:].numel() * (x.shape[0] // number)
+
+
+@BOTH
+@GROUPED
+@pytest.mark.usefixtures("_splits")
+def test_groups_and_their_users(
+    shape: tuple[int, ...], sizes: tuple[int, ...], groups: BlockGroups, channels_last: bool,
+    merge_last: bool, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Catches a part merged into another normaliser, lost, or merged twice."""
+    monkeypatch.setattr(triton_local, "MERGE_LAST", merge_last)
+    x = (randn(*shape) + 10 * torch.arange(shape[0]).view(-1, *[1] * (len(shape) - 1))).to(DEVICE)
+    x = x.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else x
+    dy, (weight, bias) = torch.randn_like(x), torch.randn(2, shape[1]).double().to(DEVICE)
+    for users in (groups, _next(groups, len(sizes)), None):
+        if users is None:
+            groups = None  # type: ignore[assignment]  # each block for itself
+        if groups is None and 0 in sizes:
+            continue
+        values = _values(x, sizes, groups)
+        if values < 2 or (len(set(sizes)) > 1 and groups is None):
+            continue
+        local = Local(reference, sizes, groups, users, values, EPS)
+        got = _run(TritonLocal(x, EPS, sizes, groups, users), x, dy, weight, bias)
+        _compare(got, _run(local, x, dy, weight, bias), 1e-11)
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("affine", ["", "weight", "weight, bias"])
+@pytest.mark.usefixtures("_splits")
+def test_what_a_step_moves(
+    dtype: torch.dtype, channels_last: bool, affine: str, merge_last: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Catches running statistics moved twice, or not in all channels; a batch not counted."""
+    monkeypatch.setattr(triton_local, "MERGE_LAST", merge_last)
+    x = randn(12, 70, 3, 5).to(DEVICE, dtype)
+    x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
+    dy, sizes = torch.randn_like(x), (2,) * 6
+    # In mixed precision parameters are in float32.
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    weight = torch.randn(70, dtype=wide, device=DEVICE) if affine else None
+    bias = torch.randn(70, dtype=dtype, device=DEVICE) if "bias" in affine else None
+    steps: tuple[float | Tensor, ...] = (0.1, 0.7, torch.tensor(0.3), 0.0)
+    for step in steps:
+        results = []
+        for kind in (Local(reference, sizes, MIXED, MIXED, 90, EPS), TritonLocal):
+            work: Any = kind
+            if kind is TritonLocal:
+                work = TritonLocal(x, EPS, sizes, MIXED, MIXED)
+            buffers = [torch.full((70,), float(k), dtype=wide, device=DEVICE) for k in (1, 2)]
+            number = torch.tensor(41, device=DEVICE)
+            result = _run(work, x, dy, weight, bias, Running(buffers[0], buffers[1], step, number))
+            if work is not kind:
+                assert number == 42
+            results.append(result | dict(running_mean=buffers[0], running_var=buffers[1]))
+        tolerance = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 2e-2}[dtype]
+        _compare(results[1], results[0], tolerance)
+
+
+@BOTH
+def test_gradients_without_that_of_the_input(
+    merge_last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches gradients of parameters that only the elementwise kernel would write."""
+    monkeypatch.setattr(triton_local, "MERGE_LAST", merge_last)
+    x, dy = (randn(12, 5, 7).to(DEVICE) for _ in range(2))
+    weight, bias = torch.randn(2, 5).double().to(DEVICE)
+    work = TritonLocal(x, EPS, (2,) * 6, MIXED, MIXED)
+    whole, part = (_run(work, x, dy, weight, bias, needs_dx=needs) for needs in (True, False))
+    assert part["dx"] is None
+    for name in ("dweight", "dbias"):
+        torch.testing.assert_close(part[name], whole[name])
+
+
+@BOTH
+def test_memory_at_odd_addresses_and_in_other_layouts(
+    merge_last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a kernel for aligned memory launched on other, and strides taken for others."""
+    monkeypatch.setattr(triton_local, "MERGE_LAST", merge_last)
+    x, dy = (randn(12, 6, 4, 4).to(DEVICE) for _ in range(2))
+    weight, bias = torch.randn(2, 6).double().to(DEVICE)
+    shifted = x.new_empty(x.numel() + 1)[1:].view_as(x).copy_(x)
+    assert shifted.data_ptr() % 16
+    gaps = x.new_empty(12, 9, 4, 4)[:, 2:8].copy_(x)
+    want = _run(Local(reference, (2,) * 6, MIXED, MIXED, 96, EPS), x, dy, weight, bias)
+    for other in (x, shifted, gaps, x.contiguous(memory_format=torch.channels_last)):
+        work = TritonLocal(other, EPS, (2,) * 6, MIXED, MIXED)
+        for gradient in (
+            dy,
+            dy.contiguous(memory_format=torch.channels_last),
+            dy[:, :1].expand_as(x),
+        ):
+            expected = want
+            if gradient.stride(1) == 0:
+                local = Local(reference, (2,) * 6, MIXED, MIXED, 96, EPS)
+                expected = _run(local, x, gradient, weight, bias)
+            _compare(_run(work, other, gradient, weight, bias), expected, 1e-11)
+
+
+@pytest.mark.usefixtures("_splits")
+def test_counters_are_left_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a counter that is not set back, with which the next call would merge too early."""
+    monkeypatch.setattr(triton_local, "MERGE_LAST", True)
+    monkeypatch.setattr(triton_local, "_arrivals", {})
+    x, dy = (randn(12, 70, 9).to(DEVICE) for _ in range(2))
+    work = TritonLocal(x, EPS, (2,) * 6, MIXED, _next(MIXED, 6))
+    results = [_run(work, x, dy, None, None) for _ in range(3)]
+    (counters,) = triton_local._arrivals.values()
+    assert not counters.any()
+    for again in results[1:]:
+        for name in ("y", "dx", "mean", "std"):
+            assert torch.equal(*(result[name] for result in (results[0], again))), name
+
+
+def test_many_parts_are_merged_by_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a last program that works on while all others have ended."""
+    monkeypatch.setattr(triton_local, "MERGE_LAST", True)
+    monkeypatch.setattr(triton_local, "_MOST_PARTS", 2)
+    work = TritonLocal(randn(12, 5, 7), EPS, (2,) * 6, MIXED, None)
+    assert work._moments.merge is not None
+    assert work._sums.merge is None
