@@ -30,12 +30,11 @@ def _nan_in_fresh_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=[False, True], ids=["whole", "split"])
-def _splits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Let a block be summed by one program, or by as many as it has steps."""
-    if request.param:
-        monkeypatch.setattr(tiles, "_STEPS", 1)
-        monkeypatch.setattr(tiles, "_UNSPLIT", 1)
+@pytest.fixture
+def _splits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let a block be summed by as many programs as it has steps."""
+    monkeypatch.setattr(tiles, "_STEPS", 1)
+    monkeypatch.setattr(tiles, "_UNSPLIT", 1)
     tiles.reduction.cache_clear()
     yield
     tiles.reduction.cache_clear()
@@ -69,15 +68,8 @@ def _compare(got: dict[str, Any], want: dict[str, Any], tolerance: float) -> Non
         if tensor is None:
             assert got[name] is None, name
         else:
-            torch.testing.assert_close(
-                got[name], tensor, rtol=tolerance, atol=tolerance, check_dtype=name[0] != "d",
-                msg=lambda text, name=name: f"{name}: {text}",
-            )  # fmt: skip
-
-
-def _values(x: Tensor, sizes: tuple[int, ...], groups: Groups) -> int:
-    number = len(sizes) if groups is None else groups.number
-    return x.shape[2:].numel() * (x.shape[0] // number)
+            found = got[name].to(tensor.dtype)
+            torch.testing.assert_close(found, tensor, rtol=tolerance, atol=tolerance)
 
 
 @BOTH
@@ -92,52 +84,65 @@ def test_groups_and_their_users(
     x = (randn(*shape) + 10 * torch.arange(shape[0]).view(-1, *[1] * (len(shape) - 1))).to(DEVICE)
     x = x.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else x
     dy, (weight, bias) = torch.randn_like(x), torch.randn(2, shape[1]).double().to(DEVICE)
-    for users in (groups, _next(groups, len(sizes)), None):
-        if users is None:
-            groups = None  # type: ignore[assignment]  # each block for itself
-        if groups is None and 0 in sizes:
-            continue
-        values = _values(x, sizes, groups)
-        if values < 2 or (len(set(sizes)) > 1 and groups is None):
-            continue
-        local = Local(reference, sizes, groups, users, values, EPS)
-        got = _run(TritonLocal(x, EPS, sizes, groups, users), x, dy, weight, bias)
-        _compare(got, _run(local, x, dy, weight, bias), 1e-11)
+    users = _next(groups, len(sizes))
+    values = x.shape[2:].numel() * (shape[0] // groups.number)
+    local = Local(reference, sizes, groups, users, values, EPS)
+    got = _run(TritonLocal(x, EPS, sizes, groups, users), x, dy, weight, bias)
+    _compare(got, _run(local, x, dy, weight, bias), 1e-11)
 
 
 @BOTH
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("affine", ["", "weight", "weight, bias"])
+@pytest.mark.parametrize("users", [False, True], ids=["local", "swap"])
+def test_blocks_that_are_normalisers(
+    users: bool, merge_last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches rows of blocks that are merged, though each is a normaliser of its own."""
+    monkeypatch.setattr(triton_local, "MERGE_LAST", merge_last)
+    x, dy = randn(12, 5, 7).to(DEVICE), randn(12, 5, 7).to(DEVICE)
+    chosen = _next(None, 3) if users else None
+    local = Local(reference, (4,) * 3, None, chosen, 28, EPS)
+    got = _run(TritonLocal(x, EPS, (4,) * 3, None, chosen), x, dy, None, None)
+    _compare(got, _run(local, x, dy, None, None), 1e-11)
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("dtype", "channels_last", "affine", "step"),
+    [
+        (torch.float64, False, "weight, bias", 0.1),
+        (torch.float64, True, "weight", torch.tensor(0.3)),
+        (torch.float32, False, "", 0.7),
+        (torch.float32, True, "weight, bias", 0.0),
+        (torch.bfloat16, False, "weight, bias", torch.tensor(0.3)),
+        (torch.bfloat16, True, "weight", 0.1),
+    ],
+    ids=str,
+)
 @pytest.mark.usefixtures("_splits")
 def test_what_a_step_moves(
-    dtype: torch.dtype, channels_last: bool, affine: str, merge_last: bool,
+    dtype: torch.dtype, channels_last: bool, affine: str, step: float | Tensor, merge_last: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Catches running statistics moved twice, or not in all channels; a batch not counted."""
     monkeypatch.setattr(triton_local, "MERGE_LAST", merge_last)
-    x = randn(12, 70, 3, 5).to(DEVICE, dtype)
-    x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
+    x = randn(12, 70, 1, 5).to(DEVICE, dtype)
+    x = x.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else x
     dy, sizes = torch.randn_like(x), (2,) * 6
     # In mixed precision parameters are in float32.
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     weight = torch.randn(70, dtype=wide, device=DEVICE) if affine else None
     bias = torch.randn(70, dtype=dtype, device=DEVICE) if "bias" in affine else None
-    steps: tuple[float | Tensor, ...] = (0.1, 0.7, torch.tensor(0.3), 0.0)
-    for step in steps:
-        results = []
-        for kind in (Local(reference, sizes, MIXED, MIXED, 90, EPS), TritonLocal):
-            work: Any = kind
-            if kind is TritonLocal:
-                work = TritonLocal(x, EPS, sizes, MIXED, MIXED)
-            buffers = [torch.full((70,), float(k), dtype=wide, device=DEVICE) for k in (1, 2)]
-            number = torch.tensor(41, device=DEVICE)
-            result = _run(work, x, dy, weight, bias, Running(buffers[0], buffers[1], step, number))
-            if work is not kind:
-                assert number == 42
-            results.append(result | dict(running_mean=buffers[0], running_var=buffers[1]))
-        tolerance = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 2e-2}[dtype]
-        _compare(results[1], results[0], tolerance)
+    number = torch.tensor(41, device=DEVICE)
+    results = []
+    works: list[Any] = [Local(reference, sizes, MIXED, MIXED, 30, EPS)]
+    works.append(TritonLocal(x, EPS, sizes, MIXED, MIXED))
+    for work in works:
+        mean, var = (torch.full((70,), float(k), dtype=wide, device=DEVICE) for k in (1, 2))
+        result = _run(work, x, dy, weight, bias, Running(mean, var, step, number))
+        results.append(result | dict(running_mean=mean, running_var=var))
+    assert number == 42  # by one of them
+    tolerance = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 2e-2}[dtype]
+    _compare(results[1], results[0], tolerance)
 
 
 @BOTH
@@ -193,13 +198,17 @@ def test_counters_are_left_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None
     assert not counters.any()
     for again in results[1:]:
         for name in ("y", "dx", "mean", "std"):
-            assert torch.equal(*(result[name] for result in (results[0], again))), name
+            torch.testing.assert_close(again[name], results[0][name], rtol=0, atol=0)
 
 
 def test_many_parts_are_merged_by_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a last program that works on while all others have ended."""
     monkeypatch.setattr(triton_local, "MERGE_LAST", True)
     monkeypatch.setattr(triton_local, "_MOST_PARTS", 2)
-    work = TritonLocal(randn(12, 5, 7), EPS, (2,) * 6, MIXED, None)
-    assert work._moments.merge is not None
-    assert work._sums.merge is None
+    work = TritonLocal(randn(12, 5, 7).to(DEVICE), EPS, (2,) * 6, MIXED, None)
+    assert work._moments.merge is not None  # 3 parts for each
+    assert work._sums.merge is not None
+    monkeypatch.setattr(triton_local, "_MOST_PARTS", 3)
+    assert (
+        TritonLocal(randn(12, 5, 7).to(DEVICE), EPS, (2,) * 6, MIXED, None)._moments.merge is None
+    )
