@@ -35,7 +35,7 @@ def node_group(ranks_per_node: int | None = None) -> "dist.ProcessGroup | None":
     Args:
         ranks_per_node: ranks 0 to ``ranks_per_node - 1`` are the first node, and so on. None finds
             out which ranks are on the same host, and under ``torchrun`` were started by the same
-            agent; nodes may then differ in size.
+            agent; nodes may then differ in size. Pass it where NVLink reaches beyond a host.
 
     Returns:
         The group, for any `process_group` of this library. All ranks' own group if there is one
