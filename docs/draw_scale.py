@@ -6,14 +6,16 @@ python docs/draw_scale.py
 """
 
 import json
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
-from palette import colour, drawing
+from nccl_model import NCCL, PUBLIC
+from palette import INK, colour, drawing
 from scale_model import (
-    NCCL,
     RESNET50,
     Gloo,
     Point,
@@ -31,6 +33,8 @@ RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 CHANNELS = 512
 WORLDS = [2**k for k in range(1, 11)]
 WAYS = ("seed", "SyncBatchNorm", "MoCo's shuffle", "batch_shuffle", "regroup", "swap")
+NODE = "regroup in a node"
+BANDS = ("SyncBatchNorm", "batch_shuffle", "regroup")  # the others lie upon them
 LAYERS = ("seed", "SyncBatchNorm", "regroup", "swap")
 Row = dict[str, Any]
 
@@ -126,25 +130,63 @@ def duration(ms: float) -> str:
     return f"{ms:.0f}" if ms >= 10 else f"{ms:.1f}" if ms >= 1 else f"{ms:.2f}"
 
 
-def modelled(world: int, way: str) -> tuple[int, float, float]:
-    """Messages, bytes received and milliseconds of a key encoder's forward pass."""
+class Modelled(NamedTuple):
+    """A key encoder's forward pass: its messages, bytes received, and milliseconds."""
+
+    messages: int
+    size: float
+    graph: float
+    eager: float
+
+
+def modelled(world: int, way: str) -> Modelled:
+    if way == NODE:  # every node by itself
+        world, way = min(world, NCCL(True).node), "regroup"
     calls = key_encoder(way, world)
-    return len(calls), sum(received(c, world) for c in calls), 1e3 * NCCL().seconds(calls, world)
+    times = [1e3 * NCCL(graph).seconds(calls, world) for graph in (True, False)]
+    return Modelled(len(calls), sum(received(c, world) for c in calls), *times)
 
 
 def print_modelled() -> None:
     worlds = (8, 64, 256, 1024)
-    print(f"\nModel: ResNet-50 key encoder, {len(RESNET50)} layers, forward\n")
-    print(f"| | messages | {' | '.join(f'W = {world}' for world in worlds)} |")
-    print(f"|---|---|{'---|' * len(worlds)}")
-    for way in WAYS:
+    head = " | ".join(f"W = {world}" for world in worlds)
+    print(f"\nResNet-50 key encoder, {len(RESNET50)} layers, forward: bytes received per rank\n")
+    print(f"| | messages | {head} |\n|---|---|{'---|' * len(worlds)}")
+    for way in (*WAYS, NODE):
         cells = [modelled(world, way) for world in worlds]
-        shown = [f"{amount(size)}, {duration(ms)} ms" for _, size, ms in cells]
-        counts = sorted({cell[0] for cell in cells})
-        print(f"| {way} | {' or '.join(map(str, counts))} | {' | '.join(shown)} |")
+        counts = sorted({cell.messages for cell in cells})
+        shown = [" or ".join(map(str, counts)), *(amount(cell.size) for cell in cells)]
+        print(f"| {way} | {' | '.join(shown)} |")
+    print("\nModel: milliseconds in a CUDA graph / eager\n")
+    print(f"| | {head} |\n|---|{'---|' * len(worlds)}")
+    for way in (*WAYS, NODE):
+        cells = [modelled(world, way) for world in worlds]
+        shown = [f"{duration(cell.graph)} / {duration(cell.eager)}" for cell in cells]
+        print(f"| {way} | {' | '.join(shown)} |")
     print("\nFirst messages to new peers, once in a run, by the model:")
-    for way, peers in (("swap", 2), ("regroup", 14), ("batch_shuffle", 1023)):
-        print(f"  {way}: {peers} peers, {peers * NCCL().connection:.1f} s")
+    for way, peers in (("swap", 2), ("regroup", 14), (NODE, 7), ("batch_shuffle", 1023)):
+        print(f"  {way}: {peers} peers, {peers * NCCL(True).connection:.1f} s")
+
+
+def print_public() -> None:
+    """What others have measured, beside the model: a row for each table of theirs."""
+    print("\n| measured by | on | bytes | microseconds | model over measured |")
+    print("|---|---|---|---|---|")
+    same = attrgetter("source", "what", "graph", "unlike")
+    for (source, what, graph, unlike), group in groupby(PUBLIC, same):
+        points = list(group)
+        owner, number = source.split("#")
+        sizes = span([amount(point.call.size) for point in points])
+        times = span([f"{point.microseconds:.1f}" for point in points])
+        ratios = span([f"{point.ratio:.2f}" for point in sorted(points, key=attrgetter("ratio"))])
+        why = f": {unlike}" if unlike else ""
+        link = f"[{source}](https://github.com/{owner}/issues/{number})"
+        how = "graph" if graph else "eager"
+        print(f"| {link} | {what}, {how} | {sizes} | {times} | {ratios}{why} |")
+
+
+def span(texts: list[str]) -> str:
+    return texts[0] if texts[0] == texts[-1] else f"{texts[0]} to {texts[-1]}"
 
 
 def draw_measured(axes: Axes, record: dict[str, Any], gloo: Gloo) -> None:
@@ -164,17 +206,33 @@ def draw_measured(axes: Axes, record: dict[str, Any], gloo: Gloo) -> None:
     axes.set_ylabel("ms")
 
 
-def draw_modelled(received_axes: Axes, time_axes: Axes) -> None:
+def draw_received(axes: Axes) -> None:
     for way in WAYS:
-        cells, tint = [modelled(world, way) for world in WORLDS], colour(way)
         # The seed's bytes are SyncBatchNorm's: both colours must be seen.
         over: dict[str, Any] = {"linestyle": "--", "zorder": 3} if way == "seed" else {}
-        received_axes.plot(WORLDS, [size / 1e6 for _, size, _ in cells], color=tint, **over)
-        time_axes.plot(WORLDS, [ms for *_, ms in cells], color=tint)
-    received_axes.set_title("by formula\nkey encoder, received")
-    received_axes.set_ylabel("MB per step")
-    time_axes.set_title("model, not measured\nkey encoder on H100s")
-    time_axes.set_ylabel("ms per step")
+        sizes = [modelled(world, way).size / 1e6 for world in WORLDS]
+        axes.plot(WORLDS, sizes, color=colour(way), **over)
+    axes.set_title("by formula\nkey encoder, received")
+    axes.set_ylabel("MB per step")
+
+
+def draw_modelled(axes: Axes) -> None:
+    """Bands as wide as tests/test_nccl_model.py lets the model be off, around graph and eager."""
+    for way in (*BANDS, NODE):
+        worlds = [world for world in WORLDS if way != NODE or world >= NCCL(True).node]
+        cells = [modelled(world, way) for world in worlds]
+        edges = [cell.graph / 2 for cell in cells], [2 * cell.eager for cell in cells]
+        if way == NODE:
+            for edge in edges:
+                axes.plot(worlds, edge, color=colour("regroup"), linestyle=":", linewidth=1)
+            text = "in a node"
+            axes.text(worlds[-1], 0.9 * edges[1][-1], text, color=INK, size=7, ha="right", va="top")
+            continue
+        axes.fill_between(worlds, *edges, color=colour(way), alpha=0.3, linewidth=0)
+        for edge in edges:
+            axes.plot(worlds, edge, color=colour(way), linewidth=1)
+    axes.set_title("model, not measured\nkey encoder on H100s")
+    axes.set_ylabel("ms per step")
 
 
 def main() -> None:
@@ -186,11 +244,13 @@ def main() -> None:
     print_measured(record)
     print_fit(rows, samples, gloo, record["cores"])
     print_modelled()
+    print_public()
 
     with drawing("scale.png", 3.2) as figure:
         left, middle, right = figure.subplots(1, 3)
         draw_measured(left, record, gloo)
-        draw_modelled(middle, right)
+        draw_received(middle)
+        draw_modelled(right)
         for ax, worlds in ((left, worlds_of(record)), (middle, WORLDS), (right, WORLDS)):
             ax.set(xscale="log", yscale="log", xlabel="W, ranks")
             shown = worlds if len(worlds) < 6 else worlds[::3]

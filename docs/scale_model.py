@@ -1,7 +1,7 @@
-"""What a step of each way of shuffling sends, and what that costs: gloo measured, NCCL modelled.
+"""What a step of each way of shuffling sends, and what that costs on gloo.
 
-The patterns and their bytes are exact. Times are a model: `Gloo` is fitted to
-benchmarks/results/exchange.json, `NCCL` is never measured here; each of its numbers has its source.
+The patterns and their bytes are exact. Times are a model, fitted to exchange.json and
+batch_shuffle.json in benchmarks/results. The one of NCCL is in nccl_model.py.
 """
 
 import math
@@ -132,66 +132,6 @@ def fit(points: list[Point], cores: int) -> Gloo:
 
     start = np.log([1e-4, 1e-4, 1e-9])
     return Gloo(*map(float, np.exp(least_squares(miss, start, loss="soft_l1").x)))
-
-
-class Protocol(NamedTuple):
-    """Of a ring, microseconds and share of the bandwidth: the table of NCCL's own tuning model."""
-
-    base: float
-    nvlink: float
-    network: float
-    bandwidth: float
-
-
-class NCCL(NamedTuple):
-    """H100 nodes by a model: nothing here was measured by us. Microseconds and bytes per second."""
-
-    node: int = 8  # GPUs that share NVLink
-    # Ring LL, LL128, Simple: NVIDIA/nccl, src/graph/tuning.cc (baseLat, hwLat), commit 01afd20.
-    ring: tuple[Protocol, ...] = (
-        Protocol(3.6, 0.47, 2.7, 1 / 4),
-        Protocol(10.0, 1.9, 4.0, 0.92),
-        Protocol(8.4, 3.4, 9.6, 1.0),
-    )
-    tree: Protocol = Protocol(4.4, 0.52, 5.0, 0.9 / 3.8)  # LL, same source
-    crowded: float = 1.8  # factor on LL's NVLink latency with several nodes, same source
-    # What is left of 19 µs for a small message on 8 H100 (nccl#1487) after LL's 6.9 µs.
-    launch: float = 12.1
-    peer: float = 1.0  # assumed, for each further peer of an all_to_all
-    nvlink: float = 450e9  # H100, one direction
-    nic: float = 50e9  # 400 Gbit/s for each GPU
-    connection: float = 0.2  # s, first message to a new peer (nccl#1487)
-
-    def seconds(self, calls: Iterable[Call], world: int) -> float:
-        return 1e-6 * sum(self._microseconds(call, world) for call in calls)
-
-    def _microseconds(self, call: Call, world: int) -> float:
-        nodes = math.ceil(world / self.node)
-        if call.kind == "all_to_all":
-            # Point to point takes the Simple protocol; empty messages are not sent.
-            hop, link = self.ring[-1].network, self.nic
-            if nodes == 1:
-                hop, link = self.ring[-1].nvlink, self.nvlink
-            rest = self.peer * max(0, call.peers - 1)
-            return self.launch + hop + rest + 1e6 * received(call, world) / link
-        # A ring enters each node through one NIC; several rings use all of them.
-        link = self.nvlink if nodes == 1 else min(self.nvlink, self.node * self.nic)
-        turns = 2 if call.kind == "all_reduce" else 1
-        times = [
-            self._latency(protocol, turns * (world - nodes), turns * (nodes - 1), nodes)
-            + 1e6 * received(call, world) / (link * protocol.bandwidth)
-            for protocol in self.ring
-        ]
-        if call.kind == "all_reduce":
-            hops = 2 * (min(world, self.node) - 1), 2 * int(math.log2(nodes))
-            slowed = 1e6 * received(call, world) / (link * self.tree.bandwidth)
-            times.append(self._latency(self.tree, *hops, nodes) + slowed)
-        return self.launch + min(times)
-
-    def _latency(self, protocol: Protocol, inside: int, between: int, nodes: int) -> float:
-        is_ll = protocol in (self.ring[0], self.tree)
-        slower = self.crowded if nodes > 1 and is_ll else 1.0
-        return protocol.base + inside * slower * protocol.nvlink + between * protocol.network
 
 
 def rows_of_today(record: dict[str, Any]) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ Shape letters, used in every docstring: ``W`` ranks, ``G`` groups over all ranks
 group, ``N`` local batch, ``C`` channels, ``L`` flattened space, ``*`` any number of space axes.
 """
 
+from .comm.node import node_group
 from .norm.contexts import record_statistics, shuffle_offset, synchronize_running_stats
 from .norm.functional import shuffle_batch_norm
 from .norm.mixing import mixing_matrix, spectral_radius
@@ -26,6 +27,7 @@ __all__ = [
     "get_shuffle_state",
     "measure_leak",
     "mixing_matrix",
+    "node_group",
     "record_statistics",
     "set_shuffle_state",
     "shuffle_batch_norm",

@@ -96,7 +96,8 @@ def _finish(
 ) -> None:
     """Run one collective to its end; on the CPU, end it with an error if a peer can't come."""
     if torch.compiler.is_compiling() or payload.device.type != "cpu":
-        # A GPU's collectives end in stream order and never block this thread.
+        # NCCL's end in stream order and never block this thread. gloo, which copies a GPU's memory
+        # through the host, waits here for the peers, until the group's time limit.
         start(False)
         meanwhile()
         return
