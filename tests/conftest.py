@@ -2,11 +2,13 @@
 
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 import pytest
 import torch
 
 import ranks
+from gpu_cases import mark_spare
 
 # Triton asks for this when it is imported, so it must be said before any test.
 if not torch.cuda.is_available():
@@ -22,6 +24,16 @@ def _seed() -> None:
 def _end_of_ranks() -> Iterator[None]:
     yield
     ranks.stop_all()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    # A Python that has a GPU's torch may lack pytest-timeout, whose option is in pyproject.toml.
+    if find_spec("pytest_timeout") is None:
+        parser.addini("timeout", "of pytest-timeout, which is not installed")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    mark_spare(items)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
