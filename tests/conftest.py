@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from importlib.util import find_spec
+from typing import Any
 
 import pytest
 import torch
@@ -34,6 +35,28 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     mark_spare(items)
+
+
+def pytest_configure() -> None:
+    if torch.cuda.is_available() and find_spec("triton"):
+        from triton import knobs
+
+        knobs.compilation.listener = _note_compiled
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if _compiled:
+        terminalreporter.write_line(
+            f"Triton compiled {len(_compiled)} kernels in {sum(_compiled):.0f} s"
+        )
+
+
+_compiled: list[float] = []  # s, for each kernel that was not in Triton's cache
+
+
+def _note_compiled(*, times: Any, cache_hit: bool, **_: object) -> None:
+    if not cache_hit:
+        _compiled.append(times.total / 1e6)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from cuda_sync import never_waits
 from shuffle_batchnorm import ShuffleBatchNorm
 from truth import gradient
-from waiting import host_never_waits
 
 pytestmark = pytest.mark.gpu
 
@@ -61,7 +61,7 @@ def test_a_step_with_new_batch_sizes_never_waits(
     for n in (64, 24):
         x = _input(n, 64, 14, 14, channels_last=channels_last).requires_grad_()
         _step(layer, x)  # its index tensors
-        with host_never_waits():
+        with never_waits():
             _step(layer, x)
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from cuda_sync import never_waits
 from shuffle_batchnorm.moco.data.augmentation import make_augmentation, step_random_state
-from waiting import host_never_waits
 
 _STATISTICS = {1: ((0.3,), (0.4,)), 3: ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))}
 
@@ -94,7 +94,7 @@ def test_views_on_a_gpu_do_not_wait_for_it(dataset: str) -> None:
     augmentation = make_augmentation(dataset, 64, "standard", *_STATISTICS[channels]).cuda()
     before, views = torch.cuda.get_rng_state(), []
     for _ in range(2):
-        with step_random_state(0, 0, 0, 0, 0, "cuda"), host_never_waits():
+        with step_random_state(0, 0, 0, 0, 0, "cuda"), never_waits():
             views.append(augmentation(images))
     torch.testing.assert_close(views[0], views[1], rtol=0, atol=0)
     assert torch.equal(torch.cuda.get_rng_state(), before)

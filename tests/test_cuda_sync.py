@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 
-from waiting import host_never_waits
+from cuda_sync import never_waits
 
 
 def _modes(monkeypatch: pytest.MonkeyPatch, warning: str) -> list[int | str]:
@@ -25,10 +25,10 @@ def _modes(monkeypatch: pytest.MonkeyPatch, warning: str) -> list[int | str]:
 def test_the_mode_ends_with_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a mode that stays on after its own warning, or after a test that fails."""
     modes = _modes(monkeypatch, "Synchronization debug mode is a prototype feature and does not")
-    with host_never_waits():
+    with never_waits():
         assert modes == [1, "error"]
     assert modes == [1, "error", 1]
-    with pytest.raises(KeyError), host_never_waits():
+    with pytest.raises(KeyError), never_waits():
         raise KeyError
     assert modes[2:] == [1, "error", 1]
 
@@ -36,7 +36,7 @@ def test_the_mode_ends_with_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_another_warning_does_not_leave_the_mode_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a mode that is set before somebody will set it back."""
     modes = _modes(monkeypatch, "something else")
-    with pytest.raises(UserWarning, match="something else"), host_never_waits():
+    with pytest.raises(UserWarning, match="something else"), never_waits():
         raise AssertionError
     assert modes == [1, "error", 1]
 
@@ -45,6 +45,6 @@ def test_another_warning_does_not_leave_the_mode_on(monkeypatch: pytest.MonkeyPa
 def test_what_waits_raises() -> None:
     """Catches a block in which the host may wait unseen."""
     x = torch.ones(3, device="cuda")
-    with pytest.raises(RuntimeError, match="synchronizing"), host_never_waits():
+    with pytest.raises(RuntimeError, match="synchronizing"), never_waits():
         x.sum().item()
     assert x.sum().item() == 3

@@ -1,4 +1,4 @@
-"""What the host does not wait for."""
+"""Fails where the host would wait for a CUDA device."""
 
 import warnings
 from collections.abc import Iterator
@@ -8,15 +8,14 @@ import torch
 
 
 @contextmanager
-def host_never_waits() -> Iterator[None]:
-    """Let an operation raise that makes the host wait for the GPU; afterwards all is as before.
+def never_waits() -> Iterator[None]:
+    """Raise where the host waits for the GPU; the mode of before is back afterwards, come what may.
 
-    Sync debug mode warns that it is a prototype, after it has been switched on; where warnings are
-    errors, it would stay on and fail every later test.
+    Torch doesn't notice a non-blocking copy from pageable memory.
     """
     before = torch.cuda.get_sync_debug_mode()
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings():  # warnings are errors here, and the mode is a prototype
             warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
             torch.cuda.set_sync_debug_mode("error")
         yield
