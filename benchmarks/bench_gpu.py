@@ -205,7 +205,8 @@ def compiled(scale: Scale) -> Iterator[list[Row]]:
     with tempfile.TemporaryDirectory() as cache, mock.patch.dict(os.environ):
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
         os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = str(max(1, _CORES // workers))
-        with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        # A fresh process for each model: the first one in a process also starts the compiler.
+        with ProcessPoolExecutor(workers, get_context("spawn"), max_tasks_per_child=1) as pool:
             cold = {}
             for bn, batch in models:
                 options = _step_options(scale, batch, ["regroup"], scale.compiled)

@@ -29,7 +29,7 @@ def _targets(folder: Path, part: str) -> list[dict[str, Any]]:
 class _Threads(ThreadPoolExecutor):
     """In place of processes, which would take seconds to start."""
 
-    def __init__(self, workers: int, _: object) -> None:
+    def __init__(self, workers: int, *_: object, **__: object) -> None:
         super().__init__(workers)
 
 
