@@ -44,8 +44,6 @@ BENCHMARKS = {
     "ranks": 40.0,
 }
 CASES = "(gpu or gpu_too) and not spare"
-
-
 Row = dict[str, Any]
 
 
@@ -69,23 +67,11 @@ class Running(NamedTuple):
 
 def test_parts() -> list[Part]:
     """One for each file with tests for a GPU: to collect others may take the extra `train`."""
-    files = (path for path in sorted((ROOT / "tests").rglob("test_*.py")))
+    folder = ROOT / "tests"
+    pytest = [sys.executable, "-m", "pytest", "-m", CASES, "--durations=10", "--tb=short"]
     return [
-        Part(
-            "-".join(path.relative_to(ROOT / "tests").with_suffix("").parts),
-            [
-                sys.executable,
-                "-m",
-                "pytest",
-                "-m",
-                CASES,
-                "--durations=10",
-                "--tb=short",
-                str(path),
-            ],
-            TEST,
-        )
-        for path in files
+        Part("-".join(path.relative_to(folder).with_suffix("").parts), [*pytest, str(path)], TEST)
+        for path in sorted(folder.rglob("test_*.py"))
         if re.search(r"mark\.gpu", path.read_text())
     ]
 
@@ -102,6 +88,7 @@ def run(parts: list[Part], kind: str, out: Path, total: float, jobs: int) -> lis
     waiting, running, rows = list(parts), list[Running](), list[Row]()
     try:
         while waiting or running:
+            before = len(rows)
             while waiting and len(running) < jobs:
                 part = waiting.pop(0)
                 for suffix in (".json", ".log"):  # what this run doesn't measure shall not be there
@@ -117,7 +104,8 @@ def run(parts: list[Part], kind: str, out: Path, total: float, jobs: int) -> lis
                 if one.process.poll() is not None or took > one.limit:
                     running.remove(one)
                     rows.append(_finish(one, took))
-            harness.save(kind, rows, folder=out)
+            if len(rows) > before:
+                harness.save(kind, rows, folder=out)
     finally:
         for one in running:
             _kill(one)

@@ -43,16 +43,16 @@ def _small(device: str, groups: int) -> dict[str, Callable[[], None]]:
 def launches(device: str, groups: int) -> list[Row]:
     """Count what a forward and backward starts on the device, by kernel; on a CPU, operations."""
     on_gpu = device == "cuda"
-    activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    kind = activities[-1].name
     rows = []
     for name, run in _small(device, groups).items():
         for _ in range(3):
             run()
-        with torch.profiler.profile(activities=[activity]) as profiler:
+        with torch.profiler.profile(activities=activities) as profiler:
             run()
             if on_gpu:
                 torch.cuda.synchronize()
-        kind = activity.name
         found = Counter(event.name for event in profiler.events() if event.device_type.name == kind)
         rows.append({"what": "launches", "name": name, "number": found.total(), "kernels": found})
         print(f"{name}: {found.total()} {dict(found) if on_gpu else 'operations'}", flush=True)
