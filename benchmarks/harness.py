@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from shuffle_batchnorm.moco.checkpoint import write_atomically
 from shuffle_batchnorm.moco.journal import processor
 from shuffle_batchnorm.moco.ranks.launch import Rank
 
@@ -239,7 +240,8 @@ def save(
     path = folder / f"{name}.json"
     record = {"benchmark": name, **_circumstances(on_ranks, on_gpu), **more, "rows": rows}
     lines = (f" {json.dumps(key)}: {_text(value)}" for key, value in record.items())
-    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    # A benchmark may be killed while it writes; what it had before stays.
+    write_atomically(path, ("{\n" + ",\n".join(lines) + "\n}\n").encode())
     return path
 
 

@@ -222,6 +222,19 @@ def test_results_say_where_they_come_from(results: Path, monkeypatch: pytest.Mon
     assert here["device"] != there["device"] == "a GPU"
 
 
+def test_results_are_whole(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches half a file in place of the last results, where a benchmark is killed."""
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    harness.save("here", [{"n": 1}])
+    monkeypatch.setattr(Path, "replace", die)
+    with pytest.raises(KeyboardInterrupt):
+        harness.save("here", [{"n": 2}])
+    assert _record(results, "here")["rows"] == [{"n": 1}]
+
+
 def _rounds_on_ranks() -> int:
     seconds = [0.0, 60.0][dist.get_rank()]
     return len(list(harness.rounds_within(seconds, least=2, most=5)))
