@@ -112,6 +112,14 @@ def profile(scale: Scale) -> Iterator[list[Row]]:
     yield gpu_layers.launches(scale.device, scale.groups)
 
 
+def judge_profile(rows: list[Row]) -> list[Target]:
+    return [
+        Target("kernels on the device, forward + backward", row["number"], 4, row["name"])
+        for row in rows
+        if row["what"] == "launches" and row["name"] != PLAIN
+    ]
+
+
 def step(scale: Scale) -> Iterator[list[Row]]:
     for batch in scale.step_batches:
         yield bench_step.measure(scale.rank, _step_options(scale, batch, ["local", "regroup"]))
@@ -270,7 +278,7 @@ class Part(NamedTuple):
 
 PARTS = {
     "host": Part(host, judge_host),
-    "profile": Part(profile, judge_nothing),
+    "profile": Part(profile, judge_profile),
     "step": Part(step, judge_step),
     "layer": Part(layer, judge_layer),
     "kernels": Part(kernels, judge_kernels),

@@ -38,10 +38,10 @@ BENCHMARKS = {
     "layer": 75.0,
     "kernels": 40.0,
     "profile": 25.0,
+    "ranks": 40.0,
     "compiled": 150.0,
     "memory": 25.0,
     "graphs": 20.0,
-    "ranks": 40.0,
 }
 CASES = "(gpu or gpu_too) and not spare"
 Row = dict[str, Any]
@@ -68,7 +68,8 @@ class Running(NamedTuple):
 def test_parts() -> list[Part]:
     """One for each file with tests for a GPU: to collect others may take the extra `train`."""
     folder = ROOT / "tests"
-    pytest = [sys.executable, "-m", "pytest", "-m", CASES, "--durations=10", "--tb=short"]
+    options = ["-m", CASES, "--durations=10", "--tb=short", "-p", "no:cacheprovider"]
+    pytest = [sys.executable, "-m", "pytest", *options]
     return [
         Part("-".join(path.relative_to(folder).with_suffix("").parts), [*pytest, str(path)], TEST)
         for path in sorted(folder.rglob("test_*.py"))

@@ -37,7 +37,7 @@ class _Threads(ThreadPoolExecutor):
 @pytest.mark.parametrize(
     ("part", "number"),
     [
-        *(("host", 6), ("profile", 0), ("step", 1), ("layer", 6), ("kernels", 4)),
+        *(("host", 6), ("profile", 4), ("step", 1), ("layer", 6), ("kernels", 4)),
         *(("compiled", 2), ("graphs", 0), ("memory", 1)),
     ],
 )
