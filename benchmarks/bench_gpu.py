@@ -304,9 +304,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     targets: list[Target] = []
     for more in part.measure(scale):
         rows += more
-        targets = part.judge(rows)
-        judged = [target._asdict() | {"is_met": target.is_met} for target in targets]
-        harness.save(arguments.part, rows, folder=arguments.out, targets=judged)
+        try:
+            targets = part.judge(rows)
+        finally:  # what was measured stays, whatever became of it
+            judged = [target._asdict() | {"is_met": target.is_met} for target in targets]
+            harness.save(arguments.part, rows, folder=arguments.out, targets=judged)
     if targets:
         print_targets(targets)
     return 0

@@ -60,17 +60,23 @@ def test_gpu_program_runs_anywhere(
 def test_gpu_program_keeps_what_it_has_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches results that are lost with a later one that is wrong, or that takes too long."""
+    """Catches results that are lost with a later one that is wrong, or that can't be judged."""
 
     def measure(_: object) -> Iterator[list[dict[str, Any]]]:
         yield [{"name": peers.PLAIN, "ratio": 1.0}]
+        yield [{"name": "regroup"}]
+
+    def measure_and_fail(_: object) -> Iterator[list[dict[str, Any]]]:
+        yield [{"name": peers.PLAIN, "ratio": 1.0}]
         raise RuntimeError("wrong")
 
-    part = bench_gpu.PARTS["memory"]._replace(measure=measure)
-    monkeypatch.setitem(bench_gpu.PARTS, "memory", part)
-    with pytest.raises(RuntimeError, match="wrong"):
-        bench_gpu.main(["memory", "--tiny", "--out", str(tmp_path)])
-    assert [row["value"] for row in _targets(tmp_path, "memory")] == [1.0]
+    memory = bench_gpu.PARTS["memory"]
+    for broken, error, rows in ((measure, KeyError, 2), (measure_and_fail, RuntimeError, 1)):
+        monkeypatch.setitem(bench_gpu.PARTS, "memory", memory._replace(measure=broken))
+        with pytest.raises(error):
+            bench_gpu.main(["memory", "--tiny", "--out", str(tmp_path)])
+        assert [row["value"] for row in _targets(tmp_path, "memory")] == [1.0]
+        assert len(json.loads((tmp_path / "memory.json").read_text())["rows"]) == rows
 
 
 def test_gpu_program_fails_when_a_result_is_wrong(
