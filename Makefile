@@ -11,10 +11,11 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup
 # The machine with a GPU may have torch in a Python of its own and no .venv.
 GPU_PYTHON ?= $(if $(wildcard $(STAMP)),$(BIN)/python,$(PYTHON))
-# Named, since to collect the others takes the extra `train`.
-GPU_TESTS := $(shell grep -rl --include=*.py 'mark\.gpu' tests)
+# What gpu-check leaves: results and the log of each part.
+OUT ?= benchmarks/results/gpu
 
-.PHONY: help setup demo test lint format bench bench-exchange bench-shuffle bench-trainer compare gpu-check docs clean
+.PHONY: help setup demo test lint format bench bench-exchange bench-shuffle bench-trainer compare gpu-test gpu-bench \
+	gpu-check docs clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -80,12 +81,17 @@ compare: setup ## the comparison of docs/comparison.md: 25 runs, about ten minut
 	$(BIN)/shuffle-batchnorm compare --bn local,sync,swap,regroup,batch-shuffle --seeds 0,1,2,3,4 \
 		--ranks 2 --groups 16 --device cpu --output runs/digits $(ARGS)
 
-# No setup: it runs with whichever Python has torch, pytest and pytest-timeout (GPU_PYTHON=...).
-gpu-check: ## run the tests marked gpu, then the GPU's benchmarks: about 8 minutes
-	@$(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
-		{ echo "gpu-check: $(GPU_PYTHON) sees no CUDA device: NOTHING WAS CHECKED"; exit 1; }
-	$(GPU_PYTHON) -m pytest -m gpu $(GPU_TESTS) $(ARGS)
-	PYTHONPATH=src $(GPU_PYTHON) benchmarks/bench_gpu.py --save
+# No setup: they run with whichever Python has torch and pytest (GPU_PYTHON=...).
+GPU_CHECK = PYTHONPATH=src $(GPU_PYTHON) benchmarks/gpu_check.py --out $(OUT) $(ARGS)
+
+gpu-test: ## run the tests marked gpu: 90 seconds
+	$(GPU_CHECK) test
+
+gpu-bench: ## measure a GPU, the most telling first; print targets: 4 minutes
+	$(GPU_CHECK) bench
+
+gpu-check: ## both; OUT=folder gets results and logs
+	$(GPU_CHECK) test bench
 
 docs: setup ## draw the pictures of docs/ again
 	@set -e; for script in $(sort $(wildcard docs/draw_*.py)); do \

@@ -1,38 +1,47 @@
-"""What `make gpu-check` measures on a CUDA machine, against the targets set for it.
+"""One part of what `make gpu-bench` measures on a CUDA machine, against the targets set for it.
 
-    python benchmarks/bench_gpu.py [--save] [--parts kernels layer memory graphs ranks step]
+    python benchmarks/bench_gpu.py PART [--out FOLDER] [--tiny]
 
-kernels: a share of copy bandwidth (bench_kernels.py). layer: forward and backward on ResNet-50's
-shapes, batch 256, both layouts, float32 and bfloat16 (bench_layer.py). memory: a step's peak.
-step: a compiled training step of ResNet-50 (bench_step.py). graphs: a layer in a CUDA graph is
-correct, and its time. ranks: with two GPUs or more, the layer on NCCL against nn.SyncBatchNorm.
-A target that is missed is printed as such; the exit status is 1 only if a result was wrong or a
-part did not run. `--save` writes benchmarks/results/gpu.json. `--tiny` tries the program with small
-tensors on any device.
+host: bench_host.py. profile: the kernels that a layer launches, the host's slowest functions.
+step: eager training steps of ResNet-50 (bench_step.py), with 32 and 256 images.
+layer: forward and backward on ResNet-50's shapes, batch 256 (bench_layer.py).
+kernels: a share of copy bandwidth (bench_kernels.py).
+compiled: compiling ResNet-50 with an empty cache, and compiled training steps.
+graphs: layers in CUDA graphs give what eager ones give, and their time.
+memory: a step's peak. ranks: with two GPUs or more, the layer on NCCL against nn.SyncBatchNorm.
+FOLDER/PART.json is written whenever something has been measured, so that what is there stays when
+time runs out. A target that is missed is printed as such; the exit status is 1 only if a result was
+wrong or the part did not run. `--tiny` tries the program with small tensors on any device.
 """
 
 import argparse
+import json
+import os
+import subprocess
 import sys
-import time
-import traceback
-from collections.abc import Callable, Sequence
-from copy import deepcopy
-from functools import partial
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import bench_kernels
 import bench_layer
 import bench_step
+import gpu_layers
+import harness
 import torch
-from harness import geometric_mean, laps_of, ratios, save, spread
-from peers import MODES, PLAIN, staged
+from harness import geometric_mean
+from peers import MODES, PLAIN
 from targets import Target, print_targets, slowest
-from torch import Tensor, nn
 
-from shuffle_batchnorm import ShuffleBatchNorm
 from shuffle_batchnorm.moco.ranks.launch import Rank, launch
 
 Row = dict[str, Any]
+DTYPES = (torch.float32, torch.bfloat16)
+_CORES = len(os.sched_getaffinity(0))
 
 
 class Scale(NamedTuple):
@@ -42,22 +51,25 @@ class Scale(NamedTuple):
     kernels: bench_kernels.Options
     shapes: list[tuple[int, int, int]]
     batch: int
-    groups: list[int]
+    groups: int
     network: str
     image_size: int
-    step_batch: int
+    step_batches: list[int]
     compiled: bool
     seconds: float
     rounds: int
     ranks: int
 
+    @property
+    def rank(self) -> Rank:
+        return Rank(0, 1, torch.device(self.device))
+
 
 def full_scale() -> Scale:
-    dtypes = [torch.float32, torch.bfloat16]
     large: list[tuple[int, ...]] = list(bench_kernels.LARGE)
     return Scale(
-        "cuda", bench_kernels.Options(large, dtypes, [1, 8, 64], 1.0, 11),
-        list(bench_layer.resnet50_shapes()), 256, [1, 8], "resnet50", 224, 128, True, 2.0, 21,
+        "cuda", bench_kernels.Options(large, list(DTYPES), [1, 8, 64], 0.3, 7),
+        list(bench_layer.resnet50_shapes()), 256, 8, "resnet50", 224, [32, 256], True, 0.3, 9,
         torch.cuda.device_count(),
     )  # fmt: skip
 
@@ -65,199 +77,241 @@ def full_scale() -> Scale:
 def tiny_scale() -> Scale:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     kernels = bench_kernels.Options([(8, 4, 5, 6)], [torch.float32], [1, 4], 0.0, 3)
-    return Scale(device, kernels, [(4, 5, 6)], 8, [1, 4], "small", 16, 8, False, 0.0, 3, 1)
+    return Scale(device, kernels, [(4, 5, 6)], 8, 4, "small", 16, [8], False, 0.0, 3, 1)
 
 
-def kernels(scale: Scale) -> tuple[list[Row], list[Target]]:
-    rows = bench_kernels.measure(scale.device, scale.kernels)
-    bench_kernels.print_rows(rows)
+def host(_: Scale) -> Iterator[list[Row]]:
+    printed = run_bench_host().stdout
+    print(printed, flush=True)
+    yield [json.loads(printed.splitlines()[-1])]
+
+
+def run_bench_host() -> "subprocess.CompletedProcess[str]":
+    """Run bench_host.py, which prints one line of JSON last."""
+    command = [sys.executable, str(Path(__file__).with_name("bench_host.py"))]
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+
+
+def judge_host(rows: list[Row]) -> list[Target]:
+    limits = {"local": 1.5, "swap": 1.5, "regroup": 1.8}
+    [row] = rows
+    return [
+        *(
+            Target(f"host time, forward + backward / {PLAIN}", row["host_ratio"][mode], limit, mode)
+            for mode, limit in limits.items()
+        ),
+        *(
+            Target("launches, forward + backward", row["launches"][mode], 4, mode)
+            for mode in limits
+        ),
+    ]
+
+
+def profile(scale: Scale) -> Iterator[list[Row]]:
+    yield gpu_layers.profile(scale.device, scale.groups)
+    yield gpu_layers.launches(scale.device, scale.groups)
+
+
+def judge_profile(rows: list[Row]) -> list[Target]:
+    return [
+        Target("kernels on the device, forward + backward", row["number"], 4, row["name"])
+        for row in rows
+        if row["what"] == "launches" and row["name"] != PLAIN
+    ]
+
+
+def step(scale: Scale) -> Iterator[list[Row]]:
+    for batch in scale.step_batches:
+        yield bench_step.measure(scale.rank, _step_options(scale, batch, ["local", "regroup"]))
+
+
+def judge_step(rows: list[Row]) -> list[Target]:
+    return _judge_steps(rows, "eager", (1.20, 0.95))
+
+
+def _step_options(
+    scale: Scale, batch: int, bn: list[str], compiled: bool = False
+) -> bench_step.Options:
+    return bench_step.Options(
+        ["supervised"], bn, scale.network, batch, scale.image_size, scale.groups, compiled,
+        True, True, False, 10 * scale.seconds, scale.rounds,
+    )  # fmt: skip
+
+
+def _judge_steps(rows: list[Row], how: str, limits: tuple[float, float]) -> list[Target]:
+    """The targets for few images and for many."""
+    return [
+        Target(
+            f"{how} step of {row['network']}, regroup / {PLAIN}", row["ratio"].median,
+            limits[row["images"][0] > 32], f"{row['images'][0]} images, groups={row['groups']}",
+        )
+        for row in rows
+        if row["bn"] == "regroup" and "ratio" in row
+    ]  # fmt: skip
+
+
+def layer(scale: Scale) -> Iterator[list[Row]]:
+    only = ("local, groups=1", *(f"{mode}, groups={scale.groups}" for mode in MODES))
+    for channels_last in (True, False):
+        for dtype in DTYPES:
+            for shape in scale.shapes:
+                options = bench_layer.Options(
+                    [shape], scale.batch, [1, scale.groups], dtype, channels_last, False,
+                    scale.seconds, scale.rounds, only,
+                )  # fmt: skip
+                yield bench_layer.measure(scale.rank, options)
+
+
+def judge_layer(rows: list[Row]) -> list[Target]:
+    """One target for each dtype and layout, the worst of all shapes, and the price of groups."""
+    targets = []
+    ours = [row for row in rows if row["name"].startswith(MODES)]
+    for dtype, channels_last in dict.fromkeys((row["dtype"], row["channels_last"]) for row in ours):
+        kind = dtype, channels_last
+        some = [row for row in rows if (row["dtype"], row["channels_last"]) == kind]
+        worst = slowest(bench_layer.summarise(some), PLAIN)
+        how = f"{dtype}, {'channels_last' if channels_last else 'contiguous'}"
+        limit = 0.95 if how == "float32, channels_last" else 1.0
+        shapes = len({tuple(row["shape"]) for row in some})
+        mean = worst["both"]["geometric_mean"]
+        where = f"{worst['name']}, {shapes} shapes"
+        targets.append(Target(f"forward + backward / {PLAIN}, {how}", mean, limit, where))
+    worst = max(ours, key=lambda row: float(row["ratios"][PLAIN]["both"].median))
+    where = ", ".join(f"{key} {worst[key]}" for key in ("name", "shape", "dtype", "channels_last"))
+    largest = worst["ratios"][PLAIN]["both"].median
+    targets.append(Target(f"forward + backward / {PLAIN}, any shape", largest, 1.10, where))
+    local = [row for row in ours if row["name"].startswith("local")]
+    few = [row["both"].median for row in local if row["name"] == "local, groups=1"]
+    many = [row["both"].median for row in local if row["name"] != "local, groups=1"]
+    price = geometric_mean(b / a for a, b in zip(few, many, strict=True))
+    targets.append(Target("many groups / one", price, 1.05, "local"))
+    return targets
+
+
+def kernels(scale: Scale) -> Iterator[list[Row]]:
+    for rows in bench_kernels.measure(scale.device, scale.kernels):
+        bench_kernels.print_rows(rows)
+        yield rows
+
+
+def judge_kernels(rows: list[Row]) -> list[Target]:
     targets = []
     for kernel in bench_kernels.PASSES:
-        worst = min(
-            (row for row in rows if row["kernel"] == kernel), key=lambda row: row["share"].median
-        )
-        options = (f"{key} {worst[key]}" for key in ("shape", "dtype", "layout", "blocks"))
-        where = ", ".join(options)
+        limit = 0.90 if kernel.endswith("affine") else 0.85
+        mine = [row for row in rows if row["kernel"] == kernel]
+        worst = min(mine, key=lambda row: float(row["share"].median))
+        where = ", ".join(str(worst[key]) for key in ("shape", "dtype", "layout", "blocks"))
         name = f"{kernel}, share of copy bandwidth"
-        targets.append(Target(name, worst["share"].median, 0.85, where, is_least=True))
-    return rows, targets
+        targets.append(Target(name, worst["share"].median, limit, where, is_least=True))
+    return targets
 
 
-def layer(scale: Scale) -> tuple[list[Row], list[Target]]:
-    rank = Rank(0, 1, torch.device(scale.device))
-    everything, targets = [], []
-    for dtype in (torch.float32, torch.bfloat16):
-        for channels_last in (False, True):
-            options = bench_layer.Options(
-                scale.shapes, scale.batch, scale.groups, dtype, channels_last, False,
-                scale.seconds, scale.rounds,
-            )  # fmt: skip
-            how = f"{str(dtype)[6:]}, {'channels_last' if channels_last else 'contiguous'}"
-            print(f"\n{how}")
-            rows = bench_layer.measure(rank, options)
-            summary = bench_layer.summarise(rows)
-            bench_layer.print_summary(summary)
-            worst = slowest(summary, PLAIN)
-            targets += [
-                Target(
-                    f"forward + backward / {PLAIN}, {how}",
-                    worst["both"]["geometric_mean"], 1.0, worst["name"],
-                ),
-                _price_of_groups(rows, scale.groups, how),
-            ]  # fmt: skip
-            everything += rows
-    return everything, targets
+def compiled(scale: Scale) -> Iterator[list[Row]]:
+    """Compile each model in a process of its own, side by side; then time what the cache has."""
+    models = [(bn, batch) for batch in scale.step_batches for bn in (PLAIN, "regroup")]
+    workers = max(1, min(len(models), _CORES // 2))
+    with tempfile.TemporaryDirectory() as cache, mock.patch.dict(os.environ):
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+        os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = str(max(1, _CORES // workers))
+        # A fresh process for each model: the first one in a process also starts the compiler.
+        with ProcessPoolExecutor(workers, get_context("spawn"), max_tasks_per_child=1) as pool:
+            cold = {}
+            for bn, batch in models:
+                options = _step_options(scale, batch, ["regroup"], scale.compiled)
+                cold[pool.submit(bench_step.first_step, scale.rank, options, bn)] = (bn, batch)
+            for future in as_completed(cold):
+                bn, batch = cold[future]
+                row = {"bn": bn, "batch": batch, "cold": future.result(), "side_by_side": workers}
+                print(row, flush=True)
+                yield [row]
+        for batch in scale.step_batches:
+            options = _step_options(scale, batch, ["regroup"], scale.compiled)
+            yield bench_step.measure(scale.rank, options)
 
 
-def _price_of_groups(rows: list[Row], groups: list[int], how: str) -> Target:
-    few, many = groups[0], groups[-1]
-    prices = {}
-    for mode in MODES:
-        one, other = (
-            [row["both"].median for row in rows if row["name"] == f"{mode}, groups={count}"]
-            for count in (few, many)
-        )
-        prices[mode] = geometric_mean(b / a for a, b in zip(one, other, strict=True))
-    worst = max(prices, key=lambda mode: prices[mode])
-    return Target(f"groups={many} / groups={few}, {how}", prices[worst], 1.05, worst)
+def judge_compiled(rows: list[Row]) -> list[Target]:
+    cold = {(row["batch"], row["bn"]): row["cold"] for row in rows if "cold" in row}
+    return _judge_steps(rows, "compiled", (1.05, 1.02)) + [
+        Target(f"cold compiling, regroup / {PLAIN}", seconds / plain, 1.5, f"{batch} images")
+        for (batch, bn), seconds in cold.items()
+        if bn != PLAIN and (plain := cold.get((batch, PLAIN)))
+    ]
 
 
-def memory(scale: Scale) -> tuple[list[Row], list[Target]]:
-    rows = bench_layer.peaks(scale.device, scale.step_batch, scale.groups, scale.network)
-    worst = max(rows, key=lambda row: float(row["ratio"]))
-    return rows, [Target(f"peak memory of a step / {PLAIN}", worst["ratio"], 1.02, worst["name"])]
-
-
-def step(scale: Scale) -> tuple[list[Row], list[Target]]:
-    rank = Rank(0, 1, torch.device(scale.device))
-    options = bench_step.Options(
-        ["supervised"], ["regroup"], scale.network, scale.step_batch, scale.image_size,
-        scale.groups[-1], scale.compiled, True, True, False, 10 * scale.seconds, scale.rounds,
-    )  # fmt: skip
-    rows = bench_step.measure(rank, options)
-    bench_step.print_rows(rows)
-    what = f"step of {scale.network}, regroup / {PLAIN}"
-    where = f"batch {scale.step_batch}, bfloat16, channels_last, groups={scale.groups[-1]}"
-    how = "compiled " if scale.compiled else ""
-    return rows, [Target(f"{how}{what}", rows[-1]["ratio"].median, 1.03, where)]
-
-
-def graphs(scale: Scale) -> tuple[list[Row], list[Target]]:
-    """Layers in CUDA graphs: what they give to new input, and their time with the host's."""
-    rows: list[Row] = []
+def graphs(scale: Scale) -> Iterator[list[Row]]:
     shape = (scale.batch, *scale.shapes[-1])
-    for mode in (None, *MODES):
-        made: nn.Module = nn.BatchNorm2d(shape[1])
-        if mode is not None:
-            made = ShuffleBatchNorm(shape[1], mode=mode, groups=scale.groups[-1])
-        eager = made.to(scale.device)
-        captured = deepcopy(eager)
-        if scale.device == "cuda":
-            # It gives the module itself another forward.
-            example = torch.randn(shape, device="cuda", requires_grad=True)
-            torch.cuda.make_graphed_callables(captured, (example,))
-        x, dy = (torch.randn(shape, device=scale.device) for _ in range(2))
-        pairs = zip(_step(captured, x, dy), _step(eager, x, dy), strict=True)
-        for got, want in pairs:
-            torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
-        runs = {"graph": captured, "eager": eager}
-        laps = laps_of(
-            {how: partial(_many_steps, run, x, dy) for how, run in runs.items()},
-            "cpu", scale.seconds, 3, scale.rounds,
-        )  # fmt: skip
-        seconds = {how: [stages[0] for stages in laps[how].stages] for how in runs}
-        rows.append(
-            {
-                "name": mode or PLAIN,
-                "shape": list(shape),
-                "groups": 1 if mode is None else scale.groups[-1],
-                "graph": spread(seconds["graph"]),
-                "eager": spread(seconds["eager"]),
-                "ratio": ratios(seconds["graph"], seconds["eager"]),
-            }
-        )
-    print("\n10 steps of a layer in a CUDA graph, host included")
-    for row in rows:
-        milliseconds = 1e3 * row["graph"].median
-        print(f"  {row['name']:16}{milliseconds:8.2f} ms, {row['ratio'].median:.2f} of eager")
-    return rows, []
+    yield gpu_layers.graphs(scale.device, shape, scale.groups, scale.seconds, scale.rounds)
 
 
-def _step(run: nn.Module, x: Tensor, dy: Tensor) -> list[Tensor]:
-    leaf = x.detach().requires_grad_()
-    run.zero_grad()
-    y = run(leaf)
-    y.backward(dy)
-    grads = [leaf.grad, *(parameter.grad for parameter in run.parameters())]
-    # Copies: a graph gives its next results in the same memory.
-    return [y.detach().clone(), *(grad.clone() for grad in grads if grad is not None)]
+def memory(scale: Scale) -> Iterator[list[Row]]:
+    batch = min(128, scale.step_batches[-1])
+    yield bench_layer.peaks(scale.device, batch, [scale.groups], scale.network)
 
 
-def _many_steps(run: nn.Module, x: Tensor, dy: Tensor, lap: Callable[[], None]) -> None:
-    once = staged(run, x, dy)
-    for _ in range(10):
-        once(lambda: None)
-    if x.device.type == "cuda":
-        torch.cuda.synchronize()
-    lap()
+def judge_memory(rows: list[Row]) -> list[Target]:
+    worst = max(rows, key=lambda row: float(row["ratio"]))
+    return [Target(f"peak memory of a step / {PLAIN}", worst["ratio"], 1.02, worst["name"])]
 
 
-def ranks(scale: Scale) -> tuple[list[Row], list[Target]]:
+def ranks(scale: Scale) -> Iterator[list[Row]]:
     """The layer on all GPUs, with nn.SyncBatchNorm and the seed's pattern among its peers."""
     if scale.ranks < 2:
-        print("\nranks: one GPU, so NCCL was not tried")
-        return [], []
+        print("one GPU: NCCL was NOT TRIED")
+        return
     options = bench_layer.Options(
         scale.shapes, scale.batch // 4, [1], torch.float32, False, False,
         scale.seconds, scale.rounds,
     )  # fmt: skip
-    rows = launch(bench_layer.measure, options, ranks=scale.ranks, device="cuda")
-    bench_layer.print_summary(bench_layer.summarise(rows))
-    return rows, []
+    yield launch(bench_layer.measure, options, ranks=scale.ranks, device="cuda")
+
+
+def judge_nothing(_: list[Row]) -> list[Target]:
+    return []
+
+
+class Part(NamedTuple):
+    """What yields rows as they are measured, and what they mean."""
+
+    measure: Callable[[Scale], Iterator[list[Row]]]
+    judge: Callable[[list[Row]], list[Target]]
 
 
 PARTS = {
-    "kernels": kernels,
-    "layer": layer,
-    "memory": memory,
-    "graphs": graphs,
-    "ranks": ranks,
-    "step": step,  # last, since the compiler takes longest
+    "host": Part(host, judge_host),
+    "profile": Part(profile, judge_profile),
+    "step": Part(step, judge_step),
+    "layer": Part(layer, judge_layer),
+    "kernels": Part(kernels, judge_kernels),
+    "compiled": Part(compiled, judge_compiled),
+    "graphs": Part(graphs, judge_nothing),
+    "memory": Part(memory, judge_memory),
+    "ranks": Part(ranks, judge_nothing),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
+    parser.add_argument("part", choices=PARTS)
     parser.add_argument("--tiny", action="store_true", help="small tensors, on any device")
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/gpu.json")
+    parser.add_argument("--out", type=Path, default=harness.RESULTS / "gpu", metavar="FOLDER")
     arguments = parser.parse_args(argv)
     if not arguments.tiny and not torch.cuda.is_available():
         print("bench_gpu: there is no CUDA device: NOTHING WAS MEASURED")
         return 1
+    part = PARTS[arguments.part]
     scale = tiny_scale() if arguments.tiny else full_scale()
+    rows: list[Row] = []
     targets: list[Target] = []
-    tables: dict[str, list[Row]] = {}
-    took: dict[str, float] = {}
-    failed: dict[str, str] = {}
-    for part in arguments.parts:
-        begun = time.perf_counter()
+    for more in part.measure(scale):
+        rows += more
         try:
-            tables[part], found = PARTS[part](scale)
-            targets += found
-        except Exception as error:  # one part must not cost the results of the others
-            traceback.print_exc()
-            failed[part] = f"{type(error).__name__}: {error}"
-        took[part] = time.perf_counter() - begun
-        if arguments.save:  # after every part: what is measured is not lost when time runs out
-            summary = [target._asdict() | {"is_met": target.is_met} for target in targets]
-            more: dict[str, Any] = {"failed": failed, "seconds": took, **tables}
-            save("gpu", summary, **more)
-    print_targets(targets)
-    print("\n" + ", ".join(f"{part} {seconds:.0f} s" for part, seconds in took.items()))
-    for part, why in failed.items():
-        print(f"{part} FAILED: {why}")
-    return 1 if failed else 0
+            targets = part.judge(rows)
+        finally:  # what was measured stays, whatever became of it
+            judged = [target._asdict() | {"is_met": target.is_met} for target in targets]
+            harness.save(arguments.part, rows, folder=arguments.out, targets=judged)
+    if targets:
+        print_targets(targets)
+    return 0
 
 
 if __name__ == "__main__":

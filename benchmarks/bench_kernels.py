@@ -7,11 +7,11 @@ activations that a kernel can't do without: `block_moments` one read, `block_aff
 write, `block_grad_sums` two reads, `block_grad_affine` two reads and a write; a share of 1 moves as
 many bytes per second as the copy. Each kernel's result is compared with the reference's first.
 Prints the smallest share over the shapes, median of its rounds. `--save` writes
-benchmarks/results/select.json.
+benchmarks/results/kernels.json.
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -41,14 +41,12 @@ class Options(NamedTuple):
     rounds: int
 
 
-def measure(device: str, options: Options) -> list[Row]:
-    return [
-        row
-        for shape in options.shapes
-        for dtype in options.dtypes
-        for layout in LAYOUTS
-        for row in _measure_tensor(device, options, shape, dtype, layout)
-    ]
+def measure(device: str, options: Options) -> Iterator[list[Row]]:
+    """The rows of each tensor, as they are measured."""
+    for shape in options.shapes:
+        for dtype in options.dtypes:
+            for layout in LAYOUTS:
+                yield _measure_tensor(device, options, shape, dtype, layout)
 
 
 def _measure_tensor(
@@ -145,14 +143,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--blocks", type=int, nargs="+", default=[1, 8, 64] if cuda else [1, 8])
     parser.add_argument("--seconds", type=float, default=3.0, help="per tensor and blocks")
     parser.add_argument("--rounds", type=int, default=21, help="at most")
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/select.json")
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/kernels.json")
     arguments = parser.parse_args(argv)
     options = Options(
         [tuple(map(int, text.split("x"))) for text in arguments.shapes],
         [getattr(torch, name) for name in arguments.dtypes],
         arguments.blocks, arguments.seconds, arguments.rounds,
     )  # fmt: skip
-    rows = measure("cuda" if cuda else "cpu", options)
+    rows = [row for some in measure("cuda" if cuda else "cpu", options) for row in some]
     print_rows(rows)
     if arguments.save:
         print(f"wrote {save('kernels', rows)}")

@@ -43,6 +43,7 @@ class Options(NamedTuple):
     compiled: bool
     seconds: float
     rounds: int
+    only: tuple[str, ...] = ()  # of the contestants, besides nn.BatchNorm2d; else all
 
 
 @lru_cache
@@ -93,6 +94,8 @@ def _measure_shape(rank: Rank, options: Options, shape: tuple[int, int, int]) ->
         shape[0], options.groups,
         channels_last=options.channels_last, on_cuda=device == "cuda", compiled=options.compiled,
     )  # fmt: skip
+    if options.only:
+        field = {name: one for name, one in field.items() if name in (PLAIN, *options.only)}
     checked = {}
     for name, contestant in field.items():
         contestant.layer.to(rank.device)

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from harness import bind, laps_of, one_stage, ratios, save, spread
+from harness import bind, laps_of, ratios, save, spread
 from meters import peak_memory
 from peers import IN_STEP, PLAIN, InStepBatchNorm
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ from shuffle_batchnorm.moco.networks import make_backbone, make_encoder
 from shuffle_batchnorm.moco.ranks.launch import Rank, launch
 
 CLASSES = 100
+STEPS_ON_A_GPU = 5  # in a lap: the host prepares one while the GPU is at another
 Row = dict[str, Any]
 
 
@@ -66,27 +67,51 @@ def measure(rank: Rank, options: Options) -> list[Row]:
     return rows
 
 
+def first_step(rank: Rank, options: Options, bn: str) -> float:
+    """Seconds of the first supervised step, which compiles what this process has not compiled."""
+    run = _prepare(rank, options, "supervised", bn, *_batch(rank, options))
+    begun = time.perf_counter()
+    run()
+    return time.perf_counter() - begun
+
+
+def _batch(rank: Rank, options: Options) -> tuple[list[Tensor], Tensor]:
+    """Two views of the images, and labels."""
+    torch.manual_seed(rank.index)
+    shape, device = (options.batch, 3, options.size, options.size), rank.device
+    layout = _layout(options)
+    views = [torch.randn(shape, device=device).contiguous(memory_format=layout) for _ in "12"]
+    return views, torch.randint(CLASSES, (options.batch,), device=device)
+
+
+def _layout(options: Options) -> torch.memory_format:
+    return torch.channels_last if options.channels_last else torch.contiguous_format
+
+
+def _prepare(
+    rank: Rank, options: Options, step: str, bn: str, views: list[Tensor], labels: Tensor
+) -> Callable[[], None]:
+    """Return a training step with one kind of batch norm."""
+    torch.manual_seed(0)
+    if step == "moco":
+        model = _moco(options, bn)
+        loss: Callable[[nn.Module], Tensor] = lambda model: model(*views).loss  # noqa: E731
+    else:
+        model = _classifier(options, bn)
+        loss = lambda model: F.cross_entropy(model(views[0]), labels)  # noqa: E731
+    model.to(memory_format=_layout(options))  # type: ignore[call-overload]
+    return partial(_train_once, *_ready(model, rank), loss, options.bf16)
+
+
 def _measure_step(rank: Rank, options: Options, step: str) -> list[Row]:
     device = rank.device
-    torch.manual_seed(rank.index)
-    layout = torch.channels_last if options.channels_last else torch.contiguous_format
-    shape = options.batch, 3, options.size, options.size
-    views = [torch.randn(shape, device=device).contiguous(memory_format=layout) for _ in "12"]
-    labels = torch.randint(CLASSES, (options.batch,), device=device)
+    batch = _batch(rank, options)
     names = options.bn if step == "moco" else _layers(options, rank)
     runs: dict[str, Callable[[], None]] = {}
     first_call: dict[str, float] = {}
     peaks: dict[str, int] = {}
     for bn in names:
-        torch.manual_seed(0)
-        if step == "moco":
-            model = _moco(options, bn)
-            loss: Callable[[nn.Module], Tensor] = lambda model: model(*views).loss  # noqa: E731
-        else:
-            model = _classifier(options, bn)
-            loss = lambda model: F.cross_entropy(model(views[0]), labels)  # noqa: E731
-        model.to(memory_format=layout)  # type: ignore[call-overload]
-        runs[bn] = partial(_train_once, *_ready(model, rank), loss, options.bf16)
+        runs[bn] = _prepare(rank, options, step, bn, *batch)
         begun = time.perf_counter()
         runs[bn]()
         first_call[bn] = time.perf_counter() - begun
@@ -97,11 +122,12 @@ def _measure_step(rank: Rank, options: Options, step: str) -> list[Row]:
             peaks[bn] = peak_memory(runs[bn], device.type)
         if rank.index == 0:
             print(f"{step}, {bn}: first call {first_call[bn]:.1f} s", flush=True)
+    steps = STEPS_ON_A_GPU if device.type == "cuda" else 1
     laps = laps_of(
-        {name: partial(one_stage, run) for name, run in runs.items()},
-        device.type, options.seconds, 3, options.rounds,
+        {name: partial(_steps, run, steps) for name, run in runs.items()},
+        "cpu", options.seconds, 3, options.rounds,
     )  # fmt: skip
-    seconds = {name: [stages[0] for stages in laps[name].stages] for name in names}
+    seconds = {name: [stages[0] / steps for stages in laps[name].stages] for name in names}
     return [
         {
             "step": step,
@@ -109,7 +135,7 @@ def _measure_step(rank: Rank, options: Options, step: str) -> list[Row]:
             "compiled": options.compiled,
             "ranks": rank.world_size,
             "network": options.network,
-            "images": list(shape),
+            "images": list(batch[0][0].shape),
             "groups": options.groups,
             "bf16": options.bf16,
             "channels_last": options.channels_last,
@@ -122,6 +148,15 @@ def _measure_step(rank: Rank, options: Options, step: str) -> list[Row]:
         }
         for bn, values in seconds.items()
     ]
+
+
+def _steps(run: Callable[[], None], steps: int, lap: Callable[[], None]) -> None:
+    """Train so many steps back to back; a GPU must have done them all, with what the host took."""
+    for _ in range(steps):
+        run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    lap()
 
 
 def _layers(options: Options, rank: Rank) -> list[str]:

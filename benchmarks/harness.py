@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from shuffle_batchnorm.moco.checkpoint import write_atomically
 from shuffle_batchnorm.moco.journal import processor
 from shuffle_batchnorm.moco.ranks.launch import Rank
 
@@ -221,6 +222,7 @@ def save(
     *,
     on_ranks: bool = False,
     on_gpu: bool | None = None,
+    folder: Path | None = None,
     **more: Any,
 ) -> Path:
     """Write the rows, and more, with what is needed to judge them; return the file.
@@ -230,13 +232,16 @@ def save(
         rows: the results.
         on_ranks: each of several ranks measured, which have one thread each on the CPU.
         on_gpu: where; by default on a GPU if there is one.
+        folder: for the file, by default `RESULTS`.
         **more: further entries of the file.
     """
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+    folder = folder or RESULTS
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
     record = {"benchmark": name, **_circumstances(on_ranks, on_gpu), **more, "rows": rows}
     lines = (f" {json.dumps(key)}: {_text(value)}" for key, value in record.items())
-    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    # A benchmark may be killed while it writes; what it had before stays.
+    write_atomically(path, ("{\n" + ",\n".join(lines) + "\n}\n").encode())
     return path
 
 

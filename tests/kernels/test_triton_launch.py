@@ -39,7 +39,7 @@ TRITON: Kernels = triton_module
 REFERENCE: Kernels = reference
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
-pytestmark = [pytest.mark.gpu] if CUDA else []  # make gpu-check compiles them
+pytestmark = pytest.mark.gpu_too
 HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 LAYOUTS = pytest.mark.parametrize(
     "channels_last", [False, True], ids=["contiguous", "channels_last"]

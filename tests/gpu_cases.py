@@ -1,0 +1,45 @@
+"""Which cases `make gpu-test` runs of a test that has many.
+
+Triton's interpreter runs them all. A GPU's compiler takes 0.2 to 1 s for each new kind of
+arguments, so `gpu-test` has each dtype, layout, alignment, with splits or without, with groups or
+without, once or twice, and not their products. The others get the mark `spare`; a test that has no
+entry runs whole.
+"""
+
+from fnmatch import fnmatchcase
+
+import pytest
+
+# name of a test -> patterns of the parameters in brackets behind it
+FEW: dict[str, tuple[str, ...]] = {
+    # test_triton_launch.py
+    "test_triton_is_the_reference": (
+        "plain",
+        "permuted*",
+        "expanded over space*",
+        "some channels channels-last",
+        "empty blocks*",
+        "constant*",
+    ),
+    "test_any_channels_and_any_length": ("(5, 13, 49)-True", "(5, 257, 9)-False", "(70, 1)*"),
+    "test_any_sizes_of_blocks": ("*-sizes3",),
+    "test_half_precision_is_summed_in_float32": ("contiguous-*bfloat16", "channels_last-*.float16"),
+    "test_splits_add_up_and_repeat_their_bits": ("*-12",),
+    "test_groups_are_made_of_their_blocks": ("(6, 5, 49)*-2", "(10, 5, 7, 1)*-1024"),
+    "test_large_means_cancel_no_more_than_in_batch_norm": ("*-300.0-True",),
+    "test_an_infinity_is_the_mean_of_its_channel": ("*-149-True",),
+    "test_a_layer_on_triton_kernels": ("torch.float32-regroup", "torch.bfloat16-local"),
+    # test_triton_rows.py
+    "test_rows_of_normalisers": ("1-1-0.1-*", "70-33-*", "3-5-tensor*", "3-5-0.1-*bfloat16"),
+    "test_rows_of_gradients": ("1-5-*", "70-33-*"),
+    "test_merged_rows": ("3-5-*", "70-33-*"),
+}
+
+
+def mark_spare(items: list[pytest.Item]) -> None:
+    """Mark the cases that `gpu-test` leaves out."""
+    for item in items:
+        name, _, parameters = item.name.partition("[")
+        patterns = FEW.get(name)
+        if patterns and not any(fnmatchcase(parameters[:-1], pattern) for pattern in patterns):
+            item.add_marker("spare")
