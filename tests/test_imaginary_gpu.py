@@ -22,6 +22,7 @@ WAITS: dict[str, Callable[[Tensor, Tensor], object]] = {
     "masked_select": lambda x, _: x.masked_select(x > 0),
     "nonzero": lambda x, _: x.nonzero(),
     "repeats": lambda x, order: x.repeat_interleave(order.to(x.device), dim=0),
+    "inverse": lambda x, _: torch.linalg.inv(x[:, :3]),
     "a list as index": lambda x, _: x[[0, 2]],
     "host index": lambda x, order: x[order],
     "numbers to the GPU": lambda x, _: torch.tensor([1.0, 2.0], device=x.device),

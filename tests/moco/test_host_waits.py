@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from imaginary_gpu import GPUS, NeverWaits, gpu
+from imaginary_gpu import GPUS, ONE_GPU, RANKS, NeverWaits, gpu
 from shuffle_batchnorm.moco import journal
 from shuffle_batchnorm.moco.build import normalise_key, normalise_query
 from shuffle_batchnorm.moco.config import Dataset, Norm, NormConfig
@@ -21,20 +21,32 @@ from shuffle_batchnorm.moco.trainer import Trainer
 
 from .moco_runs import small_config
 
-ALONE = pytest.mark.parametrize("ranks", [1, pytest.param(0, marks=pytest.mark.gpu, id="gpu")])
-
 
 def _encoder() -> nn.Module:
     return nn.Sequential(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.Flatten(), nn.Linear(24, 5))
 
 
+BN = pytest.mark.parametrize("bn", ["local", "sync", "regroup", "batch-shuffle"])
+
+
 @GPUS
-@pytest.mark.parametrize("bn", ["local", "sync", "regroup", "batch-shuffle"])
-@pytest.mark.parametrize(
-    "options", [{}, {"symmetric": True, "buffers": "momentum"}, {"buffers": "copy"}], ids=str
-)
-def test_moco(bn: Norm, options: dict[str, Any], ranks: int) -> None:
+@BN
+def test_moco(bn: Norm, ranks: int) -> None:
     """Catches a pointer of the queue, or a similarity, that the host reads."""
+    _check(bn, ranks)
+
+
+@RANKS
+@BN
+@pytest.mark.parametrize(
+    "options", [{"symmetric": True, "buffers": "momentum"}, {"buffers": "copy"}], ids=str
+)
+def test_any_moco(bn: Norm, options: dict[str, Any], ranks: int) -> None:
+    """Catches the same in the second pass, and in what follows the query encoder's buffers."""
+    _check(bn, ranks, **options)
+
+
+def _check(bn: Norm, ranks: int, **options: Any) -> None:
     with gpu(ranks) as never_waits:
         norm = NormConfig(bn=bn, groups=4)
         encoders = normalise_query(_encoder(), norm), normalise_key(_encoder(), norm)
@@ -77,7 +89,7 @@ def _train_two_epochs(trainer: Trainer, never_waits: NeverWaits) -> None:
     assert trainer.step == 4
 
 
-@ALONE
+@ONE_GPU
 @pytest.mark.parametrize("dataset", ["digits", "cifar10", "imagefolder"])
 def test_an_epoch_of_the_trainer(dataset: Dataset, ranks: int, tmp_path: Path) -> None:
     """Catches a loss or an accuracy read at a step, and random numbers that are sent up, waiting.
@@ -90,7 +102,7 @@ def test_an_epoch_of_the_trainer(dataset: Dataset, ranks: int, tmp_path: Path) -
         _train_two_epochs(trainer, never_waits)
 
 
-@ALONE
+@ONE_GPU
 def test_an_epoch_without_augmentation(ranks: int, tmp_path: Path) -> None:
     """The same with neither kornia nor numbers of its own, on channels_last images."""
     with gpu(ranks) as never_waits:

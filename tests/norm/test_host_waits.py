@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from imaginary_gpu import GPUS, gpu
+from imaginary_gpu import GPUS, RANKS, gpu
 from shuffle_batchnorm import (
     ShuffleBatchNorm,
     record_statistics,
@@ -19,13 +19,24 @@ MODES = pytest.mark.parametrize("mode", ["local", "sync", "swap", "regroup"])
 
 @GPUS
 @MODES
+def test_a_layer(mode: str, ranks: int) -> None:
+    """Catches an .item(), and an index tensor that is sent up at every step."""
+    _check(mode, ranks, groups=4)
+
+
+@RANKS
+@MODES
 @pytest.mark.parametrize(
     "options",
-    [{}, {"groups": 4}, {"momentum": None}, {"affine": False}, {"track_running_stats": False}],
+    [{}, {"momentum": None}, {"affine": False}, {"bias": False}, {"track_running_stats": False}],
     ids=str,
 )
-def test_a_layer(mode: str, options: dict[str, Any], ranks: int) -> None:
-    """Catches an .item(), and an index tensor that is sent up at every step."""
+def test_any_option(mode: str, options: dict[str, Any], ranks: int) -> None:
+    """Catches a momentum that follows from a count, and a check of what isn't there."""
+    _check(mode, ranks, **options)
+
+
+def _check(mode: str, ranks: int, **options: Any) -> None:
     with gpu(ranks) as never_waits:
         layer = ShuffleBatchNorm(5, mode=mode, device="cuda", **options)
         x = torch.randn(20, 5, 7, 6, device="cuda", requires_grad=True)
@@ -34,7 +45,7 @@ def test_a_layer(mode: str, options: dict[str, Any], ranks: int) -> None:
             layer(x).sum().backward()
 
 
-@GPUS
+@RANKS
 @MODES
 @pytest.mark.parametrize("shape", [(21, 5), (22, 5, 7, 6), (8, 5, 3)], ids=str)
 def test_any_batch(mode: str, shape: tuple[int, ...], ranks: int) -> None:
