@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from cuda_sync import never_waits
 from imaginary_gpu import GPUS, gpu
 from shuffle_batchnorm import ShuffleBatchNorm, ShuffledEncoder, batch_shuffle, batch_unshuffle
 
@@ -17,7 +18,7 @@ SIZES = pytest.mark.parametrize("n", [12, 11])
 @SIZES
 def test_shuffle_and_unshuffle(n: int, ranks: int) -> None:
     """Catches a route that is read on the GPU, or sent up from pageable memory."""
-    with gpu(ranks) as never_waits:
+    with gpu(ranks) as no_waits:
         images = torch.randn(n, 3, 4, 4, device="cuda", requires_grad=True)
         labels = torch.arange(n, device="cuda")
 
@@ -28,20 +29,29 @@ def test_shuffle_and_unshuffle(n: int, ranks: int) -> None:
             (features.sum() + again.sum()).backward()
 
         step()
-        with never_waits():
+        with no_waits():
             step()
+
+
+@pytest.mark.gpu
+def test_a_generator_on_the_gpu() -> None:
+    """Catches a number that is drawn on the GPU and read on the host."""
+    images, generator = torch.randn(12, 3, device="cuda"), torch.Generator("cuda").manual_seed(3)
+    batch_shuffle(images, generator=generator)
+    with never_waits():
+        batch_shuffle(images, generator=generator)
 
 
 @GPUS
 @SIZES
 def test_an_encoder(n: int, ranks: int) -> None:
     """Catches a check of the batch, or of what the encoder returns, that looks at its numbers."""
-    with gpu(ranks) as never_waits:
+    with gpu(ranks) as no_waits:
         layer = ShuffleBatchNorm(3, mode="local", groups=n if n == 11 else 4, device="cuda")
         encoder = ShuffledEncoder(nn.Sequential(layer, nn.Flatten()))
         images = torch.randn(n, 3, 4, 4, device="cuda", requires_grad=True)
         encoder(images).sum().backward()
-        with never_waits():
+        with no_waits():
             encoder(images).sum().backward()
 
 
