@@ -155,10 +155,10 @@ class Views:
 
     def of_step(self, images: Tensor, epoch: int, step: int) -> tuple[Tensor, Tensor]:
         """Return the two views of a training step, which follow from its number alone."""
-        seed, index, device = self.config.run.seed, self.rank.index, self.rank.device
+        seed, index = self.config.run.seed, self.rank.index
         views = []
         for number in (0, 1):
-            with step_random_state(seed, epoch, step, index, number, device):
+            with step_random_state(seed, epoch, step, index, number):
                 views.append(self.augmented(images))
         return views[0], views[1]
 

@@ -90,6 +90,7 @@ def batch_shuffle(
         RuntimeError: on the peers of a rank that rejects its batch: at once, before the ranks have
             agreed on any shuffle and with ``uneven=True``, and all can go on; later within seconds
             on the CPU, and by the group's time limit on a GPU, and the group is of no more use.
+            In the capture of a CUDA graph, unless `plan` was made before.
 
     Source:
         Shuffling BN: He et al. 2019, arXiv 1911.05722, section 3.3.

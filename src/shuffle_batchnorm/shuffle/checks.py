@@ -65,6 +65,14 @@ def check_shuffle(leaves: list[Any], world: World, plan: Any, generator: Any) ->
     check_leaves(SHUFFLE, leaves, world)
     if plan is not None:
         check_fit(SHUFFLE, leaves, world, plan)
+    elif (
+        any(leaf is not None and leaf.is_cuda for leaf in leaves)
+        and torch.cuda.is_current_stream_capturing()
+    ):
+        raise RuntimeError(
+            f"{SHUFFLE}: a CUDA graph can't be given another permutation at every replay; shuffle "
+            "outside the graph, or pass plan="
+        )
 
 
 def check_unshuffle(leaves: list[Any], plan: ShufflePlan) -> None:
@@ -136,6 +144,12 @@ def strange_kind(leaf: Any) -> str:
         "meta": leaf.is_meta,
     }
     return " ".join([name for name, so in kinds.items() if so])
+
+
+def _are_captured(leaves: list[Any]) -> bool:
+    """Return whether a CUDA graph is made of what happens to these tensors and None."""
+    on_gpu = any(leaf is not None and leaf.is_cuda for leaf in leaves)
+    return on_gpu and torch.cuda.is_current_stream_capturing()
 
 
 def check_fit(call: str, leaves: list[Any], world: World, plan: ShufflePlan) -> None:

@@ -62,7 +62,7 @@ def _permutations_op(
     # because a checkpoint can be around what has been compiled.
     if is_recomputation():
         raise RuntimeError(REPEATED)
-    return _send_up(_permutations(int(seed), int(step), kinds, rank, n), device)
+    return send_up(_permutations(int(seed), int(step), kinds, rank, n), device)
 
 
 @_permutations_op.register_fake
@@ -95,11 +95,11 @@ def _mix(x: Any) -> Any:
     return x
 
 
-def _send_up(orders: Tensor, device: torch.device) -> Tensor:
-    """Return orders that were made on the CPU on another device, without waiting for the copy."""
+def send_up(numbers: Tensor, device: torch.device) -> Tensor:
+    """Return what was made on the CPU on another device, without waiting for the copy."""
     if device.type == "cuda":
-        return orders.pin_memory().to(device, non_blocking=True)
-    return orders.to(device)
+        return numbers.pin_memory().to(device, non_blocking=True)
+    return numbers.to(device)
 
 
 def inverse(order: Tensor) -> Tensor:
@@ -137,8 +137,8 @@ class Route(NamedTuple):
         if self.send_order.device == device == self.place_order.device:
             return self
         return self._replace(
-            send_order=_send_up(self.send_order, device),
-            place_order=_send_up(self.place_order, device),
+            send_order=send_up(self.send_order, device),
+            place_order=send_up(self.place_order, device),
         )
 
 

@@ -3,21 +3,30 @@
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from shuffle_batchnorm.shuffle.permutations import send_up
+
 _BYTE = 255.0
+# What kornia reads on the host; it sends these few bytes to the images' device itself.
+_ON_HOST = {
+    "brightness_factor", "contrast_factor", "saturation_factor", "hue_factor", "order", "sigma",
+    "forward_input_shape",
+}  # fmt: skip
 
 
 class Augmentation(nn.Module):
     """Images as they are loaded to what an encoder takes, changed at random on the way.
 
-    Every sample has its own random numbers, from torch's random state of the moment; see
-    `step_random_state`.
+    Every sample has its own random numbers, from the CPU's random state of the moment (see
+    `step_random_state`), the same on every device. They go to a GPU without waiting for it.
 
     Args:
-        policy: changes images ``[N, c, H, H]`` of values from 0 to 1.
+        policy: kornia's augmentations, one after the other, of images ``[N, c, H, H]`` of values
+            from 0 to 1.
         mean: of each channel, of values from 0 to 1.
         std: of each channel.
 
@@ -29,9 +38,10 @@ class Augmentation(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, policy: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(self, policy: Sequence[Any], mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
-        self.policy = policy
+        # No submodules, or they would move to the GPU and draw there what kornia reads on the host.
+        self.policy = tuple(policy)
         for name, values in (("mean", mean), ("std", std)):
             self.register_buffer(name, torch.tensor(values).view(-1, 1, 1), persistent=False)
 
@@ -41,8 +51,13 @@ class Augmentation(nn.Module):
         if not images.is_floating_point():
             images = images.float() / _BYTE
         mean, std = (t.to(images.device, images.dtype) for t in (self.mean, self.std))
-        changed: Tensor = self.policy(images)
-        return (changed - mean) / std
+        for step in self.policy:
+            numbers = {
+                name: number if name in _ON_HOST else send_up(number, images.device)
+                for name, number in step.forward_parameters(images.shape).items()
+            }
+            images = step(images, params=numbers)
+        return (images - mean) / std
 
 
 def make_augmentation(
@@ -73,11 +88,11 @@ def make_augmentation(
         torch.Size([4, 1, 16, 16])
     """
     if policy == "none":
-        return Augmentation(nn.Sequential(), mean, std)
+        return Augmentation((), mean, std)
     # Not at the top: without a policy it isn't needed.
     from kornia import augmentation as kornia
 
-    steps: list[nn.Module]
+    steps: list[Any]
     if dataset == "digits":
         steps = [
             kornia.RandomAffine(degrees=15.0, translate=(0.1, 0.1), scale=(0.8, 1.2), p=1.0),
@@ -96,17 +111,15 @@ def make_augmentation(
             # A tenth of the image, made odd, as SimCLR has it.
             kernel = image_size // 10 // 2 * 2 + 1
             steps.insert(3, kornia.RandomGaussianBlur((kernel, kernel), (0.1, 2.0), p=0.5))
-    return Augmentation(nn.Sequential(*steps), mean, std)
+    return Augmentation(steps, mean, std)
 
 
 @contextmanager
-def step_random_state(
-    seed: int, epoch: int, step: int, rank: int, view: int, device: torch.device | str = "cpu"
-) -> Iterator[None]:
+def step_random_state(seed: int, epoch: int, step: int, rank: int, view: int) -> Iterator[None]:
     """Give a block random numbers of its own: those of one view in one step on one rank.
 
     They follow from the arguments alone, so a resumed run draws the same numbers.
-    The random states of the CPU and the device are afterwards what they were.
+    The CPU's random state is afterwards what it was; that of a GPU is not touched.
 
     Args:
         seed: of the run.
@@ -114,7 +127,6 @@ def step_random_state(
         step: of the epoch.
         rank: of this process.
         view: 0 or 1.
-        device: whose random state is seeded besides the CPU's.
 
     Example:
         >>> with step_random_state(0, 3, 14, rank=0, view=1):
@@ -124,15 +136,9 @@ def step_random_state(
         >>> bool((first == second).all())
         True
     """
-    device = torch.device(device)
     numbers = ",".join(map(str, (seed, epoch, step, rank, view)))
     digest = hashlib.blake2b(numbers.encode(), digest_size=8).digest()
-    number = int.from_bytes(digest, "little") >> 1  # below 2**63, which all generators take
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        # Not torch.manual_seed, which would seed all the other GPUs as well.
-        torch.default_generator.manual_seed(number)
-        for cuda in devices:
-            with torch.cuda.device(cuda):
-                torch.cuda.manual_seed(number)
+    with torch.random.fork_rng(devices=[]):
+        # Not torch.manual_seed, which would seed the GPUs as well. Below 2**63, as all seeds are.
+        torch.default_generator.manual_seed(int.from_bytes(digest, "little") >> 1)
         yield
