@@ -18,7 +18,7 @@ from shuffle_batchnorm.kernels.triton_local import TritonLocal
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
-pytestmark = [pytest.mark.gpu] if CUDA else []
+pytestmark = pytest.mark.gpu_too
 BOTH = pytest.mark.parametrize("merge_last", [False, True], ids=["three", "two"])
 EPS = 1e-3
 
