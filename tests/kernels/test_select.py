@@ -92,7 +92,8 @@ def test_where_triton_does_not_work_a_warning_says_what_is_slower(
 @pytest.mark.parametrize(
     ("module", "name"),
     [
-        *(("triton_kernels", name) for name in ("moments", "affine", "grad_sums")),
+        *(("triton_kernels", name) for name in ("moments", "affine", "grad_sums", "grad_affine")),
+        *(("triton_merge", name) for name in ("finish_moments", "finish_sums")),
         *(("triton_rows", name) for name in ("merge_moments", "merge_sums", "normaliser_rows")),
         *(("triton_rows", name) for name in ("merge_rows", "param_grads", "dx_coefficients")),
     ],

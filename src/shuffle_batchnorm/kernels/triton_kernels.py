@@ -84,9 +84,8 @@ def moments(
     else:
         tl.store(position + size, tl.sqrt(squares / tl.maximum(count, 1)), mask=exist)
     if arrivals is not None:
-        group, tiles, column, LANES = _merged(
-            block, owners, tile, outer, inner, CHANNELS_LAST, OUTER, INNER
-        )
+        LANES: tl.constexpr = INNER if CHANNELS_LAST else OUTER
+        group, tiles, column = _merged(block, owners, tile, outer, inner, CHANNELS_LAST, LANES)
         if is_last(arrivals + group * tiles + tile, splits * members):
             merge_moments(
                 out, order, weight, rows, root, group, normalisers, column, columns,
@@ -142,9 +141,8 @@ def grad_sums(
     size = splits.to(tl.int64) * columns
     tl.store(position + size, _per_channel(dot, CHANNELS_LAST) * factor, mask=exist)
     if arrivals is not None:
-        group, tiles, column, LANES = _merged(
-            block, owners, tile, outer, inner, CHANNELS_LAST, OUTER, INNER
-        )
+        LANES: tl.constexpr = INNER if CHANNELS_LAST else OUTER
+        group, tiles, column = _merged(block, owners, tile, outer, inner, CHANNELS_LAST, LANES)
         if is_last(arrivals + group * tiles + tile, splits * members):
             merge_sums(
                 out, order, center, out + out_at, count, group, normalisers, column, columns,
@@ -378,14 +376,12 @@ def _per_channel(lanes, CHANNELS_LAST: tl.constexpr):
 
 @triton.jit
 def _merged(
-    block, owners, tile, outer, inner,
-    CHANNELS_LAST: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
+    block, owners, tile, outer, inner, CHANNELS_LAST: tl.constexpr, LANES: tl.constexpr
 ):  # fmt: skip
-    """Return what merges this program's part: normaliser, tiles, channels ``[1, LANES]``, LANES."""
+    """Return what merges a program's part: normaliser, tiles of it, channels ``[1, LANES]``."""
     group = block if owners is None else tl.load(owners + block)
-    tiles = tl.cdiv(inner, INNER) if CHANNELS_LAST else tl.cdiv(outer, OUTER)
-    LANES: tl.constexpr = INNER if CHANNELS_LAST else OUTER
-    return group, tiles, tile * LANES + tl.arange(0, LANES)[None, :], LANES
+    tiles = tl.cdiv(inner if CHANNELS_LAST else outer, LANES)
+    return group, tiles, tile * LANES + tl.arange(0, LANES)[None, :]
 
 
 @triton.jit
