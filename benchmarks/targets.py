@@ -62,11 +62,11 @@ def mean_targets(summary: list[Row], layout: str) -> list[Target]:
 
 
 def host_targets(rows: list[Row]) -> list[Target]:
-    limits = {"local, groups=1": 5.0, "swap, groups=2": 6.5, "regroup, groups=2": 6.5}
+    """Of stand-ins for a GPU's kernels: the Python, the look-ups and the allocations of a step."""
     return [
-        Target("host time / nn.BatchNorm1d", row["ratio"], limits[row["name"]], row["name"])
+        Target(f"host time / {PLAIN}, stand-ins", row["ratio"], 2.0, row["name"])
         for row in rows
-        if row["name"] in limits
+        if row["name"] in ("local", "swap", "regroup")
     ]
 
 

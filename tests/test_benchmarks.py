@@ -297,19 +297,19 @@ def test_key_encoder(results: Path) -> None:
     assert len(_record(results, "key_encoder")["rows"]) == 5
 
 
-def test_host(results: Path) -> None:
-    """Catches a contestant that is left out, and a ratio to another than plain batch norm."""
+def test_host(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a contestant that is left out, launches not counted, and JSON that is not last."""
     bench_host.main(["--runs=1", "--save"])
-    rows = {row["name"]: row for row in _record(results, "host")["rows"]}
-    assert rows.keys() >= {
-        "nn.BatchNorm1d",
-        "local, groups=1",
-        "swap, groups=2",
-        "regroup, groups=2",
-    }
-    plain = rows["nn.BatchNorm1d"]
+    record = _record(results, "host")
+    rows = {row["name"]: row for row in record["rows"]}
+    assert rows.keys() >= {"nn.BatchNorm2d", "local", "swap", "regroup", "local, CPU kernels"}
+    plain = rows["nn.BatchNorm2d"]
     for row in rows.values():
         assert row["ratio"] == pytest.approx(row["seconds"] / plain["seconds"], rel=1e-2)
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert last["host_ratio"].keys() == {"local", "swap", "regroup"}
+    assert last["launches"] == record["launches"] == {"local": 6, "swap": 6, "regroup": 6}
+    assert last["device"].endswith("stand-ins")
 
 
 def test_targets_are_read_from_results(results: Path, capsys: pytest.CaptureFixture[str]) -> None:

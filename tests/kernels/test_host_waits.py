@@ -22,6 +22,7 @@ def test_launches(shape: tuple[int, ...], mode: str, ranks: int) -> None:
     """Catches a grid, a scratch tensor or an order of rows that follows from numbers on the GPU."""
     from triton.runtime.interpreter import InterpretedFunction
 
+    from shuffle_batchnorm.kernels import launch as launches
     from shuffle_batchnorm.kernels import triton_launch
 
     launched: list[Any] = []
@@ -31,7 +32,8 @@ def test_launches(shape: tuple[int, ...], mode: str, ranks: int) -> None:
 
     kernels = mock.patch.object(select, "_triton", return_value=triton_launch)
     kernel = mock.patch.object(InterpretedFunction, "__getitem__", launch)
-    with gpu(ranks) as never_waits, kernels, kernel:
+    stream = mock.patch.object(launches, "current_stream", return_value=0)
+    with gpu(ranks) as never_waits, kernels, kernel, stream:
         groups = 2 if shape[0] == 16 else 1
         layer = ShuffleBatchNorm(4, mode=mode, groups=groups, device="cuda")
         x = torch.randn(shape, device="cuda", requires_grad=True)

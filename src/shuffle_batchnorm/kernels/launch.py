@@ -9,6 +9,7 @@ from functools import cache
 from importlib.metadata import version
 from typing import Any
 
+import torch
 from torch import Tensor
 
 # In these versions a launch ends in ``compiled.run(*grid, stream, function, metadata, None, None,
@@ -66,3 +67,9 @@ def is_known(compiled: Any) -> bool:
 @cache
 def _is_version_known() -> bool:
     return version("triton").startswith(_KNOWN)
+
+
+def current_stream(device: int) -> int:
+    """Return the number of the current stream of a CUDA device."""
+    number: int = torch._C._cuda_getCurrentRawStream(device)
+    return number

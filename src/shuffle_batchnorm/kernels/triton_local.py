@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from . import triton_kernels, triton_merge
+from . import launch, triton_kernels, triton_merge
 from .launch import ALIGNMENT, Launch
 from .layouts import as_layout, layout
 from .local import Gradients, Rows
@@ -196,7 +196,7 @@ class TritonLocal:
         return mean, std
 
     def _stream(self) -> int:
-        return 0 if self._index is None else torch._C._cuda_getCurrentRawStream(self._index)
+        return 0 if self._index is None else launch.current_stream(self._index)
 
 
 # What a captured CUDA graph reads must outlive it: there is a small table per kind, kept for good.

@@ -164,16 +164,11 @@ class ShuffleBatchNorm(_BatchNorm):
     def _tensors(self) -> tuple[Tensor | None, ...]:
         """Return weight, bias, running mean and variance, and the number of batches."""
         parameters, buffers = self._parameters, self._buffers
+        names = "running_mean", "running_var", "num_batches_tracked"
         try:  # what nn.Module's look-up would find, in less time
-            return (
-                parameters["weight"], parameters["bias"], buffers["running_mean"],
-                buffers["running_var"], buffers["num_batches_tracked"],
-            )  # fmt: skip
+            return parameters["weight"], parameters["bias"], *[buffers[name] for name in names]
         except KeyError:  # of a parametrized weight, or one that FSDP has put there
-            return (
-                self.weight, self.bias, self.running_mean, self.running_var,
-                self.num_batches_tracked,
-            )  # fmt: skip
+            return tuple(getattr(self, name) for name in ("weight", "bias", *names))
 
     def _cumulative_step(self) -> float | Tensor:
         """Return the share of this batch in a cumulative average, as ``nn.BatchNorm`` does."""
