@@ -29,6 +29,15 @@ FEW: dict[str, tuple[str, ...]] = {
     "test_large_means_cancel_no_more_than_in_batch_norm": ("*-300.0-True",),
     "test_an_infinity_is_the_mean_of_its_channel": ("*-149-True",),
     "test_a_layer_on_triton_kernels": ("torch.float32-regroup", "torch.bfloat16-local"),
+    # test_triton_local.py
+    "test_groups_and_their_users": ("(10, 5, 7)-*", "(6, 5, 7, 7)-*-two"),
+    "test_blocks_that_are_normalisers": ("swap-three", "local-two"),
+    "test_what_a_step_moves": ("*float32-True*", "*bfloat16-False*-two"),
+    "test_gradients_without_that_of_the_input": ("three",),
+    "test_memory_at_odd_addresses_and_in_other_layouts": ("two",),
+    # test_triton_merge.py
+    "test_moments_of_parts": ("4",),
+    "test_sums_of_parts": ("4",),
     # test_triton_rows.py
     "test_rows_of_normalisers": ("1-1-0.1-*", "70-33-*", "3-5-tensor*", "3-5-0.1-*bfloat16"),
     "test_rows_of_gradients": ("1-5-*", "70-33-*"),

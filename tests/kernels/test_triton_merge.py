@@ -28,7 +28,7 @@ def _of(parts: Tensor, normaliser: int) -> Tensor:
 
 @AT_A_TIME
 @pytest.mark.filterwarnings("ignore:invalid value")  # from the interpreter
-def test_moments(rows: int) -> None:
+def test_moments_of_parts(rows: int) -> None:
     """Catches a part left out or taken twice, an empty one that counts, an infinity lost."""
     parts = _parts(3)
     parts[1].abs_()
@@ -54,7 +54,7 @@ def test_moments(rows: int) -> None:
 
 
 @AT_A_TIME
-def test_sums(rows: int) -> None:
+def test_sums_of_parts(rows: int) -> None:
     """Catches sums of other users, and coefficients made with another normaliser's rows."""
     parts, forward = _parts(2), torch.rand(4, NORMALISERS, CHANNELS, device=DEVICE).double()
     at = parts.numel()
