@@ -32,8 +32,8 @@ pytest.importorskip("triton", reason="Triton is for Linux")
 import triton
 import triton.language as tl
 
-from shuffle_batchnorm.kernels import triton_kernels
 from shuffle_batchnorm.kernels import triton_launch as triton_module
+from shuffle_batchnorm.kernels import triton_steps
 
 TRITON: Kernels = triton_module
 REFERENCE: Kernels = reference
@@ -241,31 +241,24 @@ def test_what_overflows_is_infinite_and_stays_in_its_channel(
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
-def _first_and_last_offset(  # type: ignore[no-untyped-def]
-    out, start, end, step, outer, inner, CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr
+def _offsets(  # type: ignore[no-untyped-def]
+    out, start, step, piece, outer, inner, LENGTH: tl.constexpr
 ):
-    start, end = start.to(tl.int64), end.to(tl.int64)
-    offsets, _, _, _, _, jump, _ = triton_kernels._step(
-        step, 0, start, end, outer, inner, CHANNELS_LAST, ROWS, 1, 1
+    offsets, _, jump = triton_steps.first_step(
+        0, start.to(tl.int64), outer, inner, LENGTH, 1, 4, 1, 1
     )
-    tl.store(out + tl.zeros([1, 1], tl.int32), offsets)
-    tl.store(out + 1 + tl.zeros([1, 1], tl.int32), offsets + (ROWS - 1) * jump)
+    tl.store(out + tl.arange(0, 4)[:, None, None], step * jump + piece + offsets)
 
 
-@LAYOUTS
-def test_offsets_past_2_to_the_31(channels_last: bool) -> None:
+@pytest.mark.parametrize("length", [0, 1], ids=["planes", "channels_last"])
+def test_offsets_past_2_to_the_31(length: int) -> None:
     """Catches an index in int32, which wraps from 2**31 elements on (pytorch#181555)."""
-    samples, outer, inner, step = 70_000, 40_000, 50_000, 600_000_009
-    out = torch.zeros(2, dtype=torch.int64, device=DEVICE)
-    _first_and_last_offset[(1,)](
-        out, samples, samples + 100, step, outer, inner, CHANNELS_LAST=channels_last, ROWS=4
-    )
-    if channels_last:
-        first, last = ((samples * outer + 4 * step + r) * inner for r in (0, 3))
-    else:
-        row, column = divmod(step, inner)
-        first, last = ((samples + 4 * row + r) * outer * inner + column for r in (0, 3))
-    assert out.tolist() == [first, last]
+    start, outer, inner, step, piece = 70_000, 40_000, 50_000, 600_000_009, 49_999
+    out = torch.zeros(4, dtype=torch.int64, device=DEVICE)
+    _offsets[(1,)](out, start, step, piece, outer, inner, LENGTH=length)
+    pitch = 1 if length else outer
+    rows = (start * outer + (4 * step + r) * pitch for r in range(4))
+    assert out.tolist() == [row * inner + piece for row in rows]
 
 
 @pytest.mark.parametrize("mode", ["local", "swap", "regroup"])

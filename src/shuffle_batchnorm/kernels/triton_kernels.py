@@ -1,76 +1,102 @@
 """Triton code of the heavy kernels; `triton_launch` launches it, `tiles` chooses the tiles.
 
-Memory is dense, ``[N, outer, inner]``: ``[N, L, C]`` if CHANNELS_LAST, else ``[N, C, L]``. All
-arithmetic is in the dtype of the rows. Arguments that mean the same everywhere:
+Memory is dense, ``[N, outer, inner]``. All arithmetic is in the dtype of the rows. Arguments that
+mean the same everywhere:
 
 - `outer`, `units`: ``inner = units * UNIT``, so that the compiler knows a divisor of `inner`;
+- LENGTH: 1 if `inner` are channels, 0 if it is one channel's plane; else the planes' length, where
+  samples are runs of memory, cut elsewhere than between planes;
 - `starts`: the first sample of each block, and N, ``[blocks + 1]``;
-- `splits`: the programs that share the sums of a block and a tile of channels;
+- `splits`: the programs that share the sums of a block and a tile of CHANNELS channels;
 - rows ``[blocks, C]``, or of groups, come with the distance from one to the next; `owners` or
   `users`, ``[blocks]``, are the row of each block, None if it is the one of the same number.
+
+A sum goes over steps of ROWS tiles ``[OUTER, INNER]``, all of whose loads are under way at once.
+Masks cost more than the bytes in half precision, if there is one per value. There is one per load,
+that of a step's end also for whole steps in `grad_sums`, where nothing has to be selected by it.
 """
 
 import triton
 import triton.language as tl
 
+from .triton_steps import (
+    channels_of,
+    count_values,
+    existing,
+    first_step,
+    per_channel,
+    per_lane,
+    row_start,
+    rows_of,
+    share,
+    steps_of,
+)
+
 
 @triton.jit(do_not_specialize=["columns", "splits"])
 def moments(
     x, starts, out, columns, outer, units, splits, SPLIT: tl.constexpr, UNIT: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
+    LENGTH: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, OUTER: tl.constexpr,
+    INNER: tl.constexpr,
 ):  # fmt: skip
     """Write mean and standard deviation; or a split's mean, sum of squares about it, and count.
 
     Sums the distances to the mean of the program's first tile, and their squares. As that tile is
     one of a few, it can't be far from the mean unless the values are, too: little cancels at worst,
-    next to nothing where tiles resemble each other.
+    next to nothing where tiles resemble each other. That tile is read ahead of the loop, which then
+    finds it in the cache.
 
     `out` is ``[2, blocks, C]``, or ``[3, splits, blocks, C]`` if SPLIT, for `merge_moments`;
     `columns` is blocks * C.
     """
     dtype = out.dtype.element_ty
     inner = units * UNIT
-    block, split, tile, start, end, first, last = _share(
-        starts, outer, inner, splits, CHANNELS_LAST, ROWS, OUTER, INNER
+    block, split, tile, start, rows, per_piece, first, last = share(
+        starts, outer, inner, splits, LENGTH, CHANNELS, ROWS, OUTER, INNER
+    )
+    offsets, lanes, jump = first_step(
+        tile, start, outer, inner, LENGTH, CHANNELS, ROWS, OUTER, INNER
     )
 
-    offsets, lanes, position, pitch, limit, jump, count = _step(
-        first, tile, start, end, outer, inner, CHANNELS_LAST, ROWS, OUTER, INNER
-    )
-    center = tl.zeros([OUTER, INNER], dtype)
-    for r in tl.static_range(ROWS):
-        exists = lanes & (position + r * pitch < limit)
-        center += tl.load(x + offsets + r * jump, mask=exists, other=0).to(dtype)
-    center = _per_channel(center, CHANNELS_LAST) / tl.maximum(count, 1).to(dtype)
-    # About infinity, infinite values would be NaN, and their mean.
-    center = tl.where(tl.abs(center) < float("inf"), center, 0)
+    center = _mean_of_first_tile(
+        x, tile, start, rows, per_piece, first, last, jump, outer, inner, dtype, LENGTH, CHANNELS,
+        ROWS, OUTER, INNER,
+    )  # fmt: skip
+    centers = per_lane(center, LENGTH, CHANNELS, INNER)
 
     total = tl.zeros([OUTER, INNER], dtype)
     squares = tl.zeros([OUTER, INNER], dtype)
     n = tl.full([], 0, tl.int64)
-    for step in range(first, last):
-        offsets, lanes, position, pitch, limit, jump, count = _step(
-            step, tile, start, end, outer, inner, CHANNELS_LAST, ROWS, OUTER, INNER
+    for piece in range(first // per_piece, tl.cdiv(last, per_piece)):
+        begin, whole, end = steps_of(
+            piece, per_piece, first, last, rows, inner, LENGTH, ROWS, OUTER, INNER
         )
-        for r in tl.static_range(ROWS):
-            exists = lanes & (position + r * pitch < limit)
-            values = tl.load(x + offsets + r * jump, mask=exists, other=0).to(dtype)
-            distance = tl.where(exists, values - center, 0)
-            total += distance
-            squares += distance * distance
-        n += count
+        n += count_values(begin, end, piece, rows, inner, LENGTH, ROWS, OUTER, INNER)
+        at = begin * jump + piece * INNER
+        for _ in range(begin, whole):
+            distance = tl.load(x + at + offsets, mask=lanes, other=0).to(dtype) - centers
+            total += tl.sum(distance, axis=0)
+            squares += tl.sum(distance * distance, axis=0)
+            at += jump
+        for step in range(whole, end):
+            exists = lanes & existing(step, piece, rows, inner, LENGTH, ROWS, OUTER, INNER)
+            values = tl.load(x + at + offsets, mask=exists, other=0).to(dtype)
+            distance = tl.where(exists, values - centers, 0)
+            total += tl.sum(distance, axis=0)
+            squares += tl.sum(distance * distance, axis=0)
+            at += jump
 
     count = n.to(dtype)
-    total = _per_channel(total, CHANNELS_LAST)
-    squares = _per_channel(squares, CHANNELS_LAST)
+    total = per_channel(total, LENGTH, CHANNELS, INNER)
+    squares = per_channel(squares, LENGTH, CHANNELS, INNER)
     mean = total / tl.maximum(count, 1)
     # Squares beyond the dtype are infinite, as in the reference; inf - inf would be NaN.
     squares = tl.where(squares < float("inf"), squares - total * mean, squares)
     squares = tl.where(squares < 0, 0, squares)
     squares = tl.where(tl.abs(mean) < float("inf"), squares, mean - mean)  # NaN
 
-    channels, exist = _channels(tile, outer, inner, CHANNELS_LAST, OUTER, INNER)
-    position = out + _row_start(block, split, columns, outer, inner, CHANNELS_LAST) + channels
+    channels, exist = channels_of(tile, outer, inner, LENGTH, CHANNELS)
+    position = out + row_start(block, split, columns, outer, inner, LENGTH) + channels
     size = splits.to(tl.int64) * columns
     tl.store(position, center + mean, mask=exist)
     if SPLIT:
@@ -80,10 +106,29 @@ def moments(
         tl.store(position + size, tl.sqrt(squares / tl.maximum(count, 1)), mask=exist)
 
 
+@triton.jit
+def _mean_of_first_tile(
+    x, tile, start, rows, per_piece, first, last, jump, outer, inner, dtype: tl.constexpr,
+    LENGTH: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, OUTER: tl.constexpr,
+    INNER: tl.constexpr,
+):  # fmt: skip
+    """Return the mean of each channel in the first tile of a program; 0 where it isn't finite."""
+    offsets, lanes, _ = first_step(tile, start, outer, inner, LENGTH, CHANNELS, 1, OUTER, INNER)
+    piece, step = first // per_piece, first % per_piece
+    left = tl.where(first < last, rows - rows_of(step, LENGTH, ROWS, OUTER), 0)
+    exists = lanes & existing(0, piece, left, inner, LENGTH, 1, OUTER, INNER)
+    values = tl.load(x + (step * jump + piece * INNER) + offsets, mask=exists, other=0).to(dtype)
+    total = per_channel(tl.sum(values, axis=0), LENGTH, CHANNELS, INNER)
+    count = count_values(0, 1, piece, left, inner, LENGTH, 1, OUTER, INNER)
+    mean = total / tl.maximum(count, 1).to(dtype)
+    # About infinity, infinite values would be NaN, and their mean.
+    return tl.where(tl.abs(mean) < float("inf"), mean, 0)
+
+
 @triton.jit(do_not_specialize=["columns", "splits"])
 def grad_sums(
     dy, x, starts, owners, center, center_stride, scale, scale_stride, out, columns, outer, units,
-    splits, UNIT: tl.constexpr, CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr,
+    splits, UNIT: tl.constexpr, LENGTH: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr,
     OUTER: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     """Write each split's sums of ``dy`` and of ``dy * (x - center) * scale``.
@@ -93,38 +138,44 @@ def grad_sums(
     """
     dtype = out.dtype.element_ty
     inner = units * UNIT
-    block, split, tile, start, end, first, last = _share(
-        starts, outer, inner, splits, CHANNELS_LAST, ROWS, OUTER, INNER
+    block, split, tile, start, rows, per_piece, first, last = share(
+        starts, outer, inner, splits, LENGTH, CHANNELS, ROWS, OUTER, INNER
     )
-    channels, exist = _channels(tile, outer, inner, CHANNELS_LAST, OUTER, INNER)
+    offsets, lanes, jump = first_step(
+        tile, start, outer, inner, LENGTH, CHANNELS, ROWS, OUTER, INNER
+    )
+    channels, exist = channels_of(tile, outer, inner, LENGTH, CHANNELS)
     row = block if owners is None else tl.load(owners + block)
     mean = tl.load(center + row * center_stride + channels, mask=exist, other=0)
+    means = per_lane(mean, LENGTH, CHANNELS, INNER)
 
     total = tl.zeros([OUTER, INNER], dtype)
     dot = tl.zeros([OUTER, INNER], dtype)
-    for step in range(first, last):
-        offsets, lanes, position, pitch, limit, jump, _ = _step(
-            step, tile, start, end, outer, inner, CHANNELS_LAST, ROWS, OUTER, INNER
+    for piece in range(first // per_piece, tl.cdiv(last, per_piece)):
+        begin, _, end = steps_of(
+            piece, per_piece, first, last, rows, inner, LENGTH, ROWS, OUTER, INNER
         )
-        for r in tl.static_range(ROWS):
-            exists = lanes & (position + r * pitch < limit)
-            gradient = tl.load(dy + offsets + r * jump, mask=exists, other=0).to(dtype)
-            values = tl.load(x + offsets + r * jump, mask=exists, other=0).to(dtype)
-            total += gradient
-            dot += gradient * (values - mean)
+        at = begin * jump + piece * INNER
+        for step in range(begin, end):
+            exists = lanes & existing(step, piece, rows, inner, LENGTH, ROWS, OUTER, INNER)
+            gradient = tl.load(dy + at + offsets, mask=exists, other=0).to(dtype)
+            values = tl.load(x + at + offsets, mask=exists, other=0).to(dtype)
+            total += tl.sum(gradient, axis=0)
+            dot += tl.sum(gradient * (values - means), axis=0)
+            at += jump
 
     factor = tl.load(scale + row * scale_stride + channels, mask=exist, other=0)
-    position = out + _row_start(block, split, columns, outer, inner, CHANNELS_LAST) + channels
-    tl.store(position, _per_channel(total, CHANNELS_LAST), mask=exist)
+    position = out + row_start(block, split, columns, outer, inner, LENGTH) + channels
+    tl.store(position, per_channel(total, LENGTH, CHANNELS, INNER), mask=exist)
     size = splits.to(tl.int64) * columns
-    tl.store(position + size, _per_channel(dot, CHANNELS_LAST) * factor, mask=exist)
+    tl.store(position + size, per_channel(dot, LENGTH, CHANNELS, INNER) * factor, mask=exist)
 
 
 @triton.jit(do_not_specialize=["samples"])
 def affine(
     x, y, blocks, owners, center, center_stride, scale, scale_stride, shift, shift_stride,
     dy, users, factor, factor_stride, samples, outer, units, UNIT: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
+    LENGTH: tl.constexpr, ROWS: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     """Write ``y = (x - center) * scale + shift``, plus ``dy * factor`` if there is a `dy`.
 
@@ -144,115 +195,25 @@ def affine(
     exists = there[:, None] & (o < outer)[:, None, None] & (i < inner)
 
     block = tl.load(blocks + sample, mask=there, other=0)
-    if CHANNELS_LAST:
+    if LENGTH == 1:
         block, channels, exist = block[:, None], i[None, :], there[:, None] & (i < inner)
     else:
         block, channels, exist = block[None, :], o[:, None], there & (o < outer)[:, None]
     owner = block if owners is None else tl.load(owners + block)
     values = tl.load(x + offsets, mask=exists, other=0).to(dtype)
-    values -= _per_sample(center + owner * center_stride + channels, exist, CHANNELS_LAST)
-    values *= _per_sample(scale + owner * scale_stride + channels, exist, CHANNELS_LAST)
-    values += _per_sample(shift + owner * shift_stride + channels, exist, CHANNELS_LAST)
+    values -= _per_sample(center + owner * center_stride + channels, exist, LENGTH)
+    values *= _per_sample(scale + owner * scale_stride + channels, exist, LENGTH)
+    values += _per_sample(shift + owner * shift_stride + channels, exist, LENGTH)
     if dy is not None:
         gradient = tl.load(dy + offsets, mask=exists, other=0).to(dtype)
         user = block if users is None else tl.load(users + block)
         factors = factor + user * factor_stride + channels
-        values += gradient * _per_sample(factors, exist, CHANNELS_LAST)
+        values += gradient * _per_sample(factors, exist, LENGTH)
     tl.store(y + offsets, values.to(y.dtype.element_ty), mask=exists)
 
 
 @triton.jit
-def _per_sample(pointers, exist, CHANNELS_LAST: tl.constexpr):
+def _per_sample(pointers, exist, LENGTH: tl.constexpr):
     """Load ``[ROWS, INNER]`` or ``[OUTER, ROWS]`` numbers of rows, to broadcast with a tile."""
     row = tl.load(pointers, mask=exist, other=0)
-    return row[None, :, :] if CHANNELS_LAST else row[:, :, None]
-
-
-@triton.jit
-def _share(
-    starts, outer, inner, splits,
-    CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
-):  # fmt: skip
-    """Return this program's block, split and tile of channels, its samples and its steps."""
-    tiles = tl.cdiv(inner, INNER) if CHANNELS_LAST else tl.cdiv(outer, OUTER)
-    program = tl.program_id(0)
-    tile = program % tiles
-    split = program // tiles % splits
-    block = (program // tiles // splits).to(tl.int64)
-    start, end = tl.load(starts + block), tl.load(starts + block + 1)
-    if CHANNELS_LAST:
-        steps = tl.cdiv((end - start) * outer, ROWS * OUTER)
-    else:
-        steps = tl.cdiv(end - start, ROWS) * tl.cdiv(inner, INNER)
-    first = split * steps // splits
-    last = (split + 1) * steps // splits
-    return block, split, tile, start, end, first.to(tl.int32), last.to(tl.int32)
-
-
-@triton.jit
-def _step(
-    step, tile, start, end, outer, inner,
-    CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
-):  # fmt: skip
-    """Return the ROWS tiles ``[OUTER, INNER]`` of a step.
-
-    Returns:
-        offsets: of the first tile; the next ones are `jump` further each.
-        lanes: which of their elements exist, but for those beyond the block:
-        position, pitch, limit: of tile r those exist where ``position + r * pitch < limit``.
-        jump: see `offsets`.
-        count: the values per channel.
-    """
-    o = tl.arange(0, OUTER)[:, None]
-    i = tl.arange(0, INNER)[None, :]
-    if CHANNELS_LAST:
-        # A run of the block's memory: where one sample ends and the next begins doesn't matter.
-        first = start * outer + tl.cast(step, tl.int64) * (ROWS * OUTER)
-        i += tile * INNER
-        position = first + o
-        pitch = OUTER
-        limit = end * outer
-        offsets = position * inner + i
-        lanes = i < inner
-        count = tl.minimum(limit - first, ROWS * OUTER)
-    else:
-        # A piece of the planes of some samples.
-        pieces = tl.cdiv(inner, INNER)
-        position = start + tl.cast(step // pieces, tl.int64) * ROWS
-        column = step % pieces * INNER
-        pitch = 1
-        limit = end
-        o += tile * OUTER
-        i += column
-        offsets = (position * outer + o) * inner + i
-        lanes = (o < outer) & (i < inner)
-        count = tl.minimum(limit - position, ROWS) * tl.minimum(inner - column, INNER)
-    # In int64: a sample may have more than 2**31 / ROWS elements.
-    jump = tl.cast(OUTER if CHANNELS_LAST else outer, tl.int64) * inner
-    return offsets, lanes, position, pitch, limit, jump, count
-
-
-@triton.jit
-def _channels(
-    tile, outer, inner, CHANNELS_LAST: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr
-):  # fmt: skip
-    """Return the channels of a tile, ``[1, INNER]`` or ``[OUTER, 1]``, and which of them exist."""
-    if CHANNELS_LAST:
-        channels = tile * INNER + tl.arange(0, INNER)[None, :]
-        exist = channels < inner
-    else:
-        channels = tile * OUTER + tl.arange(0, OUTER)[:, None]
-        exist = channels < outer
-    return channels, exist
-
-
-@triton.jit
-def _per_channel(lanes, CHANNELS_LAST: tl.constexpr):
-    """Sum ``[OUTER, INNER]`` over the axis that isn't channels, and keep the axis."""
-    return tl.sum(lanes, axis=0 if CHANNELS_LAST else 1, keep_dims=True)
-
-
-@triton.jit
-def _row_start(block, split, columns, outer, inner, CHANNELS_LAST: tl.constexpr):
-    """Return where a row begins in ``[splits, blocks, C]``."""
-    return split.to(tl.int64) * columns + block * (inner if CHANNELS_LAST else outer)
+    return row[None, :, :] if LENGTH == 1 else row[:, :, None]

@@ -1,0 +1,164 @@
+"""Triton code of what a program sums: its tiles, steps and lanes, and the sum of each channel.
+
+`triton_kernels` says what the arguments mean. `rows` are the positions of a block, or its samples
+if LENGTH is 0; `step` is one of those that go over all rows, for a `piece` of the planes.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def share(
+    starts, outer, inner, splits, LENGTH: tl.constexpr, CHANNELS: tl.constexpr,
+    ROWS: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    """Return what this program sums.
+
+    Returns:
+        block, split, tile: of channels.
+        start, rows: the block's first sample; its positions, or samples if LENGTH is 0.
+        per_piece: steps that go over all rows; there are as many for each piece of the planes.
+        first, last: those of the steps that are this program's.
+    """
+    tiles = tl.cdiv(_all_channels(outer, inner, LENGTH), CHANNELS)
+    program = tl.program_id(0)
+    tile = program % tiles
+    split = program // tiles % splits
+    block = (program // tiles // splits).to(tl.int64)
+    start = tl.load(starts + block)
+    rows = tl.load(starts + block + 1) - start
+    if LENGTH:
+        rows *= outer
+    per_piece = tl.cdiv(rows, rows_of(1, LENGTH, ROWS, OUTER)).to(tl.int32)
+    steps = per_piece if LENGTH else per_piece * tl.cdiv(inner, INNER)
+    each, more = steps // splits, steps % splits
+    first = split * each + tl.minimum(split, more)
+    last = first + each + (split < more).to(tl.int32)
+    return block, split, tile, start, rows, tl.maximum(per_piece, 1), first, last
+
+
+@triton.jit
+def first_step(
+    tile, start, outer, inner, LENGTH: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr,
+    OUTER: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    """Return the ROWS tiles of a block's first step.
+
+    Returns:
+        offsets: of its values, in int64, ``[ROWS, OUTER, INNER]``.
+        lanes: which are of channels of the tile, ``[1, 1 or OUTER, INNER]``.
+        jump: the distance to the next step.
+    """
+    row = _row(LENGTH, ROWS, OUTER)
+    i = tl.arange(0, INNER)[None, None, :]
+    if LENGTH:
+        # Rows of memory: where one sample ends and the next begins doesn't matter.
+        lanes = i < CHANNELS * LENGTH
+        i += tile * (CHANNELS * LENGTH)
+        lanes &= i < inner
+        offsets = (start * outer + row) * inner + i
+        jump = tl.cast(inner, tl.int64)
+    else:
+        o = tile * OUTER + tl.arange(0, OUTER)[None, :, None]
+        lanes = (o < outer) & (i < inner)
+        offsets = ((start + row) * outer + o) * inner + i
+        jump = tl.cast(outer, tl.int64) * inner
+    return offsets, lanes, jump * rows_of(1, LENGTH, ROWS, OUTER)
+
+
+@triton.jit
+def steps_of(
+    piece, per_piece, first, last, rows, inner, LENGTH: tl.constexpr, ROWS: tl.constexpr,
+    OUTER: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    """Return those of the steps from `first` to `last` that go over a piece of the planes.
+
+    Three numbers: steps from the first to the second are whole; to the third, they aren't.
+    """
+    begin = tl.maximum(first - piece * per_piece, 0)
+    end = tl.maximum(tl.minimum(last - piece * per_piece, per_piece), begin)
+    whole = (rows // rows_of(1, LENGTH, ROWS, OUTER)).to(tl.int32)
+    if LENGTH == 0:
+        whole = tl.where(piece * INNER <= inner - INNER, whole, 0)
+    return begin, tl.maximum(tl.minimum(whole, end), begin), end
+
+
+@triton.jit
+def existing(
+    step, piece, rows, inner, LENGTH: tl.constexpr, ROWS: tl.constexpr, OUTER: tl.constexpr,
+    INNER: tl.constexpr,
+):  # fmt: skip
+    """Return which lanes of a step are neither beyond the block nor beyond the planes."""
+    left = tl.minimum(rows - rows_of(step, LENGTH, ROWS, OUTER), rows_of(1, LENGTH, ROWS, OUTER))
+    exists = _row(LENGTH, ROWS, OUTER) < left.to(tl.int32)
+    if LENGTH == 0:
+        exists &= tl.arange(0, INNER)[None, None, :] < inner - piece * INNER
+    return exists
+
+
+@triton.jit
+def count_values(
+    begin, end, piece, rows, inner, LENGTH: tl.constexpr, ROWS: tl.constexpr, OUTER: tl.constexpr,
+    INNER: tl.constexpr,
+):  # fmt: skip
+    """Return how many values of a channel there are in steps over a piece of the planes."""
+    before = rows_of(begin, LENGTH, ROWS, OUTER)
+    count = tl.minimum(rows_of(end, LENGTH, ROWS, OUTER), rows) - before
+    width = LENGTH if LENGTH else tl.minimum(inner - piece * INNER, INNER)  # noqa: FURB110
+    return tl.maximum(count, 0) * width
+
+
+@triton.jit
+def rows_of(steps, LENGTH: tl.constexpr, ROWS: tl.constexpr, OUTER: tl.constexpr):
+    """Return the rows of so many steps."""
+    return tl.cast(steps, tl.int64) * (ROWS * OUTER if LENGTH else ROWS)
+
+
+@triton.jit
+def _row(LENGTH: tl.constexpr, ROWS: tl.constexpr, OUTER: tl.constexpr):
+    """Return the number of each row of a step."""
+    r = tl.arange(0, ROWS)[:, None, None]
+    return r * OUTER + tl.arange(0, OUTER)[None, :, None] if LENGTH else r
+
+
+@triton.jit
+def _all_channels(outer, inner, LENGTH: tl.constexpr):
+    return inner // LENGTH if LENGTH else outer
+
+
+@triton.jit
+def channels_of(tile, outer, inner, LENGTH: tl.constexpr, CHANNELS: tl.constexpr):
+    """Return the channels of a tile, shaped as `per_channel` does, and which of them exist."""
+    channels = tile * CHANNELS + tl.arange(0, CHANNELS)
+    channels = channels[None, :] if LENGTH == 1 else channels[:, None]
+    return channels, channels < _all_channels(outer, inner, LENGTH)
+
+
+@triton.jit
+def per_channel(lanes, LENGTH: tl.constexpr, CHANNELS: tl.constexpr, INNER: tl.constexpr):
+    """Sum ``[OUTER, INNER]`` over all but channels: ``[1, CHANNELS]``, else ``[CHANNELS, 1]``."""
+    sums = tl.sum(lanes, axis=0 if LENGTH else 1, keep_dims=True)
+    if LENGTH > 1:
+        width: tl.constexpr = INNER // CHANNELS
+        i = tl.arange(0, width)[None, :]
+        lane = tl.arange(0, CHANNELS)[:, None] * LENGTH + i
+        sums = tl.gather(tl.reshape(sums, [INNER]), tl.reshape(lane, [INNER]), 0)
+        sums = tl.where(i < LENGTH, tl.reshape(sums, [CHANNELS, width]), 0)
+        sums = tl.sum(sums, axis=1, keep_dims=True)
+    return sums
+
+
+@triton.jit
+def per_lane(channels, LENGTH: tl.constexpr, CHANNELS: tl.constexpr, INNER: tl.constexpr):
+    """Spread numbers of channels, to broadcast with ``[ROWS, OUTER, INNER]``."""
+    if LENGTH > 1:
+        channel = tl.minimum(tl.arange(0, INNER) // LENGTH, CHANNELS - 1)
+        channels = tl.gather(tl.reshape(channels, [CHANNELS]), channel, 0)[None, :]
+    return channels[None, :, :]
+
+
+@triton.jit
+def row_start(block, split, columns, outer, inner, LENGTH: tl.constexpr):
+    """Return where a row begins in ``[splits, blocks, C]``."""
+    return split.to(tl.int64) * columns + block * _all_channels(outer, inner, LENGTH)
