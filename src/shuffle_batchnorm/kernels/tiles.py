@@ -5,7 +5,8 @@ takes ROWS tiles ``[OUTER, INNER]`` in a step, of as many positions if channels-
 
 Planes that 16 bytes don't divide, 7 x 7 and 14 x 14, say, are a run of memory instead, whose start
 is at a multiple of 16 bytes: ``[N, 1, C * L]`` for sums, where a tile is some whole planes and each
-lane stays with its channel.
+lane stays with its channel; ``[N, C * L / V, V]``, V values a thread's access, for the elementwise
+kernels, where a channel ends within an access.
 
 Nothing is tuned by timing. The bits of a sum depend on its tiles, and what it is cut into must not
 depend on a machine's mood: ranks would differ. What a tile must do can be counted. Memory that
@@ -93,8 +94,11 @@ def reduction(
 def elementwise(shape: Shape, sizes: Sizes, channels_last: bool, itemsize: int) -> Tiles:
     """Return how to map all values: a program takes one tile."""
     channels, plane = shape[1], prod(shape[2:])
+    vector = _vector(channels * plane, itemsize)
     if channels_last:
         length, outer, inner = 1, plane, channels
+    elif _vector(plane, itemsize) < vector <= plane:
+        length, outer, inner = plane, channels * plane // vector, vector
     else:
         length, outer, inner = 0, channels, plane
     size = _tile_size(inner, itemsize, accesses=4, narrow=8)

@@ -195,25 +195,42 @@ def affine(
     exists = there[:, None] & (o < outer)[:, None, None] & (i < inner)
 
     block = tl.load(blocks + sample, mask=there, other=0)
+    next_channel, is_next = None, None
     if LENGTH == 1:
         block, channels, exist = block[:, None], i[None, :], there[:, None] & (i < inner)
     else:
         block, channels, exist = block[None, :], o[:, None], there & (o < outer)[:, None]
+    if LENGTH > 1:
+        # INNER values of a run of memory, in which one channel ends and the next begins.
+        first = channels * INNER
+        channels = first // LENGTH
+        next_channel = (first + (INNER - 1)) // LENGTH - channels
+        is_next = (first[:, :, None] + i) >= ((channels + 1) * LENGTH)[:, :, None]
     owner = block if owners is None else tl.load(owners + block)
     values = tl.load(x + offsets, mask=exists, other=0).to(dtype)
-    values -= _per_sample(center + owner * center_stride + channels, exist, LENGTH)
-    values *= _per_sample(scale + owner * scale_stride + channels, exist, LENGTH)
-    values += _per_sample(shift + owner * shift_stride + channels, exist, LENGTH)
+    values -= _per_sample(
+        center + owner * center_stride + channels, exist, next_channel, is_next, LENGTH
+    )
+    values *= _per_sample(
+        scale + owner * scale_stride + channels, exist, next_channel, is_next, LENGTH
+    )
+    values += _per_sample(
+        shift + owner * shift_stride + channels, exist, next_channel, is_next, LENGTH
+    )
     if dy is not None:
         gradient = tl.load(dy + offsets, mask=exists, other=0).to(dtype)
         user = block if users is None else tl.load(users + block)
         factors = factor + user * factor_stride + channels
-        values += gradient * _per_sample(factors, exist, LENGTH)
+        values += gradient * _per_sample(factors, exist, next_channel, is_next, LENGTH)
     tl.store(y + offsets, values.to(y.dtype.element_ty), mask=exists)
 
 
 @triton.jit
-def _per_sample(pointers, exist, LENGTH: tl.constexpr):
+def _per_sample(pointers, exist, next_channel, is_next, LENGTH: tl.constexpr):
     """Load ``[ROWS, INNER]`` or ``[OUTER, ROWS]`` numbers of rows, to broadcast with a tile."""
     row = tl.load(pointers, mask=exist, other=0)
-    return row[None, :, :] if LENGTH == 1 else row[:, :, None]
+    row = row[None, :, :] if LENGTH == 1 else row[:, :, None]
+    if LENGTH > 1:
+        following = tl.load(pointers + next_channel, mask=exist, other=0)[:, :, None]
+        row = tl.where(is_next, following, row)
+    return row
