@@ -93,7 +93,16 @@ def test_triton_is_the_reference(case: tuple[Callable[[], Tensor], tuple[int, ..
     assert torch.equal(x, before), "a kernel wrote to its input"
 
 
-_SPACE = [(5, 1, 1030), (5, 3, 1030), (5, 13, 49), (5, 64, 17), (5, 257, 9)]
+# Planes of 49 and 196 are a run of memory, where a channel ends anywhere, also beyond a tile.
+_SPACE = [
+    (5, 1, 1030),
+    (5, 3, 1030),
+    (5, 13, 49),
+    (5, 64, 17),
+    (5, 257, 9),
+    (9, 20, 49),
+    (5, 6, 196),
+]
 
 
 @pytest.mark.parametrize(
@@ -137,11 +146,14 @@ def test_gradients_in_any_layout(channels_last: bool) -> None:
 
 
 @HALVES
+@pytest.mark.parametrize("shape", [(8, 3, 20, 33), (8, 24, 7, 7)], ids=str)
 @LAYOUTS
-def test_half_precision_is_summed_in_float32(dtype: torch.dtype, channels_last: bool) -> None:
+def test_half_precision_is_summed_in_float32(
+    shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool
+) -> None:
     """Catches sums, counts and affine steps in half precision (pytorch#96203)."""
-    x = (_input(8, 3, 20, 33, channels_last=channels_last) * 10).to(dtype)
-    dy, sizes = _input(8, 3, 20, 33, dtype=dtype), (3, 5)
+    x = (_input(*shape, channels_last=channels_last) * 10).to(dtype)
+    dy, sizes = _input(*shape, dtype=dtype), (3, 5)
     assert_one_rounding(TRITON, x, dy, sizes, packed_rows(x, sizes))
 
 
@@ -186,15 +198,24 @@ def test_groups_are_made_of_their_blocks(
 
 
 @pytest.mark.parametrize("split", [False, True])
-@pytest.mark.parametrize("drift", [0.0, 300.0])
-@LAYOUTS
+@pytest.mark.parametrize(("drift", "outlier"), [(0.0, 0.0), (300.0, 0.0), (0.0, 3e4)])
+@pytest.mark.parametrize(
+    ("side", "channels_last"), [(16, False), (16, True), (7, False)], ids=["planes", "last", "run"]
+)
 def test_large_means_cancel_no_more_than_in_batch_norm(
-    split: bool, drift: float, channels_last: bool, request: pytest.FixtureRequest
+    split: bool,
+    drift: float,
+    outlier: float,
+    side: int,
+    channels_last: bool,
+    request: pytest.FixtureRequest,
 ) -> None:
     """Catches E[x²] − E[x]², also about a centre that only the first samples have."""
     if split:
         request.getfixturevalue("_many_splits")
-    x = torch.randn(32, 4, 16, 16) + 1e4 + torch.linspace(-drift, drift, 32)[:, None, None, None]
+    x = torch.randn(32, 4, side, side) + 1e4
+    x += torch.linspace(-drift, drift, 32)[:, None, None, None]
+    x[0, :, 0, 0] += outlier
     exact = nn.BatchNorm2d(4, affine=False).double()(x.double())
     theirs = (nn.BatchNorm2d(4, affine=False)(x).double() - exact).norm()
     x = (x.contiguous(memory_format=LAST2D) if channels_last else x).to(DEVICE)
