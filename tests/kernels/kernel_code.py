@@ -14,6 +14,8 @@ from triton import knobs
 _OPCODE = re.compile(r"^(@!?U?P\w+ )?(\w+)")
 _WIDTHS = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 _PREDICATES = {"ISETP", "FSETP", "DSETP", "PLOP3", "P2R", "R2P", "SEL", "FSEL"}
+_SPILLS = {"LDL", "STL"}
+_EXCHANGES = {"SHFL", "LDS", "STS", "BAR"}
 
 
 class Loop(NamedTuple):
@@ -25,6 +27,7 @@ class Loop(NamedTuple):
         at_once: loads under way before the first of their results is used.
         predicates: those that compute a mask, or select by one.
         spills: those that move a register to memory or back.
+        exchanges: those by which threads exchange values, or wait for each other.
     """
 
     instructions: int
@@ -32,6 +35,7 @@ class Loop(NamedTuple):
     at_once: int
     predicates: int
     spills: int
+    exchanges: int
 
 
 class Code(NamedTuple):
@@ -99,8 +103,10 @@ def _innermost(code: list[str], labels: dict[str, int]) -> list[Loop]:
             len(body),
             _accesses(body, "LDG"),
             _at_once(body),
-            sum(_opcode(line) in _PREDICATES for line in body),
-            sum(_opcode(line) in ("LDL", "STL") for line in body),
+            *(
+                sum(_opcode(line) in opcodes for line in body)
+                for opcodes in (_PREDICATES, _SPILLS, _EXCHANGES)
+            ),
         )
         for body in bodies
         if _accesses(body, "LDG")

@@ -268,7 +268,7 @@ def _offsets(  # type: ignore[no-untyped-def]
     offsets, _, jump = triton_steps.first_step(
         0, start.to(tl.int64), outer, inner, LENGTH, 1, 4, 1, 1
     )
-    tl.store(out + tl.arange(0, 4)[:, None, None], step * jump + piece + offsets)
+    tl.store(out + tl.arange(0, 4)[:, None], step * jump + piece + offsets)
 
 
 @pytest.mark.parametrize("length", [0, 1], ids=["planes", "channels_last"])

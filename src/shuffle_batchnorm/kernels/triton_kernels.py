@@ -24,6 +24,7 @@ from .triton_steps import (
     count_values,
     existing,
     first_step,
+    load_step,
     per_channel,
     per_lane,
     row_start,
@@ -74,14 +75,14 @@ def moments(
         n += count_values(begin, end, piece, rows, inner, LENGTH, ROWS, OUTER, INNER)
         at = begin * jump + piece * INNER
         for _ in range(begin, whole):
-            distance = tl.load(x + at + offsets, mask=lanes, other=0).to(dtype) - centers
+            distance = load_step(x + at + offsets, lanes, dtype, OUTER, INNER) - centers
             total += tl.sum(distance, axis=0)
             squares += tl.sum(distance * distance, axis=0)
             at += jump
         for step in range(whole, end):
             exists = lanes & existing(step, piece, rows, inner, LENGTH, ROWS, OUTER, INNER)
-            values = tl.load(x + at + offsets, mask=exists, other=0).to(dtype)
-            distance = tl.where(exists, values - centers, 0)
+            distance = load_step(x + at + offsets, exists, dtype, OUTER, INNER) - centers
+            distance = tl.where(tl.reshape(exists, [ROWS, OUTER, INNER]), distance, 0)
             total += tl.sum(distance, axis=0)
             squares += tl.sum(distance * distance, axis=0)
             at += jump
@@ -117,7 +118,8 @@ def _mean_of_first_tile(
     piece, step = first // per_piece, first % per_piece
     left = tl.where(first < last, rows - rows_of(step, LENGTH, ROWS, OUTER), 0)
     exists = lanes & existing(0, piece, left, inner, LENGTH, 1, OUTER, INNER)
-    values = tl.load(x + (step * jump + piece * INNER) + offsets, mask=exists, other=0).to(dtype)
+    at = step * jump + piece * INNER
+    values = load_step(x + at + offsets, exists, dtype, OUTER, INNER)
     total = per_channel(tl.sum(values, axis=0), LENGTH, CHANNELS, INNER)
     count = count_values(0, 1, piece, left, inner, LENGTH, 1, OUTER, INNER)
     mean = total / tl.maximum(count, 1).to(dtype)
@@ -158,8 +160,8 @@ def grad_sums(
         at = begin * jump + piece * INNER
         for step in range(begin, end):
             exists = lanes & existing(step, piece, rows, inner, LENGTH, ROWS, OUTER, INNER)
-            gradient = tl.load(dy + at + offsets, mask=exists, other=0).to(dtype)
-            values = tl.load(x + at + offsets, mask=exists, other=0).to(dtype)
+            gradient = load_step(dy + at + offsets, exists, dtype, OUTER, INNER)
+            values = load_step(x + at + offsets, exists, dtype, OUTER, INNER)
             total += tl.sum(gradient, axis=0)
             dot += tl.sum(gradient * (values - means), axis=0)
             at += jump

@@ -43,15 +43,18 @@ def first_step(
     tile, start, outer, inner, LENGTH: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr,
     OUTER: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    """Return the ROWS tiles of a block's first step.
+    """Return the ROWS tiles of a block's first step, one below the other.
+
+    In two dimensions, as the compiler spreads the last one over threads, and then the first, until
+    each has one access; so the tiles are in the registers of a thread, which adds them up.
 
     Returns:
-        offsets: of its values, in int64, ``[ROWS, OUTER, INNER]``.
-        lanes: which are of channels of the tile, ``[1, 1 or OUTER, INNER]``.
+        offsets: of its values, in int64, ``[ROWS * OUTER, INNER]``.
+        lanes: which are of channels of the tile, ``[1 or ROWS * OUTER, INNER]``.
         jump: the distance to the next step.
     """
-    row = _row(LENGTH, ROWS, OUTER)
-    i = tl.arange(0, INNER)[None, None, :]
+    row = tl.arange(0, ROWS * OUTER)[:, None]
+    i = tl.arange(0, INNER)[None, :]
     if LENGTH:
         # Rows of memory: where one sample ends and the next begins doesn't matter.
         lanes = i < CHANNELS * LENGTH
@@ -60,11 +63,18 @@ def first_step(
         offsets = (start * outer + row) * inner + i
         jump = tl.cast(inner, tl.int64)
     else:
-        o = tile * OUTER + tl.arange(0, OUTER)[None, :, None]
+        o = tile * OUTER + row % OUTER
         lanes = (o < outer) & (i < inner)
-        offsets = ((start + row) * outer + o) * inner + i
+        offsets = ((start + row // OUTER) * outer + o) * inner + i
         jump = tl.cast(outer, tl.int64) * inner
     return offsets, lanes, jump * rows_of(1, LENGTH, ROWS, OUTER)
+
+
+@triton.jit
+def load_step(x, mask, dtype: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr):
+    """Load a step, as ``[ROWS, OUTER, INNER]``."""
+    values = tl.load(x, mask=mask, other=0).to(dtype)
+    return tl.reshape(values, [x.shape[0] // OUTER, OUTER, INNER])
 
 
 @triton.jit
@@ -91,9 +101,11 @@ def existing(
 ):  # fmt: skip
     """Return which lanes of a step are neither beyond the block nor beyond the planes."""
     left = tl.minimum(rows - rows_of(step, LENGTH, ROWS, OUTER), rows_of(1, LENGTH, ROWS, OUTER))
-    exists = _row(LENGTH, ROWS, OUTER) < left.to(tl.int32)
+    row = tl.arange(0, ROWS * OUTER)[:, None]
+    row = row if LENGTH else row // OUTER
+    exists = row < left.to(tl.int32)
     if LENGTH == 0:
-        exists &= tl.arange(0, INNER)[None, None, :] < inner - piece * INNER
+        exists &= tl.arange(0, INNER)[None, :] < inner - piece * INNER
     return exists
 
 
@@ -113,13 +125,6 @@ def count_values(
 def rows_of(steps, LENGTH: tl.constexpr, ROWS: tl.constexpr, OUTER: tl.constexpr):
     """Return the rows of so many steps."""
     return tl.cast(steps, tl.int64) * (ROWS * OUTER if LENGTH else ROWS)
-
-
-@triton.jit
-def _row(LENGTH: tl.constexpr, ROWS: tl.constexpr, OUTER: tl.constexpr):
-    """Return the number of each row of a step."""
-    r = tl.arange(0, ROWS)[:, None, None]
-    return r * OUTER + tl.arange(0, OUTER)[None, :, None] if LENGTH else r
 
 
 @triton.jit
