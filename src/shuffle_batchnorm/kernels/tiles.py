@@ -11,10 +11,11 @@ kernels, where a channel ends within an access.
 Nothing is tuned by timing. The bits of a sum depend on its tiles, and what it is cut into must not
 depend on a machine's mood: ranks would differ. What a tile must do can be counted. Memory that
 gives 4.3 TB/s and answers after 700 ns, as a guess, has to have 3 MB of loads under way, 23 KiB on
-each of 132 multiprocessors. A step loads ROWS times 2 KiB before it uses any of them, and 4 to 9
-programs fit a multiprocessor by their registers: 40 to 80 KiB (compile_kernels.py, in the tests,
-prints it), a quarter less where lanes beyond the planes are idle. So no step stops to try tiles,
-whatever its batch size, and a CUDA graph needs one warm-up call.
+each of 132 multiprocessors. A step has ROWS times 2 KiB of each tensor to load, and starts all or
+most of it before the first use; 4 to 10 programs fit a multiprocessor by their registers. That is
+40 to 80 KiB in the machine code (``tests/kernels/compile_kernels.py --table``), a quarter less
+where lanes beyond the planes are idle. So no step stops to try tiles, whatever its batch size, and
+a CUDA graph needs one warm-up call.
 """
 
 from functools import lru_cache

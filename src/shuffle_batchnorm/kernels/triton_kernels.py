@@ -11,9 +11,9 @@ mean the same everywhere:
 - rows ``[blocks, C]``, or of groups, come with the distance from one to the next; `owners` or
   `users`, ``[blocks]``, are the row of each block, None if it is the one of the same number.
 
-A sum goes over steps of ROWS tiles ``[OUTER, INNER]``, all of whose loads are under way at once.
-Masks cost more than the bytes in half precision, if there is one per value. There is one per load,
-that of a step's end also for whole steps in `grad_sums`, where nothing has to be selected by it.
+A sum goes over steps of ROWS tiles ``[OUTER, INNER]``, which are loaded together. A mask per value
+would cost more than its bytes in half precision. `moments`, which has to select by it, has a loop
+for whole steps and one for others; `grad_sums` has a mask per load, of 16 bytes, and one loop.
 """
 
 import triton
