@@ -1,6 +1,9 @@
 """Compiles the Triton kernels for a GPU that need not be here, and prints what became of them.
 
-Run by test_kernels_compiled.py in a process of its own, as Triton either compiles or interprets.
+    PYTHONPATH=src:tests python tests/kernels/compile_kernels.py --table
+
+The table is of the heavy kernels on some layers of ResNet-50. Without it, cases come as lines of
+JSON from test_triton_kernels.py, in a process of its own, as Triton either compiles or interprets.
 The host functions run as they are, on small tensors on the CPU; the driver that they find is a
 stand-in, and nothing is launched.
 """
@@ -17,10 +20,14 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from kernels.kernel_cases import all_four, all_of_groups, rows_for
+from kernels.kernel_code import Code, read_code
 from shuffle_batchnorm.kernels import triton_launch
 from shuffle_batchnorm.kernels.rows import BlockGroups, Running
 
 _FIRST_HOPPER = 90
+_THREADS = 128  # of a program
+# Of the heavy kernels in the order of `all_four`; the last is the same as the third.
+_HEAVY = ("moments", "grad_sums", "affine", "dx")
 
 
 class _Driver:
@@ -74,19 +81,68 @@ def _compile(
     return launched
 
 
+def _describe(kernel: Any) -> list[Any]:
+    # Where activations are in half precision, nothing else is.
+    to_halves = re.findall(
+        r"tt.addptr .* tensor<[^>]*!tt.ptr<b?f16>.*, tensor<[^>]*x(i\d+)>", kernel.asm["ttir"]
+    )
+    code = read_code(kernel)
+    loops = [loop._asdict() for loop in code.loops]
+    return [kernel.metadata.name, sorted(set(to_halves)), code._asdict() | {"loops": loops}]
+
+
+def _print_table() -> None:
+    """Print what becomes of the heavy kernels, and what follows.
+
+    KiB are bytes that a multiprocessor has under way at once: those that a program loads before it
+    uses the first, times the programs that fit its registers and threads. The instructions are a
+    thread's per value that it sums, once around the loop, or in all per value that it writes.
+    """
+    print(
+        f"{'kernel':10}{'shape':13}{'dtype':10}{'layout':12}registers  stack  shared  KiB  "
+        f"{'loads':12}instructions"
+    )
+    for channels, side in ((64, 112), (256, 56), (512, 28), (1024, 14), (512, 7)):
+        for dtype in (torch.float32, torch.bfloat16):
+            for channels_last in (False, True):
+                shape = (32 if side < 100 else 16, channels, side, side)
+                where = f"{channels}x{side}x{side}".ljust(13) + str(dtype)[6:].ljust(10)
+                where += ("channels_last" if channels_last else "contiguous")[:10].ljust(12)
+                kernels = _compile(shape, dtype, channels_last, 1, False)
+                heavy = [kernel for kernel in kernels if kernel.metadata.name in _HEAVY]
+                for name, kernel in zip(_HEAVY, heavy, strict=True):
+                    _print_row(name, where, dtype.itemsize, read_code(kernel))
+
+
+def _print_row(name: str, where: str, itemsize: int, code: Code) -> None:
+    if code.loops:
+        loop = code.loops[0]
+        read = sum(width * count for width, count in loop.loads.items())
+        values = read / itemsize / (2 if name == "grad_sums" else 1)
+        instructions, loads = loop.instructions, loop.loads
+        read = read * loop.at_once // sum(loads.values())
+    else:
+        values = sum(width * count for width, count in code.stores.items()) / itemsize
+        instructions, loads = code.instructions, code.loads
+        read = int(values * itemsize * (2 if name == "dx" else 1))
+    registers = -(-code.registers // 8) * 8
+    threads = min(2**16 // (registers * _THREADS), 2048 // _THREADS) * _THREADS
+    widths = " ".join(f"{count}x{width}" for width, count in sorted(loads.items()))
+    print(
+        f"{name:10}{where}{code.registers:9}{code.stack:7}{code.shared:8}"
+        f"{threads * read // 1024:5}  {widths:12}{instructions / values:12.1f}"
+    )
+
+
 def main() -> None:
     driver.set_active(_Driver())
+    if sys.argv[1:] == ["--table"]:
+        _print_table()
+        return
     for line in sys.stdin:
         shape, dtype, channels_last, blocks, grouped = json.loads(line)
-        for kernel in _compile(tuple(shape), getattr(torch, dtype), channels_last, blocks, grouped):
-            # Where activations are in half precision, nothing else is.
-            to_halves = re.findall(
-                r"tt.addptr .* tensor<[^>]*!tt.ptr<b?f16>.*, tensor<[^>]*x(i\d+)>",
-                kernel.asm["ttir"],
-            )
-            accesses = re.findall(r"(?:ld|st)\.global\.(?:v(\d)\.)?b(\d+)", kernel.asm["ptx"])
-            widest = max(int(count or 1) * int(bits) // 8 for count, bits in accesses)
-            print(json.dumps([kernel.metadata.name, widest, sorted(set(to_halves))]))
+        kernels = _compile(tuple(shape), getattr(torch, dtype), channels_last, blocks, grouped)
+        print(json.dumps([_describe(kernel) for kernel in kernels]))
 
 
 if __name__ == "__main__":

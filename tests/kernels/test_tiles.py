@@ -49,12 +49,28 @@ def test_tiles_compile_and_cover(
             for size in (rows, outer, inner):
                 assert size & (size - 1) == 0
             assert 1 <= rows * outer * inner * itemsize <= 8192
-            assert arguments["units"] * arguments["UNIT"] == (channels if channels_last else length)
-            width = channels if channels_last else length
+            width = arguments["units"] * arguments["UNIT"]
+            assert arguments["outer"] * width == channels * length
             assert -(-width // inner) * inner < 2 * width
             height, columns = merge_tile(tiles.splits)
             assert tiles.splits <= height <= 2048
             assert height * columns <= 2048
+
+
+@pytest.mark.parametrize("length", [3, 49, 196, 225])
+@pytest.mark.parametrize("channels", [1, 3, 64, 2048])
+@BYTES
+def test_whole_planes_are_summed_as_one_run(channels: int, length: int, itemsize: int) -> None:
+    """Catches a channel that is cut, or whose lanes a gather would find beyond the tile."""
+    arguments = reduction((96, channels, length), (96,), False, itemsize).arguments
+    if arguments["LENGTH"] == 0:
+        assert channels * length % 2 == 1 or length > 200
+        return
+    planes, inner = arguments["CHANNELS"], arguments["INNER"]
+    assert arguments["LENGTH"] == length
+    assert planes & (planes - 1) == 0
+    assert inner % planes == 0
+    assert length <= inner // planes < 2 * length
 
 
 @LAYOUTS

@@ -32,8 +32,8 @@ pytest.importorskip("triton", reason="Triton is for Linux")
 import triton
 import triton.language as tl
 
-from shuffle_batchnorm.kernels import triton_kernels
 from shuffle_batchnorm.kernels import triton_launch as triton_module
+from shuffle_batchnorm.kernels import triton_steps
 
 TRITON: Kernels = triton_module
 REFERENCE: Kernels = reference
@@ -93,7 +93,16 @@ def test_triton_is_the_reference(case: tuple[Callable[[], Tensor], tuple[int, ..
     assert torch.equal(x, before), "a kernel wrote to its input"
 
 
-_SPACE = [(5, 1, 1030), (5, 3, 1030), (5, 13, 49), (5, 64, 17), (5, 257, 9)]
+# Planes of 49 and 196 are a run of memory, where a channel ends anywhere, also beyond a tile.
+_SPACE = [
+    (5, 1, 1030),
+    (5, 3, 1030),
+    (5, 13, 49),
+    (5, 64, 17),
+    (5, 257, 9),
+    (9, 20, 49),
+    (5, 6, 196),
+]
 
 
 @pytest.mark.parametrize(
@@ -137,11 +146,14 @@ def test_gradients_in_any_layout(channels_last: bool) -> None:
 
 
 @HALVES
+@pytest.mark.parametrize("shape", [(8, 3, 20, 33), (8, 24, 7, 7)], ids=str)
 @LAYOUTS
-def test_half_precision_is_summed_in_float32(dtype: torch.dtype, channels_last: bool) -> None:
+def test_half_precision_is_summed_in_float32(
+    shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool
+) -> None:
     """Catches sums, counts and affine steps in half precision (pytorch#96203)."""
-    x = (_input(8, 3, 20, 33, channels_last=channels_last) * 10).to(dtype)
-    dy, sizes = _input(8, 3, 20, 33, dtype=dtype), (3, 5)
+    x = (_input(*shape, channels_last=channels_last) * 10).to(dtype)
+    dy, sizes = _input(*shape, dtype=dtype), (3, 5)
     assert_one_rounding(TRITON, x, dy, sizes, packed_rows(x, sizes))
 
 
@@ -186,15 +198,24 @@ def test_groups_are_made_of_their_blocks(
 
 
 @pytest.mark.parametrize("split", [False, True])
-@pytest.mark.parametrize("drift", [0.0, 300.0])
-@LAYOUTS
+@pytest.mark.parametrize(("drift", "outlier"), [(0.0, 0.0), (300.0, 0.0), (0.0, 3e4)])
+@pytest.mark.parametrize(
+    ("side", "channels_last"), [(16, False), (16, True), (7, False)], ids=["planes", "last", "run"]
+)
 def test_large_means_cancel_no_more_than_in_batch_norm(
-    split: bool, drift: float, channels_last: bool, request: pytest.FixtureRequest
+    split: bool,
+    drift: float,
+    outlier: float,
+    side: int,
+    channels_last: bool,
+    request: pytest.FixtureRequest,
 ) -> None:
     """Catches E[x²] − E[x]², also about a centre that only the first samples have."""
     if split:
         request.getfixturevalue("_many_splits")
-    x = torch.randn(32, 4, 16, 16) + 1e4 + torch.linspace(-drift, drift, 32)[:, None, None, None]
+    x = torch.randn(32, 4, side, side) + 1e4
+    x += torch.linspace(-drift, drift, 32)[:, None, None, None]
+    x[0, :, 0, 0] += outlier
     exact = nn.BatchNorm2d(4, affine=False).double()(x.double())
     theirs = (nn.BatchNorm2d(4, affine=False)(x).double() - exact).norm()
     x = (x.contiguous(memory_format=LAST2D) if channels_last else x).to(DEVICE)
@@ -241,31 +262,24 @@ def test_what_overflows_is_infinite_and_stays_in_its_channel(
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
-def _first_and_last_offset(  # type: ignore[no-untyped-def]
-    out, start, end, step, outer, inner, CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr
+def _offsets(  # type: ignore[no-untyped-def]
+    out, start, step, piece, outer, inner, LENGTH: tl.constexpr
 ):
-    start, end = start.to(tl.int64), end.to(tl.int64)
-    offsets, _, _, _, _, jump, _ = triton_kernels._step(
-        step, 0, start, end, outer, inner, CHANNELS_LAST, ROWS, 1, 1
+    offsets, _, jump = triton_steps.first_step(
+        0, start.to(tl.int64), outer, inner, LENGTH, 1, 4, 1, 1
     )
-    tl.store(out + tl.zeros([1, 1], tl.int32), offsets)
-    tl.store(out + 1 + tl.zeros([1, 1], tl.int32), offsets + (ROWS - 1) * jump)
+    tl.store(out + tl.arange(0, 4)[:, None], step * jump + piece + offsets)
 
 
-@LAYOUTS
-def test_offsets_past_2_to_the_31(channels_last: bool) -> None:
+@pytest.mark.parametrize("length", [0, 1], ids=["planes", "channels_last"])
+def test_offsets_past_2_to_the_31(length: int) -> None:
     """Catches an index in int32, which wraps from 2**31 elements on (pytorch#181555)."""
-    samples, outer, inner, step = 70_000, 40_000, 50_000, 600_000_009
-    out = torch.zeros(2, dtype=torch.int64, device=DEVICE)
-    _first_and_last_offset[(1,)](
-        out, samples, samples + 100, step, outer, inner, CHANNELS_LAST=channels_last, ROWS=4
-    )
-    if channels_last:
-        first, last = ((samples * outer + 4 * step + r) * inner for r in (0, 3))
-    else:
-        row, column = divmod(step, inner)
-        first, last = ((samples + 4 * row + r) * outer * inner + column for r in (0, 3))
-    assert out.tolist() == [first, last]
+    start, outer, inner, step, piece = 70_000, 40_000, 50_000, 600_000_009, 49_999
+    out = torch.zeros(4, dtype=torch.int64, device=DEVICE)
+    _offsets[(1,)](out, start, step, piece, outer, inner, LENGTH=length)
+    pitch = 1 if length else outer
+    rows = (start * outer + (4 * step + r) * pitch for r in range(4))
+    assert out.tolist() == [row * inner + piece for row in rows]
 
 
 @pytest.mark.parametrize("mode", ["local", "swap", "regroup"])

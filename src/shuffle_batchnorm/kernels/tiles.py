@@ -1,17 +1,25 @@
 """How the Triton kernels cut their work into programs: plain arithmetic, without Triton.
 
-Both layouts are dense memory ``[N, outer, inner]``: ``[N, C, L]`` if contiguous, ``[N, L, C]`` if
-channels-last. A tile is ROWS samples, or ROWS runs of OUTER positions of a block if channels-last,
-times OUTER times INNER.
+Memory is dense, ``[N, outer, inner]``: ``[N, L, C]`` if channels-last, else ``[N, C, L]``. A sum
+takes ROWS tiles ``[OUTER, INNER]`` in a step, of as many positions if channels-last, or of samples.
+
+Planes that 16 bytes don't divide, 7 x 7 and 14 x 14, say, are a run of memory instead, whose start
+is at a multiple of 16 bytes: ``[N, 1, C * L]`` for sums, where a tile is some whole planes and each
+lane stays with its channel; ``[N, C * L / V, V]``, V values a thread's access, for the elementwise
+kernels, where a channel ends within an access.
 
 Nothing is tuned by timing. The bits of a sum depend on its tiles, and what it is cut into must not
-depend on a machine's mood: ranks would differ. The elementwise kernels copy, and any tile with a
-few accesses of 16 bytes per thread does so at the speed of memory. So no step stops to try tiles,
-whatever its batch size, and a CUDA graph needs one warm-up call.
+depend on a machine's mood: ranks would differ. What a tile must do can be counted. Memory that
+gives 4.3 TB/s and answers after 700 ns, as a guess, has to have 3 MB of loads under way, 23 KiB on
+each of 132 multiprocessors. A step has ROWS times 2 KiB of each tensor to load, and starts all or
+most of it before the first use; 4 to 10 programs fit a multiprocessor by their registers. That is
+40 to 80 KiB in the machine code (``tests/kernels/compile_kernels.py --table``), a quarter less
+where lanes beyond the planes are idle. So no step stops to try tiles, whatever its batch size, and
+a CUDA graph needs one warm-up call.
 """
 
 from functools import lru_cache
-from math import gcd
+from math import gcd, prod
 from typing import NamedTuple
 
 Sizes = tuple[int, ...]
@@ -21,6 +29,7 @@ _THREADS = 128
 _ROWS = 4  # tiles that a program loads at once
 _STEPS = 4  # loads of ROWS tiles that are worth a program of their own
 _UNSPLIT = 8  # as many are not worth a second launch
+_FEW = 528  # programs: where they are fewer, two loads are worth one, too
 _PROGRAMS = 4096  # fill a GPU several times; fixed, so that every GPU adds in the same order
 MERGED = 1024  # splits of blocks that one program can merge
 
@@ -37,7 +46,7 @@ class Tiles(NamedTuple):
 
     programs: int
     splits: int
-    arguments: dict[str, int | bool]
+    arguments: dict[str, int]
     table: tuple[int, ...]
 
 
@@ -49,36 +58,57 @@ def reduction(
 
     `members` are the blocks that are merged to one.
     """
-    channels, length, outer, inner = _memory(shape, channels_last)
-    lanes = _tile_size(inner, itemsize, accesses=1, narrow=4)
     most = max(sizes)
-    width = _fit(inner, lanes, channels_last)
-    height = min(lanes // width, _power(most * length if channels_last else outer))
-    rows = -(-most * length // height) if channels_last else most
+    channels, plane = shape[1], prod(shape[2:])
+    if channels_last:
+        length, outer, inner = 1, plane, channels
+    elif _is_run(channels, plane, itemsize):
+        length, outer, inner = plane, 1, channels * plane
+    else:
+        length, outer, inner = 0, channels, plane
+    lanes = _tile_size(inner, itemsize, accesses=1, narrow=4)
+    if length == 0:
+        width = _fit(inner, lanes, False)
+        taken = height = min(lanes // width, _power(outer))
+        rows, pieces = most, -(-inner // width)
+    else:
+        room = lanes // _power(length)
+        taken = _fit(inner, room, True) if length == 1 else min(room, _power(channels))
+        width = taken * _power(length)
+        height = min(lanes // width, _power(most * outer))
+        rows, pieces = -(-most * outer // height), 1
     depth = min(_ROWS, _power(rows))
-    steps = -(-rows // depth) * (1 if channels_last else -(-inner // width))
-    tiles = -(-channels // (width if channels_last else height))
+    steps = -(-rows // depth) * pieces
+    programs = -(-channels // taken) * len(sizes)
     splits = 1
     if steps > _UNSPLIT:
-        splits = max(1, min(_PROGRAMS // (tiles * len(sizes)), steps // _STEPS, MERGED // members))
+        wanted = max(steps // _STEPS, min(steps // 2, _FEW // programs))
+        splits = max(1, min(_PROGRAMS // programs, wanted, MERGED // members))
     starts = [0]
     for n in sizes:
         starts.append(starts[-1] + n)
-    arguments = _arguments(outer, inner, channels_last, depth, height, width)
-    return Tiles(len(sizes) * splits * tiles, splits, arguments, tuple(starts))
+    arguments = _arguments(outer, inner, length, depth, height, width, CHANNELS=taken)
+    return Tiles(programs * splits, splits, arguments, tuple(starts))
 
 
 @lru_cache(maxsize=1024)
 def elementwise(shape: Shape, sizes: Sizes, channels_last: bool, itemsize: int) -> Tiles:
     """Return how to map all values: a program takes one tile."""
-    _, _, outer, inner = _memory(shape, channels_last)
+    channels, plane = shape[1], prod(shape[2:])
+    vector = _vector(channels * plane, itemsize)
+    if channels_last:
+        length, outer, inner = 1, plane, channels
+    elif _vector(plane, itemsize) < vector <= plane:
+        length, outer, inner = plane, channels * plane // vector, vector
+    else:
+        length, outer, inner = 0, channels, plane
     size = _tile_size(inner, itemsize, accesses=4, narrow=8)
     width = _fit(inner, size, channels_last)
     height = min(size // width, _power(outer))
     depth = min(size // (height * width), _power(shape[0]))
     programs = -(-shape[0] // depth) * -(-outer // height) * -(-inner // width)
     blocks = tuple(k for k, n in enumerate(sizes) for _ in range(n))
-    return Tiles(programs, 1, _arguments(outer, inner, channels_last, depth, height, width), blocks)
+    return Tiles(programs, 1, _arguments(outer, inner, length, depth, height, width), blocks)
 
 
 def merge_tile(rows: int) -> tuple[int, int]:
@@ -95,16 +125,19 @@ def row_tile(rows: int) -> tuple[int, int]:
     return min(_power(rows), 32), 32
 
 
-def _memory(shape: Shape, channels_last: bool) -> tuple[int, int, int, int]:
-    """Return channels, length, outer and inner of ``[N, C, *]``."""
-    channels, length = shape[1], 1
-    for n in shape[2:]:
-        length *= n
-    return (
-        (channels, length, length, channels)
-        if channels_last
-        else (channels, length, channels, length)
-    )
+def _is_run(channels: int, plane: int, itemsize: int) -> bool:
+    """Say whether planes of a sample are summed as one run of memory.
+
+    They are if a tile has room for whole ones, and tiles of the planes themselves would partly lie
+    beyond them.
+    """
+    lanes = _tile_size(channels * plane, itemsize, accesses=1, narrow=4)
+    return plane < _power(plane) <= lanes and _fit(plane, lanes, False) > plane
+
+
+def _vector(inner: int, itemsize: int) -> int:
+    """Return the elements that a thread can load at once, at most 16 bytes."""
+    return min(16 // itemsize, gcd(inner, 16))
 
 
 def _tile_size(inner: int, itemsize: int, accesses: int, narrow: int) -> int:
@@ -112,18 +145,17 @@ def _tile_size(inner: int, itemsize: int, accesses: int, narrow: int) -> int:
 
     Where `inner` has no factor that would let a thread load 16 bytes, at most `narrow` loads.
     """
-    vector = min(16 // itemsize, gcd(inner, 16))
-    return _THREADS * min(accesses * 16 // itemsize, narrow * vector)
+    return _THREADS * min(accesses * 16 // itemsize, narrow * _vector(inner, itemsize))
 
 
 def _arguments(
-    outer: int, inner: int, channels_last: bool, depth: int, height: int, width: int
-) -> dict[str, int | bool]:
+    outer: int, inner: int, length: int, depth: int, height: int, width: int, **more: int
+) -> dict[str, int]:
     # A constant factor of `inner` tells the compiler how far it may vectorise.
     unit = gcd(inner, 16)
     return dict(
-        outer=outer, units=inner // unit, UNIT=unit,
-        CHANNELS_LAST=channels_last, ROWS=depth, OUTER=height, INNER=width,
+        outer=outer, units=inner // unit, UNIT=unit, LENGTH=length, ROWS=depth, OUTER=height,
+        INNER=width, **more,
     )  # fmt: skip
 
 

@@ -1,81 +1,107 @@
 """Triton code of the heavy kernels; `triton_launch` launches it, `tiles` chooses the tiles.
 
-Memory is dense, ``[N, outer, inner]``: ``[N, L, C]`` if CHANNELS_LAST, else ``[N, C, L]``. All
-arithmetic is in the dtype of the rows. Arguments that mean the same everywhere:
+Memory is dense, ``[N, outer, inner]``. All arithmetic is in the dtype of the rows. Arguments that
+mean the same everywhere:
 
 - `outer`, `units`: ``inner = units * UNIT``, so that the compiler knows a divisor of `inner`;
+- LENGTH: 1 if `inner` are channels, 0 if it is one channel's plane; else the planes' length, where
+  samples are runs of memory, cut elsewhere than between planes;
 - `starts`: the first sample of each block, and N, ``[blocks + 1]``;
-- `splits`: the programs that share the sums of a block and a tile of channels;
+- `splits`: the programs that share the sums of a block and a tile of CHANNELS channels;
 - rows ``[blocks, C]``, or of groups, come with the distance from one to the next; `owners` or
   `users`, ``[blocks]``, are the row of each block, None if it is the one of the same number.
+
+A sum goes over steps of ROWS tiles ``[OUTER, INNER]``, which are loaded together. A mask per value
+would cost more than its bytes in half precision. `moments`, which has to select by it, has a loop
+for whole steps and one for others; `grad_sums` has a mask per load, of 16 bytes, and one loop.
 """
 
 import triton
 import triton.language as tl
 
 from .triton_merge import is_last, merge_moments, merge_sums, move_running, sum_gradients
+from .triton_steps import (
+    all_channels,
+    channels_of,
+    count_values,
+    existing,
+    first_step,
+    load_step,
+    per_channel,
+    per_lane,
+    row_start,
+    rows_of,
+    share,
+    steps_of,
+)
 
 
 @triton.jit(do_not_specialize=["weight", "columns", "splits", "members", "normalisers"])
 def moments(
-    x, starts, out, owners, order, weight, rows, arrivals, root: tl.float64, columns, members,
+    x, starts, out, owners, order, weight, rows_out, arrivals, root: tl.float64, columns, members,
     normalisers, splits, outer, units, SPLIT: tl.constexpr, UNIT: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
-    MERGED: tl.constexpr,
+    LENGTH: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, OUTER: tl.constexpr,
+    INNER: tl.constexpr, MERGED: tl.constexpr,
 ):  # fmt: skip
     """Write mean and standard deviation; or a split's mean, sum of squares about it, and count.
 
     Sums the distances to the mean of the program's first tile, and their squares. As that tile is
     one of a few, it can't be far from the mean unless the values are, too: little cancels at worst,
-    next to nothing where tiles resemble each other.
+    next to nothing where tiles resemble each other. That tile is read ahead of the loop, which then
+    finds it in the cache.
 
     `out` is ``[2, blocks, C]``, or ``[3, splits, blocks, C]`` if SPLIT, for `merge_moments`;
     `columns` is blocks * C. If there are `arrivals`, the last program to end its part of a
-    normaliser's channels merges all parts of these, MERGED at a time.
+    normaliser's channels merges all parts of these, MERGED at a time, to `rows_out`.
     """
     dtype = out.dtype.element_ty
     inner = units * UNIT
-    block, split, tile, start, end, first, last = _share(
-        starts, outer, inner, splits, CHANNELS_LAST, ROWS, OUTER, INNER
+    block, split, tile, start, rows, per_piece, first, last = share(
+        starts, outer, inner, splits, LENGTH, CHANNELS, ROWS, OUTER, INNER
+    )
+    offsets, lanes, jump = first_step(
+        tile, start, outer, inner, LENGTH, CHANNELS, ROWS, OUTER, INNER
     )
 
-    offsets, lanes, position, pitch, limit, jump, count = _step(
-        first, tile, start, end, outer, inner, CHANNELS_LAST, ROWS, OUTER, INNER
-    )
-    center = tl.zeros([OUTER, INNER], dtype)
-    for r in tl.static_range(ROWS):
-        exists = lanes & (position + r * pitch < limit)
-        center += tl.load(x + offsets + r * jump, mask=exists, other=0).to(dtype)
-    center = _per_channel(center, CHANNELS_LAST) / tl.maximum(count, 1).to(dtype)
-    # About infinity, infinite values would be NaN, and their mean.
-    center = tl.where(tl.abs(center) < float("inf"), center, 0)
+    center = _mean_of_first_tile(
+        x, tile, start, rows, per_piece, first, last, jump, outer, inner, dtype, LENGTH, CHANNELS,
+        ROWS, OUTER, INNER,
+    )  # fmt: skip
+    centers = per_lane(center, LENGTH, CHANNELS, INNER)
 
     total = tl.zeros([OUTER, INNER], dtype)
     squares = tl.zeros([OUTER, INNER], dtype)
     n = tl.full([], 0, tl.int64)
-    for step in range(first, last):
-        offsets, lanes, position, pitch, limit, jump, count = _step(
-            step, tile, start, end, outer, inner, CHANNELS_LAST, ROWS, OUTER, INNER
+    for piece in range(first // per_piece, tl.cdiv(last, per_piece)):
+        begin, whole, end = steps_of(
+            piece, per_piece, first, last, rows, inner, LENGTH, ROWS, OUTER, INNER
         )
-        for r in tl.static_range(ROWS):
-            exists = lanes & (position + r * pitch < limit)
-            values = tl.load(x + offsets + r * jump, mask=exists, other=0).to(dtype)
-            distance = tl.where(exists, values - center, 0)
-            total += distance
-            squares += distance * distance
-        n += count
+        n += count_values(begin, end, piece, rows, inner, LENGTH, ROWS, OUTER, INNER)
+        at = begin * jump + piece * INNER
+        for _ in range(begin, whole):
+            distance = load_step(x + at + offsets, lanes, dtype, OUTER, INNER) - centers
+            total += tl.sum(distance, axis=0)
+            squares += tl.sum(distance * distance, axis=0)
+            at += jump
+        for step in range(whole, end):
+            exists = lanes & existing(step, piece, rows, inner, LENGTH, ROWS, OUTER, INNER)
+            distance = load_step(x + at + offsets, exists, dtype, OUTER, INNER) - centers
+            distance = tl.where(tl.reshape(exists, [ROWS, OUTER, INNER]), distance, 0)
+            total += tl.sum(distance, axis=0)
+            squares += tl.sum(distance * distance, axis=0)
+            at += jump
 
     count = n.to(dtype)
-    total = _per_channel(total, CHANNELS_LAST)
-    squares = _per_channel(squares, CHANNELS_LAST)
+    total = per_channel(total, LENGTH, CHANNELS, INNER)
+    squares = per_channel(squares, LENGTH, CHANNELS, INNER)
     mean = total / tl.maximum(count, 1)
     # Squares beyond the dtype are infinite, as in the reference; inf - inf would be NaN.
     squares = tl.where(squares < float("inf"), squares - total * mean, squares)
     squares = tl.where(squares < 0, 0, squares)
     squares = tl.where(tl.abs(mean) < float("inf"), squares, mean - mean)  # NaN
 
-    channels, exist = _channels(tile, outer, inner, CHANNELS_LAST, OUTER, INNER)
-    position = out + _row_start(block, split, columns, outer, inner, CHANNELS_LAST) + channels
+    channels, exist = channels_of(tile, outer, inner, LENGTH, CHANNELS)
+    position = out + row_start(block, split, columns, outer, inner, LENGTH) + channels
     size = splits.to(tl.int64) * columns
     tl.store(position, center + mean, mask=exist)
     if SPLIT:
@@ -84,13 +110,32 @@ def moments(
     else:
         tl.store(position + size, tl.sqrt(squares / tl.maximum(count, 1)), mask=exist)
     if arrivals is not None:
-        LANES: tl.constexpr = INNER if CHANNELS_LAST else OUTER
-        group, tiles, column = _merged(block, owners, tile, outer, inner, CHANNELS_LAST, LANES)
+        group, tiles, column = _merged(block, owners, tile, outer, inner, LENGTH, CHANNELS)
         if is_last(arrivals + group * tiles + tile, splits * members):
             merge_moments(
-                out, order, weight, rows, root, group, normalisers, column, columns,
-                inner if CHANNELS_LAST else outer, splits, members, MERGED, LANES,
+                out, order, weight, rows_out, root, group, normalisers, column, columns,
+                all_channels(outer, inner, LENGTH), splits, members, MERGED, CHANNELS,
             )  # fmt: skip
+
+
+@triton.jit
+def _mean_of_first_tile(
+    x, tile, start, rows, per_piece, first, last, jump, outer, inner, dtype: tl.constexpr,
+    LENGTH: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, OUTER: tl.constexpr,
+    INNER: tl.constexpr,
+):  # fmt: skip
+    """Return the mean of each channel in the first tile of a program; 0 where it isn't finite."""
+    offsets, lanes, _ = first_step(tile, start, outer, inner, LENGTH, CHANNELS, 1, OUTER, INNER)
+    piece, step = first // per_piece, first % per_piece
+    left = tl.where(first < last, rows - rows_of(step, LENGTH, ROWS, OUTER), 0)
+    exists = lanes & existing(0, piece, left, inner, LENGTH, 1, OUTER, INNER)
+    at = step * jump + piece * INNER
+    values = load_step(x + at + offsets, exists, dtype, OUTER, INNER)
+    total = per_channel(tl.sum(values, axis=0), LENGTH, CHANNELS, INNER)
+    count = count_values(0, 1, piece, left, inner, LENGTH, 1, OUTER, INNER)
+    mean = total / tl.maximum(count, 1).to(dtype)
+    # About infinity, infinite values would be NaN, and their mean.
+    return tl.where(tl.abs(mean) < float("inf"), mean, 0)
 
 
 @triton.jit(
@@ -102,8 +147,8 @@ def moments(
 def grad_sums(
     x, dy, starts, out, owners, order, center, scale, arrivals, count: tl.float64, columns,
     center_stride, scale_at, scale_stride, out_at, members, normalisers, splits, outer, units,
-    UNIT: tl.constexpr, CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr, OUTER: tl.constexpr,
-    INNER: tl.constexpr, MERGED: tl.constexpr,
+    UNIT: tl.constexpr, LENGTH: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr,
+    OUTER: tl.constexpr, INNER: tl.constexpr, MERGED: tl.constexpr,
 ):  # fmt: skip
     """Write each split's sums of ``dy`` and of ``dy * (x - center) * scale``.
 
@@ -114,40 +159,53 @@ def grad_sums(
     """
     dtype = out.dtype.element_ty
     inner = units * UNIT
-    block, split, tile, start, end, first, last = _share(
-        starts, outer, inner, splits, CHANNELS_LAST, ROWS, OUTER, INNER
+    block, split, tile, start, rows, per_piece, first, last = share(
+        starts, outer, inner, splits, LENGTH, CHANNELS, ROWS, OUTER, INNER
     )
-    channels, exist = _channels(tile, outer, inner, CHANNELS_LAST, OUTER, INNER)
+    offsets, lanes, jump = first_step(
+        tile, start, outer, inner, LENGTH, CHANNELS, ROWS, OUTER, INNER
+    )
+    channels, exist = channels_of(tile, outer, inner, LENGTH, CHANNELS)
     row = block if owners is None else tl.load(owners + block)
     mean = tl.load(center + row * center_stride + channels, mask=exist, other=0)
+    means = per_lane(mean, LENGTH, CHANNELS, INNER)
 
     total = tl.zeros([OUTER, INNER], dtype)
     dot = tl.zeros([OUTER, INNER], dtype)
-    for step in range(first, last):
-        offsets, lanes, position, pitch, limit, jump, _ = _step(
-            step, tile, start, end, outer, inner, CHANNELS_LAST, ROWS, OUTER, INNER
+    for piece in range(first // per_piece, tl.cdiv(last, per_piece)):
+        begin, _, end = steps_of(
+            piece, per_piece, first, last, rows, inner, LENGTH, ROWS, OUTER, INNER
         )
-        for r in tl.static_range(ROWS):
-            exists = lanes & (position + r * pitch < limit)
-            gradient = tl.load(dy + offsets + r * jump, mask=exists, other=0).to(dtype)
-            values = tl.load(x + offsets + r * jump, mask=exists, other=0).to(dtype)
-            total += gradient
-            dot += gradient * (values - mean)
+        at = begin * jump + piece * INNER
+        for step in range(begin, end):
+            exists = lanes & existing(step, piece, rows, inner, LENGTH, ROWS, OUTER, INNER)
+            gradient = load_step(dy + at + offsets, exists, dtype, OUTER, INNER)
+            values = load_step(x + at + offsets, exists, dtype, OUTER, INNER)
+            total += tl.sum(gradient, axis=0)
+            dot += tl.sum(gradient * (values - means), axis=0)
+            at += jump
 
     factors = scale + scale_at + row * scale_stride + channels
     factor = tl.load(factors, mask=exist, other=0)
-    position = out + _row_start(block, split, columns, outer, inner, CHANNELS_LAST) + channels
-    tl.store(position, _per_channel(total, CHANNELS_LAST), mask=exist)
+    position = out + row_start(block, split, columns, outer, inner, LENGTH) + channels
+    tl.store(position, per_channel(total, LENGTH, CHANNELS, INNER), mask=exist)
     size = splits.to(tl.int64) * columns
-    tl.store(position + size, _per_channel(dot, CHANNELS_LAST) * factor, mask=exist)
+    tl.store(position + size, per_channel(dot, LENGTH, CHANNELS, INNER) * factor, mask=exist)
     if arrivals is not None:
-        LANES: tl.constexpr = INNER if CHANNELS_LAST else OUTER
-        group, tiles, column = _merged(block, owners, tile, outer, inner, CHANNELS_LAST, LANES)
+        group, tiles, column = _merged(block, owners, tile, outer, inner, LENGTH, CHANNELS)
         if is_last(arrivals + group * tiles + tile, splits * members):
             merge_sums(
                 out, order, center, out + out_at, count, group, normalisers, column, columns,
-                inner if CHANNELS_LAST else outer, splits, members, MERGED, LANES,
+                all_channels(outer, inner, LENGTH), splits, members, MERGED, CHANNELS,
             )  # fmt: skip
+
+
+@triton.jit
+def _merged(block, owners, tile, outer, inner, LENGTH: tl.constexpr, CHANNELS: tl.constexpr):
+    """Return what merges a program's part: normaliser, tiles of it, channels ``[1, CHANNELS]``."""
+    group = block if owners is None else tl.load(owners + block)
+    tiles = tl.cdiv(all_channels(outer, inner, LENGTH), CHANNELS)
+    return group, tiles, tile * CHANNELS + tl.arange(0, CHANNELS)[None, :]
 
 
 @triton.jit(
@@ -159,7 +217,7 @@ def grad_sums(
 def affine(
     x, y, blocks, owners, center, scale, shift, running_mean, running_var, number, steps,
     step: tl.float64, change: tl.float64, center_stride, scale_at, scale_stride, shift_stride, rows,
-    samples, outer, units, UNIT: tl.constexpr, CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr,
+    samples, outer, units, UNIT: tl.constexpr, LENGTH: tl.constexpr, ROWS: tl.constexpr,
     OUTER: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     """Write ``y = (x - center) * scale + shift``.
@@ -171,21 +229,21 @@ def affine(
     """
     dtype = center.dtype.element_ty
     inner = units * UNIT
-    offsets, exists, block, channels, exist = _tile(
-        blocks, samples, outer, inner, CHANNELS_LAST, ROWS, OUTER, INNER
+    offsets, exists, block, channels, exist, next_channel, is_next = _tile(
+        blocks, samples, outer, inner, LENGTH, ROWS, OUTER, INNER
     )
     owner = block if owners is None else tl.load(owners + block)
     values = tl.load(x + offsets, mask=exists, other=0).to(dtype)
-    values -= _per_sample(center + owner * center_stride + channels, exist, CHANNELS_LAST)
-    scale += scale_at
-    values *= _per_sample(scale + owner * scale_stride + channels, exist, CHANNELS_LAST)
+    centers = center + owner * center_stride + channels
+    values -= _per_sample(centers, exist, next_channel, is_next, LENGTH)
+    scales = scale + scale_at + owner * scale_stride + channels
+    values *= _per_sample(scales, exist, next_channel, is_next, LENGTH)
     if shift is not None:
-        values += _per_sample(shift + owner * shift_stride + channels, exist, CHANNELS_LAST).to(
-            dtype
-        )
+        shifts = shift + owner * shift_stride + channels
+        values += _per_sample(shifts, exist, next_channel, is_next, LENGTH).to(dtype)
     tl.store(y + offsets, values.to(y.dtype.element_ty), mask=exists)
     if running_mean is not None:
-        first, column, exist = _own_channels(outer, inner, CHANNELS_LAST, OUTER, INNER)
+        first, column, exist = _own_channels(outer, inner, LENGTH, OUTER, INNER)
         if first:
             move_running(
                 center, rows, center_stride, running_mean, running_var, number, steps, step, change,
@@ -202,7 +260,7 @@ def affine(
 def grad_affine(
     x, y, dy, blocks, owners, users, center, scale, shift, factor, weight_grad, bias_grad, sums_at,
     center_stride, scale_at, scale_stride, shift_at, shift_stride, factor_at, factor_stride, rows,
-    samples, outer, units, UNIT: tl.constexpr, CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr,
+    samples, outer, units, UNIT: tl.constexpr, LENGTH: tl.constexpr, ROWS: tl.constexpr,
     OUTER: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     """Write ``y = dy * factor + (x - center) * scale + shift``.
@@ -213,39 +271,41 @@ def grad_affine(
     """
     dtype = center.dtype.element_ty
     inner = units * UNIT
-    offsets, exists, block, channels, exist = _tile(
-        blocks, samples, outer, inner, CHANNELS_LAST, ROWS, OUTER, INNER
+    offsets, exists, block, channels, exist, next_channel, is_next = _tile(
+        blocks, samples, outer, inner, LENGTH, ROWS, OUTER, INNER
     )
     owner = block if owners is None else tl.load(owners + block)
     user = block if users is None else tl.load(users + block)
     values = tl.load(x + offsets, mask=exists, other=0).to(dtype)
     gradient = tl.load(dy + offsets, mask=exists, other=0).to(dtype)
-    values -= _per_sample(center + owner * center_stride + channels, exist, CHANNELS_LAST)
+    centers = center + owner * center_stride + channels
+    values -= _per_sample(centers, exist, next_channel, is_next, LENGTH)
     slopes = scale + scale_at + owner * scale_stride + channels
-    values *= _per_sample(slopes, exist, CHANNELS_LAST)
+    values *= _per_sample(slopes, exist, next_channel, is_next, LENGTH)
     shifts = shift + shift_at + owner * shift_stride + channels
-    values += _per_sample(shifts, exist, CHANNELS_LAST)
+    values += _per_sample(shifts, exist, next_channel, is_next, LENGTH)
     factors = factor + factor_at + user * factor_stride + channels
-    values += gradient * _per_sample(factors, exist, CHANNELS_LAST)
+    values += gradient * _per_sample(factors, exist, next_channel, is_next, LENGTH)
     tl.store(y + offsets, values.to(y.dtype.element_ty), mask=exists)
     if weight_grad is not None or bias_grad is not None:
-        first, column, exist = _own_channels(outer, inner, CHANNELS_LAST, OUTER, INNER)
+        first, column, exist = _own_channels(outer, inner, LENGTH, OUTER, INNER)
         if first:
-            sum_gradients(
-                scale + sums_at, rows, scale_stride, weight_grad, bias_grad, column, exist
-            )
+            sums = scale + sums_at
+            sum_gradients(sums, rows, scale_stride, weight_grad, bias_grad, column, exist)
 
 
 @triton.jit
 def _tile(
-    blocks, samples, outer, inner,
-    CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
+    blocks, samples, outer, inner, LENGTH: tl.constexpr, ROWS: tl.constexpr, OUTER: tl.constexpr,
+    INNER: tl.constexpr,
 ):  # fmt: skip
     """Return this program's tile of ``[N, outer, inner]``, to be mapped value by value.
 
     Returns:
         offsets, exists: of its values, ``[OUTER, ROWS, INNER]``.
         block, channels, exist: of its rows' numbers, ``[ROWS, INNER]`` or ``[OUTER, ROWS]``.
+        next_channel, is_next: for a run of memory, the distance to the channel in which it ends,
+            and which values are of that.
     """
     pieces = tl.cdiv(inner, INNER)
     heights = tl.cdiv(outer, OUTER)
@@ -256,135 +316,51 @@ def _tile(
     offsets = (sample[None, :, None] * outer + o[:, None, None]) * inner + i
     there = sample < samples
     exists = there[:, None] & (o < outer)[:, None, None] & (i < inner)
+
     block = tl.load(blocks + sample, mask=there, other=0)
-    if CHANNELS_LAST:
+    next_channel, is_next = None, None
+    if LENGTH == 1:
         block, channels, exist = block[:, None], i[None, :], there[:, None] & (i < inner)
     else:
         block, channels, exist = block[None, :], o[:, None], there & (o < outer)[:, None]
-    return offsets, exists, block, channels, exist
+    if LENGTH > 1:
+        # INNER values of a run of memory, in which one channel ends and the next begins.
+        first = channels * INNER
+        channels = first // LENGTH
+        next_channel = (first + (INNER - 1)) // LENGTH - channels
+        is_next = (first[:, :, None] + i) >= ((channels + 1) * LENGTH)[:, :, None]
+    return offsets, exists, block, channels, exist, next_channel, is_next
 
 
 @triton.jit
 def _own_channels(
-    outer, inner, CHANNELS_LAST: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr
-):
-    """Return whether a program is the first of its channels, which these are, and which exist."""
+    outer, inner, LENGTH: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr
+):  # fmt: skip
+    """Return whether a program is the first of some channels, which these are, and which exist."""
     pieces = tl.cdiv(inner, INNER)
     heights = tl.cdiv(outer, OUTER)
     program = tl.program_id(0)
-    if CHANNELS_LAST:
+    first = (program % pieces == 0) & (program // pieces < heights)
+    column = program // pieces % heights * OUTER + tl.arange(0, OUTER)
+    exist = column < outer
+    if LENGTH == 1:
         first = program < pieces
         column = program % pieces * INNER + tl.arange(0, INNER)
         exist = column < inner
-    else:
-        first = (program % pieces == 0) & (program // pieces < heights)
-        column = program // pieces % heights * OUTER + tl.arange(0, OUTER)
-        exist = column < outer
+    if LENGTH > 1:
+        # Those that begin in the runs of this program, of INNER values each: at most one in each.
+        run = column * INNER
+        column = (run + (LENGTH - 1)) // LENGTH
+        exist &= column * LENGTH < run + INNER
     return first, column, exist
 
 
 @triton.jit
-def _per_sample(pointers, exist, CHANNELS_LAST: tl.constexpr):
+def _per_sample(pointers, exist, next_channel, is_next, LENGTH: tl.constexpr):
     """Load ``[ROWS, INNER]`` or ``[OUTER, ROWS]`` numbers of rows, to broadcast with a tile."""
     row = tl.load(pointers, mask=exist, other=0)
-    return row[None, :, :] if CHANNELS_LAST else row[:, :, None]
-
-
-@triton.jit
-def _share(
-    starts, outer, inner, splits,
-    CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
-):  # fmt: skip
-    """Return this program's block, split and tile of channels, its samples and its steps."""
-    tiles = tl.cdiv(inner, INNER) if CHANNELS_LAST else tl.cdiv(outer, OUTER)
-    program = tl.program_id(0)
-    tile = program % tiles
-    split = program // tiles % splits
-    block = (program // tiles // splits).to(tl.int64)
-    start, end = tl.load(starts + block), tl.load(starts + block + 1)
-    if CHANNELS_LAST:
-        steps = tl.cdiv((end - start) * outer, ROWS * OUTER)
-    else:
-        steps = tl.cdiv(end - start, ROWS) * tl.cdiv(inner, INNER)
-    first = split * steps // splits
-    last = (split + 1) * steps // splits
-    return block, split, tile, start, end, first.to(tl.int32), last.to(tl.int32)
-
-
-@triton.jit
-def _step(
-    step, tile, start, end, outer, inner,
-    CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
-):  # fmt: skip
-    """Return the ROWS tiles ``[OUTER, INNER]`` of a step.
-
-    Returns:
-        offsets: of the first tile; the next ones are `jump` further each.
-        lanes: which of their elements exist, but for those beyond the block:
-        position, pitch, limit: of tile r those exist where ``position + r * pitch < limit``.
-        jump: see `offsets`.
-        count: the values per channel.
-    """
-    o = tl.arange(0, OUTER)[:, None]
-    i = tl.arange(0, INNER)[None, :]
-    if CHANNELS_LAST:
-        # A run of the block's memory: where one sample ends and the next begins doesn't matter.
-        first = start * outer + tl.cast(step, tl.int64) * (ROWS * OUTER)
-        i += tile * INNER
-        position = first + o
-        pitch = OUTER
-        limit = end * outer
-        offsets = position * inner + i
-        lanes = i < inner
-        count = tl.minimum(limit - first, ROWS * OUTER)
-    else:
-        # A piece of the planes of some samples.
-        pieces = tl.cdiv(inner, INNER)
-        position = start + tl.cast(step // pieces, tl.int64) * ROWS
-        column = step % pieces * INNER
-        pitch = 1
-        limit = end
-        o += tile * OUTER
-        i += column
-        offsets = (position * outer + o) * inner + i
-        lanes = (o < outer) & (i < inner)
-        count = tl.minimum(limit - position, ROWS) * tl.minimum(inner - column, INNER)
-    # In int64: a sample may have more than 2**31 / ROWS elements.
-    jump = tl.cast(OUTER if CHANNELS_LAST else outer, tl.int64) * inner
-    return offsets, lanes, position, pitch, limit, jump, count
-
-
-@triton.jit
-def _channels(
-    tile, outer, inner, CHANNELS_LAST: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr
-):  # fmt: skip
-    """Return the channels of a tile, ``[1, INNER]`` or ``[OUTER, 1]``, and which of them exist."""
-    if CHANNELS_LAST:
-        channels = tile * INNER + tl.arange(0, INNER)[None, :]
-        exist = channels < inner
-    else:
-        channels = tile * OUTER + tl.arange(0, OUTER)[:, None]
-        exist = channels < outer
-    return channels, exist
-
-
-@triton.jit
-def _per_channel(lanes, CHANNELS_LAST: tl.constexpr):
-    """Sum ``[OUTER, INNER]`` over the axis that isn't channels, and keep the axis."""
-    return tl.sum(lanes, axis=0 if CHANNELS_LAST else 1, keep_dims=True)
-
-
-@triton.jit
-def _merged(
-    block, owners, tile, outer, inner, CHANNELS_LAST: tl.constexpr, LANES: tl.constexpr
-):  # fmt: skip
-    """Return what merges a program's part: normaliser, tiles of it, channels ``[1, LANES]``."""
-    group = block if owners is None else tl.load(owners + block)
-    tiles = tl.cdiv(inner if CHANNELS_LAST else outer, LANES)
-    return group, tiles, tile * LANES + tl.arange(0, LANES)[None, :]
-
-
-@triton.jit
-def _row_start(block, split, columns, outer, inner, CHANNELS_LAST: tl.constexpr):
-    """Return where a row begins in ``[splits, blocks, C]``."""
-    return split.to(tl.int64) * columns + block * (inner if CHANNELS_LAST else outer)
+    row = row[None, :, :] if LENGTH == 1 else row[:, :, None]
+    if LENGTH > 1:
+        following = tl.load(pointers + next_channel, mask=exist, other=0)[:, :, None]
+        row = tl.where(is_next, following, row)
+    return row

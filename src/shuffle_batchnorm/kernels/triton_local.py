@@ -99,7 +99,7 @@ class TritonLocal:
         members = blocks // normalisers
         tiles = reduction(x.shape, sizes, self._channels_last, x.itemsize, members)
         splits, parts = tiles.splits, (planes, tiles.splits, blocks, channels)
-        lanes = tiles.arguments["INNER" if self._channels_last else "OUTER"]
+        lanes = tiles.arguments["CHANNELS"]
         shared = dict(columns=blocks * channels, splits=splits, members=members)
         if planes == 2:
             shared["out_at"] = math.prod(parts)
