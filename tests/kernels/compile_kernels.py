@@ -21,13 +21,14 @@ from triton.runtime.jit import JITFunction
 
 from kernels.kernel_cases import all_four, all_of_groups, rows_for
 from kernels.kernel_code import Code, read_code
-from shuffle_batchnorm.kernels import triton_launch
+from shuffle_batchnorm.kernels import triton_launch, triton_local
 from shuffle_batchnorm.kernels.rows import BlockGroups, Running
+from shuffle_batchnorm.kernels.triton_local import TritonLocal
 
 _FIRST_HOPPER = 90
 _THREADS = 128  # of a program
 # Of the heavy kernels in the order of `all_four`; the last is the same as the third.
-_HEAVY = ("moments", "grad_sums", "affine", "dx")
+_HEAVY = {"moments": "moments", "affine": "affine", "grad_sums": "grad_sums", "grad_affine": "dx"}
 
 
 class _Driver:
@@ -76,6 +77,36 @@ def _compile(
         triton_launch.param_grads(total, dot, weight)
         triton_launch.param_grads(total, dot, None)
         triton_launch.merge_moments(total.new_ones(blocks, 3, 2 * shape[1] + 1))
+        _step(x, sizes, merge_last=grouped)
+    finally:
+        JITFunction.run = run
+    return launched
+
+
+def _step(x: Tensor, sizes: tuple[int, ...], merge_last: bool) -> None:
+    """Run forward and backward of one process."""
+    triton_local.MERGE_LAST = merge_last
+    groups = BlockGroups(1, (0,) * len(sizes))
+    work = TritonLocal(x, 1e-5, sizes, groups, groups)
+    weight, mean, var = rows_for(x, (3,), 1)[0].new_ones(3, x.shape[1])
+    number = torch.tensor(0)
+    _, rows = work.forward(x, weight, weight, (), Running(mean, var, 0.1, number))
+    work.gradients(x, x, weight, weight.dtype, rows, True)
+
+
+def _compile_step(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool) -> list[Any]:
+    """Return the kernels of forward and backward of one process, in this order."""
+    launched: list[Any] = []
+    run = JITFunction.run
+
+    def note(self: Any, *args: Any, **options: Any) -> None:
+        launched.append(run(self, *args, **options | {"warmup": True}))
+
+    x: Tensor = torch.zeros(shape, dtype=dtype)
+    x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
+    JITFunction.run = note
+    try:
+        _step(x, (shape[0],), False)
     finally:
         JITFunction.run = run
     return launched
@@ -108,14 +139,14 @@ def _print_table() -> None:
                 shape = (32 if side < 100 else 16, channels, side, side)
                 where = f"{channels}x{side}x{side}".ljust(13) + str(dtype)[6:].ljust(10)
                 where += ("channels_last" if channels_last else "contiguous")[:10].ljust(12)
-                kernels = _compile(shape, dtype, channels_last, 1, False)
-                heavy = [kernel for kernel in kernels if kernel.metadata.name in _HEAVY]
-                for name, kernel in zip(_HEAVY, heavy, strict=True):
-                    _print_row(name, where, dtype.itemsize, read_code(kernel))
+                for kernel in _compile_step(shape, dtype, channels_last):
+                    name = _HEAVY.get(kernel.metadata.name)
+                    if name:
+                        _print_row(name, where, dtype.itemsize, read_code(kernel))
 
 
 def _print_row(name: str, where: str, itemsize: int, code: Code) -> None:
-    if code.loops:
+    if name in ("moments", "grad_sums"):
         loop = code.loops[0]
         read = sum(width * count for width, count in loop.loads.items())
         values = read / itemsize / (2 if name == "grad_sums" else 1)

@@ -209,10 +209,7 @@ def _merged(block, owners, tile, outer, inner, LENGTH: tl.constexpr, CHANNELS: t
 
 
 @triton.jit(
-    do_not_specialize=[
-        "shift", "running_mean", "running_var", "number", "steps", "center_stride", "scale_at",
-        "scale_stride", "shift_stride", "rows", "samples",
-    ]
+    do_not_specialize=["running_mean", "running_var", "number", "steps", "rows", "samples"]
 )  # fmt: skip
 def affine(
     x, y, blocks, owners, center, scale, shift, running_mean, running_var, number, steps,
@@ -252,10 +249,7 @@ def affine(
 
 
 @triton.jit(
-    do_not_specialize=[
-        "weight_grad", "bias_grad", "sums_at", "center_stride", "scale_at", "scale_stride",
-        "shift_at", "shift_stride", "factor_at", "factor_stride", "rows", "samples",
-    ]
+    do_not_specialize=["weight_grad", "bias_grad", "sums_at", "rows", "samples"]
 )  # fmt: skip
 def grad_affine(
     x, y, dy, blocks, owners, users, center, scale, shift, factor, weight_grad, bias_grad, sums_at,

@@ -139,6 +139,8 @@ class TritonLocal:
         steps = None
         if isinstance(step, Tensor):
             steps, step = step.to(self._device, self._dtype), 0.0
+        # Rows of 16 bytes are read at once where channels lie side by side.
+        aligned = aligned and (bias is None or bias.data_ptr() % ALIGNMENT == 0)
         self._affine(
             aligned, stream, x, y, self._blocks, self._users, rows, rows, bias, mean, var, number,
             steps, step, self._change,
