@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from .rows import (
+    are_equal,
+    is_known,
     Groups,
     Sizes,
     block_sum,
@@ -18,8 +20,8 @@ from .rows import (
     counts,
     group_sum,
     merge_blocks,
+    of_blocks,
     per_sample,
-    take,
     widen,
 )
 from .rows import backward_rows as backward_rows
@@ -32,13 +34,29 @@ from .rows import param_grads as param_grads
 def block_moments(x: Tensor, sizes: Sizes, groups: Groups = None) -> tuple[Tensor, Tensor]:
     """Return the mean and (biased) standard deviation of blocks or groups, 0 if empty.
 
-    Two passes over each sample's channel, its plane, then the planes of a block are merged. Every
-    square is of a distance to a mean, so next to nothing cancels; the sum of the distances is what
-    was rounded off that mean. The standard deviation has the input's scale; where a square doesn't
-    fit the dtype it is infinite.
+    Every square is of a distance to a mean, so next to nothing cancels. The standard deviation has
+    the input's scale; where a square doesn't fit the dtype it is infinite.
     """
-    planes = _planes(x)
-    length, size = max(1, planes.shape[2]), counts(sizes, 1, planes).clamp(min=1)
+    parts = _parts(x, sizes)
+    if is_known(parts.numel() == 0):
+        mean = variance = parts.new_zeros(len(sizes), x.shape[1])
+    elif are_equal(sizes):
+        # Distances to a value of the block: in float32 too, digits that all values share don't
+        # cost the compiled reduction, which adds them one by one, digits of its own.
+        first = parts[:, :1, :, :1]
+        variance, mean = torch.var_mean(parts - first, dim=(1, 3), correction=0)
+        mean = mean + first[:, 0, :, 0]
+    else:
+        mean, variance = _unequal_moments(parts[:, 0], sizes)
+    return merge_blocks(mean, variance.sqrt(), sizes, groups)
+
+
+def _unequal_moments(planes: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor]:
+    """Return the mean and variance of blocks: of each sample's channel, its plane, then merged.
+
+    The sum of the distances to a mean is what was rounded off that mean.
+    """
+    length, size = planes.shape[2], counts(sizes, 1, planes).clamp(min=1)
     # A compiler writes these rows down, and goes through a plane while it is in a cache.
     means = planes.sum(dim=2) / length
     distances = planes - means[:, :, None]
@@ -53,7 +71,7 @@ def block_moments(x: Tensor, sizes: Sizes, groups: Groups = None) -> tuple[Tenso
     variance = block_sum(squares + shift * (shift + 2 * rest), sizes) / size
     # Squares beyond the dtype are infinite; inf - inf would be NaN.
     variance = torch.where(variance < math.inf, variance - offset.square(), variance)
-    return merge_blocks(mean + offset, variance.clamp(min=0).sqrt(), sizes, groups)
+    return mean + offset, variance.clamp(min=0)
 
 
 def block_affine(
@@ -70,19 +88,19 @@ def block_affine(
         groups: of blocks.
     """
     center, scale, shift = _spread(x.ndim, sizes, _of_blocks(groups, center, scale, shift))
-    return cast((widen(x) - center) * scale + shift, x.dtype)
+    return cast((_cut(widen(x), sizes) - center) * scale + shift, x.dtype).flatten(0, 1)
 
 
 def block_grad_sums(
     dy: Tensor, x: Tensor, sizes: Sizes, center: Tensor, scale: Tensor, groups: Groups = None
 ) -> tuple[Tensor, Tensor]:
     """Return the sums of ``dy`` and of ``dy * (x - center) * scale`` over blocks or groups."""
-    dy_planes, x_planes = _planes(dy), _planes(x)
+    dy_parts, x_parts = _parts(dy, sizes), _parts(x, sizes)
     (centers,) = _spread(3, sizes, _of_blocks(groups, center))
-    products = (dy_planes * (x_planes - centers)).sum(dim=2)
-    total, dot = (
-        group_sum(block_sum(rows, sizes), groups) for rows in (dy_planes.sum(dim=2), products)
-    )
+    sums = dy_parts.sum(dim=(1, 3)), (dy_parts * (x_parts - centers)).sum(dim=(1, 3))
+    if not are_equal(sizes):
+        sums = block_sum(sums[0], sizes), block_sum(sums[1], sizes)
+    total, dot = (group_sum(rows, groups) for rows in sums)
     return total, dot * scale
 
 
@@ -103,23 +121,28 @@ def block_grad_affine(
     """
     rows = _of_blocks(users, a) + _of_blocks(groups, b, center, c)
     a, b, center, c = _spread(x.ndim, sizes, rows)
-    dx = (widen(x) - center) * b + c
+    dx = (_cut(widen(x), sizes) - center) * b + c
     # In place: a sum of two empty tensors would lose their layout.
-    return cast(dx.add_(widen(dy) * a), x.dtype)
+    return cast(dx.add_(_cut(widen(dy), sizes) * a), x.dtype).flatten(0, 1)
 
 
-def _planes(x: Tensor) -> Tensor:
-    """View ``[N, C, *]`` as ``[N, C, L]`` in the dtype of its statistics."""
-    return widen(x.reshape(x.shape[0], x.shape[1], x.shape[2:].numel()))
+def _cut(x: Tensor, sizes: Sizes) -> Tensor:
+    """View ``[N, C, *]`` as ``[P, n, C, *]``: by blocks if they are equal, else by samples."""
+    return x.unflatten(0, (len(sizes), sizes[0])) if are_equal(sizes) else x[:, None]
+
+
+def _parts(x: Tensor, sizes: Sizes) -> Tensor:
+    """View ``[N, C, *]`` as ``[P, n, C, L]`` in the dtype of its statistics."""
+    return _cut(widen(x.reshape(x.shape[0], x.shape[1], x.shape[2:].numel())), sizes)
 
 
 def _of_blocks(groups: Groups, *rows: Tensor) -> tuple[Tensor, ...]:
     """Give each block the row of its group."""
-    return rows if groups is None else tuple(take(row, groups.owners) for row in rows)
+    return rows if groups is None else tuple(of_blocks(row, groups) for row in rows)
 
 
 def _spread(ndim: int, sizes: Sizes, rows: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Give each sample its numbers in rows ``[blocks, C]``: each ``[N, C, 1, ...]``."""
-    # Side by side, a compiler has to write them down, and can't work them out for every value.
-    spread = per_sample(torch.cat(rows, dim=1), sizes)
-    return spread.view(*spread.shape, *[1] * (ndim - 2)).chunk(len(rows), dim=1)
+    """Give each part its numbers in rows ``[blocks, C]``: each ``[P, 1, C, 1, ...]``."""
+    if not are_equal(sizes):
+        rows = tuple(per_sample(row, sizes) for row in rows)
+    return tuple(row.view(-1, 1, row.shape[1], *[1] * (ndim - 2)) for row in rows)

@@ -23,10 +23,13 @@ class BlockGroups(NamedTuple):
     Attributes:
         number: of groups.
         owners: the group of each block.
+        step: where each group's blocks are in groups this far apart, that distance. A compiler then
+            needs no table of owners: block c of i is in group ``i + owners[0] + step * c``.
     """
 
     number: int
     owners: Order
+    step: int | None = None
 
     @property
     def members(self) -> int:
@@ -111,6 +114,36 @@ def take(rows: Tensor, order: Order | None) -> Tensor:
     return rows if order is None else rows.index_select(0, constant(order, torch.int64, rows))
 
 
+def of_blocks(rows: Tensor, groups: BlockGroups) -> Tensor:
+    """Give each block the row of its group, ``[groups, C]`` to ``[blocks, C]``."""
+    if groups.step is None or not torch.compiler.is_compiling():
+        return take(rows, groups.owners)
+    if groups.members == 1:
+        return rows.roll(-groups.owners[0], 0)
+    return rows.index_select(0, _rotation(groups, groups.step, rows).flatten())
+
+
+def by_group(rows: Tensor, groups: BlockGroups) -> Tensor:
+    """Return the rows of each group's blocks, ``[blocks, C]`` to ``[groups, members, C]``."""
+    number, members = groups.number, groups.members
+    if groups.step is None or not torch.compiler.is_compiling():
+        rows = take(rows, groups.order)
+    elif members == 1:
+        rows = rows.roll(groups.owners[0], 0)
+    else:
+        positions = _rotation(groups, -groups.step, rows) * members
+        positions = positions + torch.arange(members, device=rows.device)
+        rows = rows.index_select(0, positions.flatten())
+    return rows.view(number, members, rows.shape[1])
+
+
+def _rotation(groups: BlockGroups, step: int, like: Tensor) -> Tensor:
+    """Return ``(i + step * c) % groups``, ``[groups, members]``, as arithmetic inside a graph."""
+    # From a table on the CPU, a graph on a GPU would copy it at each step, and wait for that.
+    i = torch.arange(groups.number, device=like.device)[:, None]
+    return (i + step * torch.arange(groups.members, device=like.device)) % groups.number
+
+
 def per_sample(rows: Tensor, sizes: Sizes) -> Tensor:
     """Give each sample its block's row: ``[blocks, C]`` to ``[N, C]``."""
     if are_equal(sizes):
@@ -157,18 +190,28 @@ def group_sum(rows: Tensor, groups: Groups) -> Tensor:
     """Sum the blocks of each group: ``[blocks, C]`` to ``[groups, C]``; None: no groups."""
     if groups is None:
         return rows
-    rows = take(rows, groups.order)
-    return rows.view(groups.number, groups.members, -1).sum(dim=1) if groups.members > 1 else rows
+    rows = by_group(rows, groups)
+    return rows.sum(dim=1) if groups.members > 1 else rows[:, 0]
 
 
 def merge_blocks(mean: Tensor, std: Tensor, sizes: Sizes, groups: Groups) -> tuple[Tensor, Tensor]:
     """Merge moments of blocks, ``[blocks, C]`` each to ``[groups, C]``; None: no groups."""
     if groups is None:
         return mean, std
-    rows = take(torch.cat([counts(sizes, 1, mean), mean, std], dim=1), groups.order)
-    merged = merge_moments(rows.view(groups.number, groups.members, rows.shape[1])).flatten(0, 1)
+    if are_equal(sizes):
+        means, stds = _wide(by_group(mean, groups)), _wide(by_group(std, groups))
+        merged = means.mean(dim=1)
+        variance = (stds.square() + (means - merged[:, None]).square()).mean(dim=1)
+        return merged.to(mean.dtype), variance.sqrt().to(std.dtype)
+    rows = torch.cat([counts(sizes, 1, mean), mean, std], dim=1)
+    merged = merge_moments(by_group(rows, groups)).flatten(0, 1)
     _, mean, std = merged.split_with_sizes((1, mean.shape[1], mean.shape[1]), dim=1)
     return mean, std
+
+
+def _wide(rows: Tensor) -> Tensor:
+    """Return rows in float64, where the device has it."""
+    return rows if rows.device.type == "mps" else rows.double()
 
 
 def merge_moments(rows: Tensor) -> Tensor:
@@ -179,8 +222,7 @@ def merge_moments(rows: Tensor) -> Tensor:
     what it is merged to.
     """
     channels = rows.shape[-1] // 2
-    # In float64, where the device has it.
-    wide = rows if rows.device.type == "mps" else rows.double()
+    wide = _wide(rows)
     count, mean, std = wide.split_with_sizes((1, channels, channels), dim=2)
     total = count.sum(dim=1, keepdim=True)
     share = count / total.clamp(min=1)
@@ -208,7 +250,11 @@ def normaliser_rows(
         move(running.mean, _average(mean), running.step)
         move(running.var, _average(unbiased_variance(std, count)), running.step)
     # hypot: the square of a deviation that fits the dtype may not.
-    rstd = torch.hypot(std, constant((math.sqrt(eps),), std.dtype, std)).reciprocal_()
+    root = math.sqrt(eps)
+    if torch.compiler.is_compiling():
+        rstd = torch.hypot(std, std.new_full((), root)).reciprocal_()
+    else:
+        rstd = torch.hypot(std, constant((root,), std.dtype, std)).reciprocal_()
     return rstd, rstd if weight is None else rstd * cast(weight, rstd.dtype)
 
 
@@ -317,4 +363,4 @@ def _positions_in_graph(sizes: Sizes, like: Tensor) -> Tensor:
 
 def _tensor_in_graph(sizes: Sizes, like: Tensor) -> Tensor:
     """Return sizes, which may be symbols, as a tensor that is computed inside a graph."""
-    return torch.stack([like.new_full((), n, dtype=torch.int64) for n in sizes])
+    return torch.tensor(sizes, dtype=torch.int64, device=like.device)

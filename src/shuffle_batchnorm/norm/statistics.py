@@ -134,7 +134,8 @@ def prepare_call(
         route, back = find_route(plan), find_route(plan.transposed())
     elif plan.shuffles:
         cells = ((i, c) for i in range(plan.groups) for c in range(plan.per_group))
-        users = BlockGroups(plan.groups, tuple(plan.used(*cell) for cell in cells))
+        step = plan.uses[1] if plan.per_group > 1 else 0
+        users = BlockGroups(plan.groups, tuple(plan.used(*cell) for cell in cells), step)
         mixing = LocalMixing(users if plan.mode == "regroup" else None, users)
     return Call(plan, sizes, row_format, mixing, route, back, kernels)
 
