@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from .rows import (
-    are_equal,
-    is_known,
     Groups,
     Sizes,
+    are_equal,
     block_sum,
     cast,
     counts,
     group_sum,
+    is_known,
     merge_blocks,
     of_blocks,
     per_sample,
@@ -34,27 +34,25 @@ from .rows import param_grads as param_grads
 def block_moments(x: Tensor, sizes: Sizes, groups: Groups = None) -> tuple[Tensor, Tensor]:
     """Return the mean and (biased) standard deviation of blocks or groups, 0 if empty.
 
-    Every square is of a distance to a mean, so next to nothing cancels. The standard deviation has
+    Compiled, with the digits of compiled ``nn.BatchNorm``; else every square is of a distance to a mean, so next to nothing cancels. The standard deviation has
     the input's scale; where a square doesn't fit the dtype it is infinite.
     """
     parts = _parts(x, sizes)
     if is_known(parts.numel() == 0):
         mean = variance = parts.new_zeros(len(sizes), x.shape[1])
-    elif are_equal(sizes):
-        # Distances to a value of the block: in float32 too, digits that all values share don't
-        # cost the compiled reduction, which adds them one by one, digits of its own.
-        first = parts[:, :1, :, :1]
-        variance, mean = torch.var_mean(parts - first, dim=(1, 3), correction=0)
-        mean = mean + first[:, 0, :, 0]
+    elif torch.compiler.is_compiling() and _is_cut(x, sizes):
+        # As torch's own batch norm is compiled: to one reduction.
+        variance, mean = torch.var_mean(parts, dim=(1, 3), correction=0)
     else:
-        mean, variance = _unequal_moments(parts[:, 0], sizes)
+        mean, variance = _moments_by_planes(parts.flatten(0, 1), sizes)
     return merge_blocks(mean, variance.sqrt(), sizes, groups)
 
 
-def _unequal_moments(planes: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor]:
+def _moments_by_planes(planes: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor]:
     """Return the mean and variance of blocks: of each sample's channel, its plane, then merged.
 
-    The sum of the distances to a mean is what was rounded off that mean.
+    Compiled for blocks of several sizes, and for channels_last, of which a CPU then keeps samples
+    in its cache. The sum of the distances to a mean is what was rounded off that mean.
     """
     length, size = planes.shape[2], counts(sizes, 1, planes).clamp(min=1)
     # A compiler writes these rows down, and goes through a plane while it is in a cache.
@@ -87,8 +85,8 @@ def block_affine(
         shift: likewise.
         groups: of blocks.
     """
-    center, scale, shift = _spread(x.ndim, sizes, _of_blocks(groups, center, scale, shift))
-    return cast((_cut(widen(x), sizes) - center) * scale + shift, x.dtype).flatten(0, 1)
+    center, scale, shift = _spread(x, sizes, _of_blocks(groups, center, scale, shift))
+    return cast((_cut(widen(x), x, sizes) - center) * scale + shift, x.dtype).view(x.shape)
 
 
 def block_grad_sums(
@@ -96,8 +94,11 @@ def block_grad_sums(
 ) -> tuple[Tensor, Tensor]:
     """Return the sums of ``dy`` and of ``dy * (x - center) * scale`` over blocks or groups."""
     dy_parts, x_parts = _parts(dy, sizes), _parts(x, sizes)
-    (centers,) = _spread(3, sizes, _of_blocks(groups, center))
-    sums = dy_parts.sum(dim=(1, 3)), (dy_parts * (x_parts - centers)).sum(dim=(1, 3))
+    (centers,) = _of_blocks(groups, center)
+    if not are_equal(sizes):
+        centers = per_sample(centers, sizes)
+    centers = centers[:, None, :, None]
+    sums = _sum(dy_parts), _sum(dy_parts * (x_parts - centers))
     if not are_equal(sizes):
         sums = block_sum(sums[0], sizes), block_sum(sums[1], sizes)
     total, dot = (group_sum(rows, groups) for rows in sums)
@@ -120,29 +121,48 @@ def block_grad_affine(
     The rows of `a` are of the groups `users`, those of `b`, `center` and `c` of `groups`.
     """
     rows = _of_blocks(users, a) + _of_blocks(groups, b, center, c)
-    a, b, center, c = _spread(x.ndim, sizes, rows)
-    dx = (_cut(widen(x), sizes) - center) * b + c
+    a, b, center, c = _spread(x, sizes, rows)
+    dx = (_cut(widen(x), x, sizes) - center) * b + c
     # In place: a sum of two empty tensors would lose their layout.
-    return cast(dx.add_(_cut(widen(dy), sizes) * a), x.dtype).flatten(0, 1)
+    return cast(dx.add_(_cut(widen(dy), x, sizes) * a), x.dtype).view(x.shape)
 
 
-def _cut(x: Tensor, sizes: Sizes) -> Tensor:
-    """View ``[N, C, *]`` as ``[P, n, C, *]``: by blocks if they are equal, else by samples."""
-    return x.unflatten(0, (len(sizes), sizes[0])) if are_equal(sizes) else x[:, None]
+def _is_cut(x: Tensor, sizes: Sizes) -> bool:
+    """Return whether a view cuts ``[N, C, *]`` into blocks, as it is."""
+    # An elementwise operation on a view of channels_last would be compiled to another layout.
+    return are_equal(sizes) and x.stride(1) != 1
+
+
+def _cut(x: Tensor, like: Tensor, sizes: Sizes) -> Tensor:
+    """View ``[N, C, *]`` as ``[blocks, n, C, *]``, if `like` can be cut."""
+    return x.unflatten(0, (len(sizes), sizes[0])) if _is_cut(like, sizes) else x
 
 
 def _parts(x: Tensor, sizes: Sizes) -> Tensor:
-    """View ``[N, C, *]`` as ``[P, n, C, L]`` in the dtype of its statistics."""
-    return _cut(widen(x.reshape(x.shape[0], x.shape[1], x.shape[2:].numel())), sizes)
+    """View ``[N, C, *]`` as ``[P, n, C, L]``, by blocks or by samples, as their statistics are."""
+    planes = widen(x.reshape(x.shape[0], x.shape[1], x.shape[2:].numel()))
+    return planes.unflatten(0, (len(sizes), sizes[0]) if are_equal(sizes) else (-1, 1))
+
+
+def _sum(parts: Tensor) -> Tensor:
+    """Sum ``[P, n, C, L]`` to ``[P, C]``."""
+    # Compiled for a CPU, one sum over channels_last goes through all samples for a few channels.
+    return parts.sum(dim=3).sum(dim=1) if parts.stride(2) == 1 else parts.sum(dim=(1, 3))
 
 
 def _of_blocks(groups: Groups, *rows: Tensor) -> tuple[Tensor, ...]:
     """Give each block the row of its group."""
-    return rows if groups is None else tuple(of_blocks(row, groups) for row in rows)
+    if groups is None:
+        return rows
+    # Side by side, a compiler has to write them down, and can't work them out wherever it reads.
+    return of_blocks(torch.cat(rows, dim=1), groups).chunk(len(rows), dim=1)
 
 
-def _spread(ndim: int, sizes: Sizes, rows: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Give each part its numbers in rows ``[blocks, C]``: each ``[P, 1, C, 1, ...]``."""
-    if not are_equal(sizes):
-        rows = tuple(per_sample(row, sizes) for row in rows)
-    return tuple(row.view(-1, 1, row.shape[1], *[1] * (ndim - 2)) for row in rows)
+def _spread(x: Tensor, sizes: Sizes, rows: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Give x, cut if it can be, its numbers in rows ``[blocks, C]``."""
+    space = [1] * (x.ndim - 2)
+    if _is_cut(x, sizes):
+        return tuple(row.view(row.shape[0], 1, row.shape[1], *space) for row in rows)
+    # Side by side: see `_of_blocks`.
+    spread = per_sample(torch.cat(rows, dim=1), sizes)
+    return spread.view(*spread.shape, *space).chunk(len(rows), dim=1)

@@ -116,32 +116,42 @@ def take(rows: Tensor, order: Order | None) -> Tensor:
 
 def of_blocks(rows: Tensor, groups: BlockGroups) -> Tensor:
     """Give each block the row of its group, ``[groups, C]`` to ``[blocks, C]``."""
-    if groups.step is None or not torch.compiler.is_compiling():
+    if not _is_arithmetic(groups, rows):
         return take(rows, groups.owners)
     if groups.members == 1:
         return rows.roll(-groups.owners[0], 0)
-    return rows.index_select(0, _rotation(groups, groups.step, rows).flatten())
+    return rows.index_select(0, _rotation(groups, 1, rows).flatten())
 
 
 def by_group(rows: Tensor, groups: BlockGroups) -> Tensor:
     """Return the rows of each group's blocks, ``[blocks, C]`` to ``[groups, members, C]``."""
     number, members = groups.number, groups.members
-    if groups.step is None or not torch.compiler.is_compiling():
+    if not _is_arithmetic(groups, rows):
         rows = take(rows, groups.order)
     elif members == 1:
         rows = rows.roll(groups.owners[0], 0)
     else:
-        positions = _rotation(groups, -groups.step, rows) * members
+        positions = _rotation(groups, -1, rows) * members
         positions = positions + torch.arange(members, device=rows.device)
         rows = rows.index_select(0, positions.flatten())
     return rows.view(number, members, rows.shape[1])
 
 
-def _rotation(groups: BlockGroups, step: int, like: Tensor) -> Tensor:
-    """Return ``(i + step * c) % groups``, ``[groups, members]``, as arithmetic inside a graph."""
-    # From a table on the CPU, a graph on a GPU would copy it at each step, and wait for that.
+def _is_arithmetic(groups: BlockGroups, rows: Tensor) -> bool:
+    """Return whether a graph should compute the owners: on a GPU it would wait for a table.
+
+    For a CPU a table takes less time to compile.
+    """
+    if groups.step is None or not torch.compiler.is_compiling():
+        return False
+    return groups.members == 1 or rows.device.type != "cpu"
+
+
+def _rotation(groups: BlockGroups, sign: int, like: Tensor) -> Tensor:
+    """Return ``(i + sign * step * c) % groups``, ``[groups, members]``."""
     i = torch.arange(groups.number, device=like.device)[:, None]
-    return (i + step * torch.arange(groups.members, device=like.device)) % groups.number
+    c = torch.arange(groups.members, device=like.device)
+    return (i + sign * (groups.step or 0) * c) % groups.number
 
 
 def per_sample(rows: Tensor, sizes: Sizes) -> Tensor:
@@ -199,7 +209,8 @@ def merge_blocks(mean: Tensor, std: Tensor, sizes: Sizes, groups: Groups) -> tup
     if groups is None:
         return mean, std
     if are_equal(sizes):
-        means, stds = _wide(by_group(mean, groups)), _wide(by_group(std, groups))
+        rows = _wide(by_group(torch.cat([mean, std], dim=1), groups))
+        means, stds = rows.chunk(2, dim=2)
         merged = means.mean(dim=1)
         variance = (stds.square() + (means - merged[:, None]).square()).mean(dim=1)
         return merged.to(mean.dtype), variance.sqrt().to(std.dtype)
