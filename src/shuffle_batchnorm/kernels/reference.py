@@ -41,8 +41,9 @@ def block_moments(x: Tensor, sizes: Sizes, groups: Groups = None) -> tuple[Tenso
     if is_known(parts.numel() == 0):
         mean = variance = parts.new_zeros(len(sizes), x.shape[1])
     elif torch.compiler.is_compiling() and _is_cut(x, sizes):
-        # As torch's own batch norm is compiled: to one reduction.
-        variance, mean = torch.var_mean(parts, dim=(1, 3), correction=0)
+        # As torch's own batch norm is compiled: to one reduction. (The mean of `torch.var_mean` is
+        # no number where it should be infinite.)
+        mean, variance = parts.mean(dim=(1, 3)), parts.var(dim=(1, 3), correction=0)
     else:
         mean, variance = _moments_by_planes(parts.flatten(0, 1), sizes)
     return merge_blocks(mean, variance.sqrt(), sizes, groups)
