@@ -36,7 +36,9 @@ def _graphs(layers: int, mode: str, groups: int, device: str = "cpu") -> list[fx
         fw_compiler=note, bw_compiler=note, partition_fn=min_cut_rematerialization_partition
     )  # as inductor does
     x = torch.randn(16, 4, 5, 5, device=device, requires_grad=True)
-    torch.compile(net.to(device), backend=backend, fullgraph=True, dynamic=False)(x).sum().backward()
+    torch.compile(net.to(device), backend=backend, fullgraph=True, dynamic=False)(
+        x
+    ).sum().backward()
     return graphs
 
 

@@ -34,8 +34,9 @@ from .rows import param_grads as param_grads
 def block_moments(x: Tensor, sizes: Sizes, groups: Groups = None) -> tuple[Tensor, Tensor]:
     """Return the mean and (biased) standard deviation of blocks or groups, 0 if empty.
 
-    Compiled, with the digits of compiled ``nn.BatchNorm``; else every square is of a distance to a mean, so next to nothing cancels. The standard deviation has
-    the input's scale; where a square doesn't fit the dtype it is infinite.
+    Every square is of a distance to a mean, so next to nothing cancels. The standard deviation has
+    the input's scale; where a square doesn't fit the dtype it is infinite. Compiled, moments have
+    the digits of compiled ``nn.BatchNorm``.
     """
     parts = _parts(x, sizes)
     if is_known(parts.numel() == 0):
@@ -142,13 +143,17 @@ def _cut(x: Tensor, like: Tensor, sizes: Sizes) -> Tensor:
 def _parts(x: Tensor, sizes: Sizes) -> Tensor:
     """View ``[N, C, *]`` as ``[P, n, C, L]``, by blocks or by samples, as their statistics are."""
     planes = widen(x.reshape(x.shape[0], x.shape[1], x.shape[2:].numel()))
-    return planes.unflatten(0, (len(sizes), sizes[0]) if are_equal(sizes) else (-1, 1))
+    samples = (len(sizes), sizes[0]) if are_equal(sizes) else (x.shape[0], 1)
+    parts: Tensor = planes.unflatten(0, samples)
+    return parts
 
 
 def _sum(parts: Tensor) -> Tensor:
     """Sum ``[P, n, C, L]`` to ``[P, C]``."""
     # Compiled for a CPU, one sum over channels_last goes through all samples for a few channels.
-    return parts.sum(dim=3).sum(dim=1) if parts.stride(2) == 1 else parts.sum(dim=(1, 3))
+    if parts.stride(2) == 1:
+        return parts.sum(dim=3).sum(dim=1)
+    return parts.sum(dim=(1, 3))
 
 
 def _of_blocks(groups: Groups, *rows: Tensor) -> tuple[Tensor, ...]:
