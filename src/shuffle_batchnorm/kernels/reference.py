@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 
+from .block_groups import group_sum, merge_blocks, of_blocks
 from .rows import (
     Groups,
     Sizes,
@@ -17,10 +18,7 @@ from .rows import (
     block_sum,
     cast,
     counts,
-    group_sum,
     is_known,
-    merge_blocks,
-    of_blocks,
     per_sample,
     widen,
 )
