@@ -18,7 +18,7 @@ def of_blocks(rows: Tensor, groups: BlockGroups) -> Tensor:
 def by_group(rows: Tensor, groups: BlockGroups) -> Tensor:
     """Return the rows of each group's blocks, ``[blocks, C]`` to ``[groups, members, C]``.
 
-    In the order of the blocks; as arithmetic, in that of their numbers in the groups they came from.
+    In the order of the blocks; as arithmetic, in that of their numbers in their own groups.
     """
     number, members = groups.number, groups.members
     if not _is_arithmetic(groups, rows):
