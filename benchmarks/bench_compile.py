@@ -11,6 +11,7 @@ the last round: dynamo, then AOTAutograd, inductor, and of that the C++ or Trito
 import argparse
 import statistics
 import time
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -46,6 +47,7 @@ class Options(NamedTuple):
 def measure(rank: Rank, options: Options) -> dict[str, float]:
     """Seconds of one rank's first step, and of its stages."""
     bind(rank)
+    warnings.simplefilter("ignore")  # the compiler's, about its own code
     torch.manual_seed(0)
     model, _ = make_backbone(options.network, image_size=options.size)
     if options.kind != PLAIN:
