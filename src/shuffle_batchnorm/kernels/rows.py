@@ -23,10 +23,13 @@ class BlockGroups(NamedTuple):
     Attributes:
         number: of groups.
         owners: the group of each block.
+        step: where each group's blocks are in groups this far apart, that distance. A compiler then
+            needs no table of owners: block c of i is in group ``i + owners[0] + step * c``.
     """
 
     number: int
     owners: Order
+    step: int | None = None
 
     @property
     def members(self) -> int:
@@ -155,22 +158,9 @@ def block_sum(samples: Tensor, sizes: Sizes) -> Tensor:
     return filled.view(len(sizes), len(positions) // len(sizes), rows.shape[1]).sum(dim=1)
 
 
-def group_sum(rows: Tensor, groups: Groups) -> Tensor:
-    """Sum the blocks of each group: ``[blocks, C]`` to ``[groups, C]``; None: no groups."""
-    if groups is None:
-        return rows
-    rows = take(rows, groups.order)
-    return rows.view(groups.number, groups.members, -1).sum(dim=1) if groups.members > 1 else rows
-
-
-def merge_blocks(mean: Tensor, std: Tensor, sizes: Sizes, groups: Groups) -> tuple[Tensor, Tensor]:
-    """Merge moments of blocks, ``[blocks, C]`` each to ``[groups, C]``; None: no groups."""
-    if groups is None:
-        return mean, std
-    rows = take(torch.cat([counts(sizes, 1, mean), mean, std], dim=1), groups.order)
-    merged = merge_moments(rows.view(groups.number, groups.members, rows.shape[1])).flatten(0, 1)
-    _, mean, std = merged.split_with_sizes((1, mean.shape[1], mean.shape[1]), dim=1)
-    return mean, std
+def widest(rows: Tensor) -> Tensor:
+    """Return rows in float64, where the device has it."""
+    return rows if rows.device.type == "mps" else rows.double()
 
 
 def merge_moments(rows: Tensor) -> Tensor:
@@ -181,8 +171,7 @@ def merge_moments(rows: Tensor) -> Tensor:
     what it is merged to.
     """
     channels = rows.shape[-1] // 2
-    # In float64, where the device has it.
-    wide = rows if rows.device.type == "mps" else rows.double()
+    wide = widest(rows)
     count, mean, std = wide.split_with_sizes((1, channels, channels), dim=2)
     total = count.sum(dim=1, keepdim=True)
     share = count / total.clamp(min=1)
@@ -210,7 +199,11 @@ def normaliser_rows(
         move(running.mean, _average(mean), running.step)
         move(running.var, _average(unbiased_variance(std, count)), running.step)
     # hypot: the square of a deviation that fits the dtype may not.
-    rstd = torch.hypot(std, constant((math.sqrt(eps),), std.dtype, std)).reciprocal_()
+    root = math.sqrt(eps)
+    if torch.compiler.is_compiling():
+        rstd = torch.hypot(std, std.new_full((), root)).reciprocal_()
+    else:
+        rstd = torch.hypot(std, constant((root,), std.dtype, std)).reciprocal_()
     return rstd, rstd if weight is None else rstd * cast(weight, rstd.dtype)
 
 
@@ -319,4 +312,4 @@ def _positions_in_graph(sizes: Sizes, like: Tensor) -> Tensor:
 
 def _tensor_in_graph(sizes: Sizes, like: Tensor) -> Tensor:
     """Return sizes, which may be symbols, as a tensor that is computed inside a graph."""
-    return torch.stack([like.new_full((), n, dtype=torch.int64) for n in sizes])
+    return torch.tensor(sizes, dtype=torch.int64, device=like.device)

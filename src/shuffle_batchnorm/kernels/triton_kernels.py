@@ -27,12 +27,15 @@ from .triton_steps import (
     existing,
     first_step,
     load_step,
+    own_channels,
     per_channel,
     per_lane,
+    per_sample,
     row_start,
     rows_of,
     share,
     steps_of,
+    tile_of,
 )
 
 
@@ -226,21 +229,21 @@ def affine(
     """
     dtype = center.dtype.element_ty
     inner = units * UNIT
-    offsets, exists, block, channels, exist, next_channel, is_next = _tile(
+    offsets, exists, block, channels, exist, next_channel, is_next = tile_of(
         blocks, samples, outer, inner, LENGTH, ROWS, OUTER, INNER
     )
     owner = block if owners is None else tl.load(owners + block)
     values = tl.load(x + offsets, mask=exists, other=0).to(dtype)
     centers = center + owner * center_stride + channels
-    values -= _per_sample(centers, exist, next_channel, is_next, LENGTH)
+    values -= per_sample(centers, exist, next_channel, is_next, LENGTH)
     scales = scale + scale_at + owner * scale_stride + channels
-    values *= _per_sample(scales, exist, next_channel, is_next, LENGTH)
+    values *= per_sample(scales, exist, next_channel, is_next, LENGTH)
     if shift is not None:
         shifts = shift + owner * shift_stride + channels
-        values += _per_sample(shifts, exist, next_channel, is_next, LENGTH).to(dtype)
+        values += per_sample(shifts, exist, next_channel, is_next, LENGTH).to(dtype)
     tl.store(y + offsets, values.to(y.dtype.element_ty), mask=exists)
     if running_mean is not None:
-        first, column, exist = _own_channels(outer, inner, LENGTH, OUTER, INNER)
+        first, column, exist = own_channels(outer, inner, LENGTH, OUTER, INNER)
         if first:
             move_running(
                 center, rows, center_stride, running_mean, running_var, number, steps, step, change,
@@ -265,7 +268,7 @@ def grad_affine(
     """
     dtype = center.dtype.element_ty
     inner = units * UNIT
-    offsets, exists, block, channels, exist, next_channel, is_next = _tile(
+    offsets, exists, block, channels, exist, next_channel, is_next = tile_of(
         blocks, samples, outer, inner, LENGTH, ROWS, OUTER, INNER
     )
     owner = block if owners is None else tl.load(owners + block)
@@ -273,88 +276,16 @@ def grad_affine(
     values = tl.load(x + offsets, mask=exists, other=0).to(dtype)
     gradient = tl.load(dy + offsets, mask=exists, other=0).to(dtype)
     centers = center + owner * center_stride + channels
-    values -= _per_sample(centers, exist, next_channel, is_next, LENGTH)
+    values -= per_sample(centers, exist, next_channel, is_next, LENGTH)
     slopes = scale + scale_at + owner * scale_stride + channels
-    values *= _per_sample(slopes, exist, next_channel, is_next, LENGTH)
+    values *= per_sample(slopes, exist, next_channel, is_next, LENGTH)
     shifts = shift + shift_at + owner * shift_stride + channels
-    values += _per_sample(shifts, exist, next_channel, is_next, LENGTH)
+    values += per_sample(shifts, exist, next_channel, is_next, LENGTH)
     factors = factor + factor_at + user * factor_stride + channels
-    values += gradient * _per_sample(factors, exist, next_channel, is_next, LENGTH)
+    values += gradient * per_sample(factors, exist, next_channel, is_next, LENGTH)
     tl.store(y + offsets, values.to(y.dtype.element_ty), mask=exists)
     if weight_grad is not None or bias_grad is not None:
-        first, column, exist = _own_channels(outer, inner, LENGTH, OUTER, INNER)
+        first, column, exist = own_channels(outer, inner, LENGTH, OUTER, INNER)
         if first:
             sums = scale + sums_at
             sum_gradients(sums, rows, scale_stride, weight_grad, bias_grad, column, exist)
-
-
-@triton.jit
-def _tile(
-    blocks, samples, outer, inner, LENGTH: tl.constexpr, ROWS: tl.constexpr, OUTER: tl.constexpr,
-    INNER: tl.constexpr,
-):  # fmt: skip
-    """Return this program's tile of ``[N, outer, inner]``, to be mapped value by value.
-
-    Returns:
-        offsets, exists: of its values, ``[OUTER, ROWS, INNER]``.
-        block, channels, exist: of its rows' numbers, ``[ROWS, INNER]`` or ``[OUTER, ROWS]``.
-        next_channel, is_next: for a run of memory, the distance to the channel in which it ends,
-            and which values are of that.
-    """
-    pieces = tl.cdiv(inner, INNER)
-    heights = tl.cdiv(outer, OUTER)
-    program = tl.program_id(0)
-    sample = (program // pieces // heights).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    o = program // pieces % heights * OUTER + tl.arange(0, OUTER)
-    i = program % pieces * INNER + tl.arange(0, INNER)
-    offsets = (sample[None, :, None] * outer + o[:, None, None]) * inner + i
-    there = sample < samples
-    exists = there[:, None] & (o < outer)[:, None, None] & (i < inner)
-
-    block = tl.load(blocks + sample, mask=there, other=0)
-    next_channel, is_next = None, None
-    if LENGTH == 1:
-        block, channels, exist = block[:, None], i[None, :], there[:, None] & (i < inner)
-    else:
-        block, channels, exist = block[None, :], o[:, None], there & (o < outer)[:, None]
-    if LENGTH > 1:
-        # INNER values of a run of memory, in which one channel ends and the next begins.
-        first = channels * INNER
-        channels = first // LENGTH
-        next_channel = (first + (INNER - 1)) // LENGTH - channels
-        is_next = (first[:, :, None] + i) >= ((channels + 1) * LENGTH)[:, :, None]
-    return offsets, exists, block, channels, exist, next_channel, is_next
-
-
-@triton.jit
-def _own_channels(
-    outer, inner, LENGTH: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr
-):  # fmt: skip
-    """Return whether a program is the first of some channels, which these are, and which exist."""
-    pieces = tl.cdiv(inner, INNER)
-    heights = tl.cdiv(outer, OUTER)
-    program = tl.program_id(0)
-    first = (program % pieces == 0) & (program // pieces < heights)
-    column = program // pieces % heights * OUTER + tl.arange(0, OUTER)
-    exist = column < outer
-    if LENGTH == 1:
-        first = program < pieces
-        column = program % pieces * INNER + tl.arange(0, INNER)
-        exist = column < inner
-    if LENGTH > 1:
-        # Those that begin in the runs of this program, of INNER values each: at most one in each.
-        run = column * INNER
-        column = (run + (LENGTH - 1)) // LENGTH
-        exist &= column * LENGTH < run + INNER
-    return first, column, exist
-
-
-@triton.jit
-def _per_sample(pointers, exist, next_channel, is_next, LENGTH: tl.constexpr):
-    """Load ``[ROWS, INNER]`` or ``[OUTER, ROWS]`` numbers of rows, to broadcast with a tile."""
-    row = tl.load(pointers, mask=exist, other=0)
-    row = row[None, :, :] if LENGTH == 1 else row[:, :, None]
-    if LENGTH > 1:
-        following = tl.load(pointers + next_channel, mask=exist, other=0)[:, :, None]
-        row = tl.where(is_next, following, row)
-    return row

@@ -13,8 +13,9 @@ from torch.autograd.graph import increment_version
 
 from . import rows as torch_rows
 from . import triton_kernels, triton_rows
+from .block_groups import merge_blocks
 from .layouts import as_layout, layout
-from .rows import Groups, Running, Sizes, accumulation_dtype, constant, merge_blocks
+from .rows import Groups, Running, Sizes, accumulation_dtype, constant
 from .rows import merge_moments as merge_in_torch
 from .tiles import MERGED, elementwise, merge_tile, reduction, row_tile
 from .triton_local import TritonLocal as TritonLocal

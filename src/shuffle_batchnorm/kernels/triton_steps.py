@@ -1,4 +1,4 @@
-"""Triton code of what a program sums: its tiles, steps and lanes, and the sum of each channel.
+"""Triton code of what a program sums or maps: its tiles, steps and lanes, and their channels.
 
 `triton_kernels` says what the arguments mean. `rows` are the positions of a block, or its samples
 if LENGTH is 0; `step` is one of those that go over all rows, for a `piece` of the planes.
@@ -168,3 +168,75 @@ def per_lane(channels, LENGTH: tl.constexpr, CHANNELS: tl.constexpr, INNER: tl.c
 def row_start(block, split, columns, outer, inner, LENGTH: tl.constexpr):
     """Return where a row begins in ``[splits, blocks, C]``."""
     return split.to(tl.int64) * columns + block * all_channels(outer, inner, LENGTH)
+
+
+@triton.jit
+def tile_of(
+    blocks, samples, outer, inner, LENGTH: tl.constexpr, ROWS: tl.constexpr, OUTER: tl.constexpr,
+    INNER: tl.constexpr,
+):  # fmt: skip
+    """Return this program's tile of ``[N, outer, inner]``, to be mapped value by value.
+
+    Returns:
+        offsets, exists: of its values, ``[OUTER, ROWS, INNER]``.
+        block, channels, exist: of its rows' numbers, ``[ROWS, INNER]`` or ``[OUTER, ROWS]``.
+        next_channel, is_next: for a run of memory, the distance to the channel in which it ends,
+            and which values are of that.
+    """
+    pieces = tl.cdiv(inner, INNER)
+    heights = tl.cdiv(outer, OUTER)
+    program = tl.program_id(0)
+    sample = (program // pieces // heights).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    o = program // pieces % heights * OUTER + tl.arange(0, OUTER)
+    i = program % pieces * INNER + tl.arange(0, INNER)
+    offsets = (sample[None, :, None] * outer + o[:, None, None]) * inner + i
+    there = sample < samples
+    exists = there[:, None] & (o < outer)[:, None, None] & (i < inner)
+
+    block = tl.load(blocks + sample, mask=there, other=0)
+    next_channel, is_next = None, None
+    if LENGTH == 1:
+        block, channels, exist = block[:, None], i[None, :], there[:, None] & (i < inner)
+    else:
+        block, channels, exist = block[None, :], o[:, None], there & (o < outer)[:, None]
+    if LENGTH > 1:
+        # INNER values of a run of memory, in which one channel ends and the next begins.
+        first = channels * INNER
+        channels = first // LENGTH
+        next_channel = (first + (INNER - 1)) // LENGTH - channels
+        is_next = (first[:, :, None] + i) >= ((channels + 1) * LENGTH)[:, :, None]
+    return offsets, exists, block, channels, exist, next_channel, is_next
+
+
+@triton.jit
+def own_channels(
+    outer, inner, LENGTH: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr
+):  # fmt: skip
+    """Return whether a program is the first of some channels, which these are, and which exist."""
+    pieces = tl.cdiv(inner, INNER)
+    heights = tl.cdiv(outer, OUTER)
+    program = tl.program_id(0)
+    first = (program % pieces == 0) & (program // pieces < heights)
+    column = program // pieces % heights * OUTER + tl.arange(0, OUTER)
+    exist = column < outer
+    if LENGTH == 1:
+        first = program < pieces
+        column = program % pieces * INNER + tl.arange(0, INNER)
+        exist = column < inner
+    if LENGTH > 1:
+        # Those that begin in the runs of this program, of INNER values each: at most one in each.
+        run = column * INNER
+        column = (run + (LENGTH - 1)) // LENGTH
+        exist &= column * LENGTH < run + INNER
+    return first, column, exist
+
+
+@triton.jit
+def per_sample(pointers, exist, next_channel, is_next, LENGTH: tl.constexpr):
+    """Load ``[ROWS, INNER]`` or ``[OUTER, ROWS]`` numbers of rows, to broadcast with a tile."""
+    row = tl.load(pointers, mask=exist, other=0)
+    row = row[None, :, :] if LENGTH == 1 else row[:, :, None]
+    if LENGTH > 1:
+        following = tl.load(pointers + next_channel, mask=exist, other=0)[:, :, None]
+        row = tl.where(is_next, following, row)
+    return row

@@ -5,7 +5,7 @@ rank that uses the normaliser that its block joins, and nothing is merged on the
 merges the same rows in the same order, so to the same bits.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,6 +45,11 @@ class Route(NamedTuple):
 
 def find_route(plan: Plan) -> Route:
     """Return a rank's part. Both ends order the rows of one message by group and block."""
+    return Route(*_find_route(*plan))
+
+
+def _find_route(*terms: Any) -> tuple[Any, ...]:
+    plan = Plan(*terms)
     rank, groups, total = plan.rank, plan.groups, plan.total_groups
     mine = [
         (group, block)
@@ -67,7 +72,7 @@ def find_route(plan: Plan) -> Route:
     arriving = sorted({cell for cell in members if cell[0] // groups != rank})
     with_local = not {*mine}.isdisjoint(members)
     there = {cell: k for k, cell in enumerate([*(mine if with_local else ()), *arriving])}
-    return Route(
+    route = Route(
         send_order=_order([row for user in sorted(leaving) for row in leaving[user]], len(mine)),
         send_splits=tuple(len(leaving.get(user, ())) for user in range(plan.world_size)),
         receive_splits=_count(plan.world_size, [group // groups for group, _ in arriving]),
@@ -76,6 +81,12 @@ def find_route(plan: Plan) -> Route:
         per_group=plan.per_group,
         used=_order([normalisers.index(normaliser) for normaliser in used], len(normalisers)),
     )
+    return tuple(route)
+
+
+# As torch.compiler.assume_constant_result does, which would import the compiler: run when traced.
+# Traced itself, it takes as long as the rest of a layer; nothing in it depends on the batch.
+_find_route._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _order(rows: list[int], length: int) -> Order | None:

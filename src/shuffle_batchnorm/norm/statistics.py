@@ -130,7 +130,8 @@ def prepare_local(
     groups = users = None
     if plan.shuffles:
         cells = ((i, c) for i in range(plan.groups) for c in range(plan.per_group))
-        users = BlockGroups(plan.groups, tuple(plan.used(*cell) for cell in cells))
+        step = plan.uses[1] if plan.per_group > 1 else 0
+        users = BlockGroups(plan.groups, tuple(plan.used(*cell) for cell in cells), step)
         groups = users if plan.mode == "regroup" else None
     count = x.shape[2:].numel() * (x.shape[0] // plan.groups)
     if is_known(count == 1):

@@ -15,10 +15,11 @@ from .mixing import CALL
 LEAF = "torch.nn (shuffle_batchnorm)"
 
 
-def _count_batch(number: Tensor, step: int) -> None:
-    """Count a batch in compiled code, which an eager checkpoint around it would run twice.
+def _zero(device: torch.device) -> Tensor:
+    """Return 0, in compiled code, which an eager checkpoint around it would run twice.
 
-    No Python code is left there that could tell; an operator is what the compiler keeps.
+    No Python code is left there that could tell; an operator is what the compiler keeps, one for
+    all layers of a graph.
     """
     if torch._C._current_graph_task_id() != -1:
         raise RuntimeError(
@@ -26,20 +27,22 @@ def _count_batch(number: Tensor, step: int) -> None:
             "around compiled code would move its running statistics twice; put the checkpoint "
             "inside the code that is compiled"
         )
-    number.add_(step)
+    return torch.zeros((), dtype=torch.int64, device=device)
 
 
-_NAME = "shuffle_batchnorm::count_batch"
-if not hasattr(torch.ops.shuffle_batchnorm, "count_batch"):  # else this module is loaded again
-    torch.library.define(_NAME, "(Tensor(a!) number, int step) -> ()")
-    torch.library.impl(_NAME, "CompositeExplicitAutograd", _count_batch)
-    torch.library.register_fake(_NAME, lambda _number, _step: None)
+_NAME = "shuffle_batchnorm::zero_outside_backward"
+if not hasattr(torch.ops.shuffle_batchnorm, "zero_outside_backward"):  # else loaded again
+    torch.library.define(_NAME, "(Device device) -> Tensor")
+    torch.library.impl(_NAME, "CompositeExplicitAutograd", _zero)
+    torch.library.register_fake(
+        _NAME, lambda device: torch.empty((), dtype=torch.int64, device=device)
+    )
 
 
 def count_batch(number: Tensor, step: int = 1) -> None:
     """Add to a layer's number of batches; compiled code raises in a backward pass."""
     if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
-        torch.ops.shuffle_batchnorm.count_batch(number, step)
+        number.add_(torch.ops.shuffle_batchnorm.zero_outside_backward(number.device) + step)
     elif step:
         number.add_(step)
 
