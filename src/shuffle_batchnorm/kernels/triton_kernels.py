@@ -152,12 +152,12 @@ def grad_sums(
 
 @triton.jit(
     do_not_specialize=[
-        "shift", "running_mean", "running_var", "number", "steps", "center_stride", "scale_at",
-        "scale_stride", "shift_stride", "rows", "samples",
+        "shift", "running_mean", "running_var", "number", "steps", "counts", "center_stride",
+        "scale_at", "scale_stride", "shift_stride", "rows", "samples",
     ]
 )  # fmt: skip
 def affine(
-    x, y, blocks, owners, center, scale, shift, running_mean, running_var, number, steps,
+    x, y, blocks, owners, center, scale, shift, running_mean, running_var, number, steps, counts,
     step: tl.float64, change: tl.float64, center_stride, scale_at, scale_stride, shift_stride, rows,
     samples, outer, units, UNIT: tl.constexpr, CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr,
     OUTER: tl.constexpr, INNER: tl.constexpr,
@@ -188,22 +188,22 @@ def affine(
         first, column, exist = _own_channels(outer, inner, CHANNELS_LAST, OUTER, INNER)
         if first:
             move_running(
-                center, rows, center_stride, running_mean, running_var, number, steps, step, change,
-                column, exist,
+                center, rows, center_stride, running_mean, running_var, number, steps, counts, step,
+                change, column, exist,
             )  # fmt: skip
 
 
 @triton.jit(
     do_not_specialize=[
-        "weight_grad", "bias_grad", "sums_at", "center_stride", "scale_at", "scale_stride",
-        "shift_at", "shift_stride", "factor_at", "factor_stride", "rows", "samples",
+        "weight_grad", "bias_grad", "sums_at", "center_at", "center_stride", "scale_at",
+        "scale_stride", "shift_at", "shift_stride", "factor_at", "factor_stride", "rows", "samples",
     ]
 )  # fmt: skip
 def grad_affine(
     x, y, dy, blocks, owners, users, center, scale, shift, factor, weight_grad, bias_grad, sums_at,
-    center_stride, scale_at, scale_stride, shift_at, shift_stride, factor_at, factor_stride, rows,
-    samples, outer, units, UNIT: tl.constexpr, CHANNELS_LAST: tl.constexpr, ROWS: tl.constexpr,
-    OUTER: tl.constexpr, INNER: tl.constexpr,
+    center_at, center_stride, scale_at, scale_stride, shift_at, shift_stride, factor_at,
+    factor_stride, rows, samples, outer, units, UNIT: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    ROWS: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     """Write ``y = dy * factor + (x - center) * scale + shift``.
 
@@ -220,6 +220,7 @@ def grad_affine(
     user = block if users is None else tl.load(users + block)
     values = tl.load(x + offsets, mask=exists, other=0).to(dtype)
     gradient = tl.load(dy + offsets, mask=exists, other=0).to(dtype)
+    center += center_at
     values -= _per_sample(center + owner * center_stride + channels, exist, CHANNELS_LAST)
     slopes = scale + scale_at + owner * scale_stride + channels
     values *= _per_sample(slopes, exist, CHANNELS_LAST)
