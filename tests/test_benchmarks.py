@@ -300,15 +300,16 @@ def test_key_encoder(results: Path) -> None:
 def test_host(results: Path) -> None:
     """Catches a contestant that is left out, and a ratio to another than plain batch norm."""
     bench_host.main(["--runs=1", "--save"])
-    rows = {row["name"]: row for row in _record(results, "host")["rows"]}
-    assert rows.keys() >= {
-        "nn.BatchNorm1d",
-        "local, groups=1",
-        "swap, groups=2",
-        "regroup, groups=2",
-    }
-    plain = rows["nn.BatchNorm1d"]
-    for row in rows.values():
+    record = _record(results, "host")
+    rows = {row["name"]: row for row in record["rows"]}
+    modes = {"local", "swap", "regroup"}
+    assert record["host_ratio"].keys() == record["launches"].keys() == modes
+    of_ranks = {"sync", "swap", "regroup"}
+    assert record["host_ratio_ranks"].keys() == record["launches_ranks"].keys() == of_ranks
+    assert rows.keys() >= modes | {f"{mode} of 2 ranks" for mode in of_ranks}
+    plain = rows["nn.BatchNorm2d"]
+    for mode in modes:
+        row = rows[mode]
         assert row["ratio"] == pytest.approx(row["seconds"] / plain["seconds"], rel=1e-2)
 
 

@@ -18,7 +18,7 @@ from triton.runtime.jit import JITFunction
 
 from kernels.kernel_cases import all_four, all_of_groups, rows_for
 from shuffle_batchnorm.kernels import triton_launch
-from shuffle_batchnorm.kernels.rows import BlockGroups, Running
+from shuffle_batchnorm.kernels.rows import BlockGroups, Exchange, Running, accumulation_dtype
 
 _FIRST_HOPPER = 90
 
@@ -56,27 +56,32 @@ def _compile(
             all_of_groups(triton_launch, x, x, sizes, rows_for(x, (shape[0],), 4), groups, groups)
         else:
             all_four(triton_launch, x, x, sizes, rows_for(x, sizes, 4))
-        total, dot, rstd, factor = rows_for(x, sizes, 4)
-        triton_launch.backward_rows(total, dot, rstd, factor, 7)
-        weight, mean, var = x.new_ones(3, shape[1])
-        triton_launch.normaliser_rows(total, dot, weight, 1e-5, 7, Running(mean, var, 0.1))
-        triton_launch.normaliser_rows(total, dot, None, 1e-5, total[:, :1], None)
-        for step in (0.1, x.new_ones(())):
-            triton_launch.normaliser_rows(
-                total, dot, weight, 1e-5, total[:, :1], Running(mean, var, step)
-            )
-        triton_launch.dx_coefficients(total, dot, rstd, factor, total[:, :1])
-        triton_launch.param_grads(total, dot, weight)
-        triton_launch.param_grads(total, dot, None)
-        triton_launch.merge_moments(total.new_ones(blocks, 3, 2 * shape[1] + 1))
+        if grouped or dtype == torch.float64:
+            _steps(x, sizes)
     finally:
         JITFunction.run = run
     return launched
 
 
+def _steps(x: Tensor, sizes: tuple[int, ...]) -> None:
+    """Steps of one process and of ranks, with everything that a layer may have, and without."""
+    blocks = len(sizes)
+    weight, mean, var = x.new_ones(3, x.shape[1], dtype=accumulation_dtype(x))
+    exchange, groups = Exchange((0,), 1, ((0, blocks + 1),) * blocks), BlockGroups(1, (0,) * blocks)
+    ranks = triton_launch.TritonRanks(x, 1e-5, sizes, exchange, exchange)
+    local = triton_launch.TritonLocal(x, 1e-5, sizes, groups, groups)
+    for chosen, running in ((weight, Running(mean, var, 0.1, mean.long()[0])), (None, None)):
+        rows = ranks.mix_moments(ranks.pack_moments(x).rows, chosen)
+        ranks.forward(x, chosen, rows, running)
+        scratch, messages = ranks.pack_sums(x, x, chosen, rows)
+        ranks.gradients(x, x, chosen, None, rows, scratch, messages.rows)
+        _, kept = local.forward(x, chosen, chosen, (), running)
+        local.gradients(x, x, chosen, None, kept, True)
+
+
 def main() -> None:
     driver.set_active(_Driver())
-    for line in sys.stdin:
+    for number, line in enumerate(sys.stdin):
         shape, dtype, channels_last, blocks, grouped = json.loads(line)
         for kernel in _compile(tuple(shape), getattr(torch, dtype), channels_last, blocks, grouped):
             # Where activations are in half precision, nothing else is.
@@ -86,7 +91,8 @@ def main() -> None:
             )
             accesses = re.findall(r"(?:ld|st)\.global\.(?:v(\d)\.)?b(\d+)", kernel.asm["ptx"])
             widest = max(int(count or 1) * int(bits) // 8 for count, bits in accesses)
-            print(json.dumps([kernel.metadata.name, widest, sorted(set(to_halves))]))
+            found = number, kernel.metadata.name, widest, sorted(set(to_halves))
+            print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -266,10 +266,11 @@ def inverse_deviation(deviation, root):
     divisor = tl.where(larger == 0, 1, larger)
     if deviation.dtype == tl.float64:
         ratio = smaller / divisor
-        return 1 / (larger * tl.sqrt(1 + ratio * ratio))
-    # In float32 Triton divides and takes roots less exactly, unless told.
-    ratio = tl.div_rn(smaller, divisor)
-    return tl.div_rn(1.0, larger * tl.sqrt_rn(1 + ratio * ratio))
+        inverse = 1 / (larger * tl.sqrt(1 + ratio * ratio))
+    else:  # Triton divides and takes roots less exactly, unless told
+        ratio = tl.div_rn(smaller, divisor)
+        inverse = tl.div_rn(1.0, larger * tl.sqrt_rn(1 + ratio * ratio))
+    return inverse
 
 
 @triton.jit

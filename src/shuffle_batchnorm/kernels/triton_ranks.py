@@ -151,4 +151,4 @@ class TritonRanks(Prepared):
 # For good, as tables are. Once it is 0 an assertion has ended all work on the device.
 @cache
 def _valid(device: torch.device) -> Tensor:
-    return torch.ones((), dtype=torch.int64, device=device)
+    return torch.tensor(1, device=device)
