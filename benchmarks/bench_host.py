@@ -8,7 +8,10 @@ back to back, layer after layer in each run, so that a busy machine slows all of
 On a GPU, ``[32, 64, 14, 14]`` in float32. Without one, ``[16, 8, 2, 2]`` on one CPU thread with the
 Triton kernels replaced by stand-ins, in which nothing runs: what is left is the Python, the
 look-ups and the allocations of a step on a GPU, and its launches are counted. The CPU's own
-kernels are measured beside them. The last line is JSON; `--save` writes
+kernels are measured beside them.
+
+"of 2 ranks" is a layer in a process group whose other rank is a stand-in, too: its messages take
+the host's time, and none to arrive. The last line is JSON; `--save` writes
 benchmarks/results/host.json.
 """
 
@@ -21,7 +24,7 @@ from typing import Any
 
 import torch
 from harness import save
-from stand_ins import triton_stand_ins
+from stand_ins import stand_in_peers, triton_stand_ins
 from torch import Tensor, nn
 
 from shuffle_batchnorm import ShuffleBatchNorm
@@ -30,6 +33,7 @@ from shuffle_batchnorm.moco.journal import processor
 CALLS, RUNS = 300, 15
 PLAIN, EMPTY = "nn.BatchNorm2d", "empty autograd.Function"
 MODES = {"local": 1, "swap": 8, "regroup": 8}  # and groups
+RANK_MODES = "sync", "swap", "regroup"
 
 Layer = Callable[[Tensor], Tensor]
 
@@ -75,29 +79,56 @@ def _synchronize(x: Tensor) -> None:
         torch.cuda.synchronize()
 
 
+def _input(device: str) -> tuple[Tensor, Tensor]:
+    shape = (32, 64, 14, 14) if device == "cuda" else (16, 8, 2, 2)
+    x, dy = torch.randn(2, *shape, device=device)
+    return x.requires_grad_(), dy
+
+
+def _best(contestants: dict[str, Layer], x: Tensor, dy: Tensor, runs: int) -> dict[str, float]:
+    best = dict.fromkeys(contestants, float("inf"))
+    for _ in range(runs):
+        for name, layer in contestants.items():
+            best[name] = min(best[name], _seconds(layer, x, dy))
+    return best
+
+
+def _stand_ins(device: str) -> Any:
+    return triton_stand_ins() if device == "cpu" else nullcontext()
+
+
 def measure(device: str, runs: int = RUNS) -> tuple[dict[str, float], dict[str, int]]:
     """The least seconds of one forward and backward, by name, and launches of each mode."""
-    shape = (32, 64, 14, 14) if device == "cuda" else (16, 8, 2, 2)
-    x, dy = torch.randn(shape, device=device, requires_grad=True), torch.randn(shape, device=device)
-    plain: dict[str, Layer] = {PLAIN: nn.BatchNorm2d(shape[1]).to(device)}
-    contestants = plain | _layers(shape[1], device) | {EMPTY: _empty(shape[1], device)}
-    stand_ins = triton_stand_ins() if device == "cpu" else nullcontext()
+    x, dy = _input(device)
+    channels = x.shape[1]
+    plain: dict[str, Layer] = {PLAIN: nn.BatchNorm2d(channels).to(device)}
+    contestants = plain | _layers(channels, device) | {EMPTY: _empty(channels, device)}
     launches: dict[str, int] = {}
-    own = {f"{mode}, CPU kernels": layer for mode, layer in _layers(shape[1], device).items()}
+    own = {f"{mode}, CPU kernels": layer for mode, layer in _layers(channels, device).items()}
     if device == "cpu":
         for layer in own.values():
             _seconds(layer, x, dy, 10)  # prepares what is kept from call to call
-    with stand_ins as counter:
+    with _stand_ins(device) as counter:
         for name, layer in contestants.items():
             _seconds(layer, x, dy, 10)
             if name in MODES:
                 launches[name] = _count(layer, x, dy, counter)
     contestants |= own if device == "cpu" else {}
-    best = dict.fromkeys(contestants, float("inf"))
-    for _ in range(runs):
-        for name, layer in contestants.items():
-            best[name] = min(best[name], _seconds(layer, x, dy))
-    return best, launches
+    return _best(contestants, x, dy, runs), launches
+
+
+def measure_ranks(device: str, runs: int = RUNS) -> tuple[dict[str, float], dict[str, int]]:
+    """The same of modes in a process group of 2, the other of which is a stand-in."""
+    x, dy = _input(device)
+    channels = x.shape[1]
+    layers = {mode: ShuffleBatchNorm(channels, mode=mode, device=device) for mode in RANK_MODES}
+    plain: dict[str, Layer] = {PLAIN: nn.BatchNorm2d(channels).to(device)}
+    launches: dict[str, int] = {}
+    with _stand_ins(device) as counter, stand_in_peers(2, device):
+        for mode, layer in layers.items():
+            _seconds(layer, x, dy, 10)
+            launches[mode] = _count(layer, x, dy, counter)
+        return _best(plain | layers, x, dy, runs), launches
 
 
 def _count(layer: Layer, x: Tensor, dy: Tensor, counter: Any) -> int:
@@ -122,17 +153,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     seconds, launches = measure(device, arguments.runs)
+    of_ranks, launches_ranks = measure_ranks(device, arguments.runs)
     torch.set_num_threads(threads)
     rows: list[dict[str, Any]] = [
         {"name": name, "seconds": best, "ratio": best / seconds[PLAIN]}
         for name, best in seconds.items()
-    ]
+    ] + [
+        {"name": f"{mode} of 2 ranks", "seconds": of_ranks[mode],
+         "ratio": of_ranks[mode] / of_ranks[PLAIN]}
+        for mode in RANK_MODES
+    ]  # fmt: skip
     print(f"{'forward + backward':28}       µs  / {PLAIN}")
     for row in rows:
         print(f"{row['name']:28} {1e6 * float(row['seconds']):8.1f}  {row['ratio']:8.2f}")
     summary: dict[str, Any] = {
         "host_ratio": {mode: round(seconds[mode] / seconds[PLAIN], 2) for mode in MODES},
         "launches": launches,
+        "host_ratio_ranks": {
+            mode: round(of_ranks[mode] / of_ranks[PLAIN], 2) for mode in RANK_MODES
+        },
+        "launches_ranks": launches_ranks,
         "device": torch.cuda.get_device_name() if device == "cuda" else f"{processor()}, stand-ins",
     }
     if arguments.save:

@@ -302,9 +302,14 @@ def test_host(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bench_host.main(["--runs=1", "--save"])
     record = _record(results, "host")
     rows = {row["name"]: row for row in record["rows"]}
-    assert rows.keys() >= {"nn.BatchNorm2d", "local", "swap", "regroup", "local, CPU kernels"}
+    modes = {"local", "swap", "regroup"}
+    assert record["host_ratio"].keys() == record["launches"].keys() == modes
+    of_ranks = {"sync", "swap", "regroup"}
+    assert record["host_ratio_ranks"].keys() == record["launches_ranks"].keys() == of_ranks
+    assert rows.keys() >= modes | {f"{mode} of 2 ranks" for mode in of_ranks}
     plain = rows["nn.BatchNorm2d"]
-    for row in rows.values():
+    for mode in modes:
+        row = rows[mode]
         assert row["ratio"] == pytest.approx(row["seconds"] / plain["seconds"], rel=1e-2)
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert last["host_ratio"].keys() == {"local", "swap", "regroup"}

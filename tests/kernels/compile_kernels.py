@@ -21,9 +21,8 @@ from triton.runtime.jit import JITFunction
 
 from kernels.kernel_cases import all_four, all_of_groups, rows_for
 from kernels.kernel_code import Code, read_code
-from shuffle_batchnorm.kernels import triton_launch, triton_local
-from shuffle_batchnorm.kernels.rows import BlockGroups, Running
-from shuffle_batchnorm.kernels.triton_local import TritonLocal
+from shuffle_batchnorm.kernels import triton_launch
+from shuffle_batchnorm.kernels.rows import BlockGroups, Exchange, Running, accumulation_dtype
 
 _FIRST_HOPPER = 90
 _THREADS = 128  # of a program
@@ -64,34 +63,27 @@ def _compile(
             all_of_groups(triton_launch, x, x, sizes, rows_for(x, (shape[0],), 4), groups, groups)
         else:
             all_four(triton_launch, x, x, sizes, rows_for(x, sizes, 4))
-        total, dot, rstd, factor = rows_for(x, sizes, 4)
-        triton_launch.backward_rows(total, dot, rstd, factor, 7)
-        weight, mean, var = x.new_ones(3, shape[1])
-        triton_launch.normaliser_rows(total, dot, weight, 1e-5, 7, Running(mean, var, 0.1))
-        triton_launch.normaliser_rows(total, dot, None, 1e-5, total[:, :1], None)
-        for step in (0.1, x.new_ones(())):
-            triton_launch.normaliser_rows(
-                total, dot, weight, 1e-5, total[:, :1], Running(mean, var, step)
-            )
-        triton_launch.dx_coefficients(total, dot, rstd, factor, total[:, :1])
-        triton_launch.param_grads(total, dot, weight)
-        triton_launch.param_grads(total, dot, None)
-        triton_launch.merge_moments(total.new_ones(blocks, 3, 2 * shape[1] + 1))
-        _step(x, sizes, merge_last=grouped)
+        if grouped or dtype == torch.float64:
+            _steps(x, sizes)
     finally:
         JITFunction.run = run
     return launched
 
 
-def _step(x: Tensor, sizes: tuple[int, ...], merge_last: bool) -> None:
-    """Run forward and backward of one process."""
-    triton_local.MERGE_LAST = merge_last
-    groups = BlockGroups(1, (0,) * len(sizes))
-    work = TritonLocal(x, 1e-5, sizes, groups, groups)
-    weight, mean, var = rows_for(x, (3,), 1)[0].new_ones(3, x.shape[1])
-    number = torch.tensor(0)
-    _, rows = work.forward(x, weight, weight, (), Running(mean, var, 0.1, number))
-    work.gradients(x, x, weight, weight.dtype, rows, True)
+def _steps(x: Tensor, sizes: tuple[int, ...]) -> None:
+    """Steps of one process and of ranks, with everything that a layer may have, and without."""
+    blocks = len(sizes)
+    weight, mean, var = x.new_ones(3, x.shape[1], dtype=accumulation_dtype(x))
+    exchange, groups = Exchange((0,), 1, ((0, blocks + 1),) * blocks), BlockGroups(1, (0,) * blocks)
+    ranks = triton_launch.TritonRanks(x, 1e-5, sizes, exchange, exchange)
+    local = triton_launch.TritonLocal(x, 1e-5, sizes, groups, groups)
+    for chosen, running in ((weight, Running(mean, var, 0.1, mean.long()[0])), (None, None)):
+        rows = ranks.mix_moments(ranks.pack_moments(x).rows, chosen)
+        ranks.forward(x, chosen, rows, running)
+        scratch, messages = ranks.pack_sums(x, x, chosen, rows)
+        ranks.gradients(x, x, chosen, None, rows, scratch, messages.rows)
+        _, kept = local.forward(x, chosen, chosen, (), running)
+        local.gradients(x, x, chosen, None, kept, True)
 
 
 def _compile_step(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool) -> list[Any]:
@@ -106,7 +98,10 @@ def _compile_step(shape: tuple[int, ...], dtype: torch.dtype, channels_last: boo
     x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
     JITFunction.run = note
     try:
-        _step(x, (shape[0],), False)
+        work = triton_launch.TritonLocal(x, 1e-5, (shape[0],), None, None)
+        weight, mean, var = x.new_ones(3, shape[1], dtype=accumulation_dtype(x))
+        _, rows = work.forward(x, weight, weight, (), Running(mean, var, 0.1, mean.long()[0]))
+        work.gradients(x, x, weight, weight.dtype, rows, True)
     finally:
         JITFunction.run = run
     return launched

@@ -1,4 +1,4 @@
-"""Launches the kernels of one process, compiled for a GPU, on a driver that only takes notes.
+"""Launches the kernels of a step, compiled for a GPU, on a driver that only takes notes.
 
 Run by test_launch.py in a process of its own, as Triton either compiles or interprets. Prints, by
 name, what was found.
@@ -15,8 +15,9 @@ from triton.runtime.jit import JITFunction
 
 from kernels.compile_kernels import _Driver
 from shuffle_batchnorm.kernels import launch, triton_local
-from shuffle_batchnorm.kernels.rows import BlockGroups, Running
+from shuffle_batchnorm.kernels.rows import BlockGroups, Exchange, Running
 from shuffle_batchnorm.kernels.triton_local import TritonLocal
+from shuffle_batchnorm.kernels.triton_ranks import TritonRanks
 
 notes: list[tuple[Any, ...]] = []
 
@@ -73,44 +74,64 @@ class _Runs:
         self._patch.stop()
 
 
-def _step(work: TritonLocal, x: Tensor, weight: Tensor | None) -> tuple[list[Any], int]:
+def _step(work: Any, x: Tensor, weight: Tensor | None) -> tuple[list[Any], int]:
     """Return what was launched, and how much of it by way of ``kernel[grid]``."""
     notes.clear()
     rows = weight.new_ones(2, x.shape[1]) if weight is not None else x.new_ones(2, x.shape[1])
     running = None if weight is None else Running(rows[0], rows[1], 0.1, torch.tensor(3))
+    dtype = None if weight is None else weight.dtype
     with _Runs() as runs:
-        _, kept = work.forward(x, weight, weight, (), running)
-        work.gradients(x, x, weight, None if weight is None else weight.dtype, kept, True)
+        if isinstance(work, TritonLocal):
+            _, kept = work.forward(x, weight, weight, (), running)
+            work.gradients(x, x, weight, dtype, kept, True)
+        else:
+            packed = work.mix_moments(work.pack_moments(x).rows, weight)
+            work.forward(x, weight, packed, running)
+            scratch, messages = work.pack_sums(x, x, weight, packed)
+            work.gradients(x, x, weight, dtype, packed, scratch, messages.rows)
     return list(notes), runs.count
 
 
-def _look(dtype: torch.dtype, channels_last: bool, affine: bool, merge_last: bool) -> Any:
+def _prepare(kind: str, x: Tensor) -> Any:
+    sizes = (2,) * 6
+    if kind == "ranks":
+        exchange = Exchange((0,), 1, ((0, 7),) * 6)
+        return TritonRanks(x, 1e-5, sizes, exchange, exchange)
+    groups = BlockGroups(2, (0, 1, 0, 1, 0, 1))
+    return TritonLocal(x, 1e-5, sizes, groups, groups)
+
+
+def _look(dtype: torch.dtype, channels_last: bool, affine: bool, kind: str) -> Any:
     x = torch.zeros(12, 6, 5, 8, dtype=dtype)
     x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
     weight = torch.zeros(6) if affine else None
-    groups = BlockGroups(2, (0, 1, 0, 1, 0, 1))
-    with patch.object(triton_local, "MERGE_LAST", merge_last):
-        work = TritonLocal(x, 1e-5, (2,) * 6, groups, groups)
+    with patch.object(triton_local, "MERGE_LAST", kind == "two"):
+        work = _prepare(kind, x)
         first, compiled = _step(work, x, weight)
         again, found = _step(work, x, weight)
         _, directly = _step(work, torch.zeros(x.numel() + 1, dtype=dtype)[1:].as_strided(
             x.size(), x.stride(), 1), weight)  # fmt: skip
+        recorded = None
+        if kind != "ranks":
+            with _Runs() as runs:
+                work.moments(x, (), None)  # without a weight, whatever the layer has
+            recorded = runs.count
         with patch.object(launch, "_is_version_known", lambda: False):
-            other = TritonLocal(x, 1e-5, (2,) * 6, groups, groups)
+            other = _prepare(kind, x)
             _step(other, x, weight)
             third, slowly = _step(other, x, weight)
     return {
         "launches": len(first), "compiled": compiled, "found": found, "unaligned": directly,
-        "unknown": slowly, "same": first == again == third,
+        "unknown": slowly, "same": first == again == third, "recorded": recorded,
     }  # fmt: skip
 
 
 def main() -> None:
     driver.set_active(_NotingDriver())
     for dtype in (torch.float32, torch.bfloat16):
-        for merge_last in (False, True):
+        for kind in ("three", "two", "ranks"):
             channels_last = affine = dtype == torch.float32
-            print(json.dumps(_look(dtype, channels_last, affine, merge_last)))
+            print(json.dumps(_look(dtype, channels_last, affine, kind)))
 
 
 if __name__ == "__main__":

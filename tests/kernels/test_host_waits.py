@@ -33,7 +33,8 @@ def test_launches(shape: tuple[int, ...], mode: str, ranks: int) -> None:
     kernels = mock.patch.object(select, "_triton", return_value=triton_launch)
     kernel = mock.patch.object(InterpretedFunction, "__getitem__", launch)
     stream = mock.patch.object(launches, "current_stream", return_value=0)
-    with gpu(ranks) as never_waits, kernels, kernel, stream:
+    device = mock.patch.object(launches, "current_device", return_value=0)
+    with gpu(ranks) as never_waits, kernels, kernel, stream, device:
         groups = 2 if shape[0] == 16 else 1
         layer = ShuffleBatchNorm(4, mode=mode, groups=groups, device="cuda")
         x = torch.randn(shape, device="cuda", requires_grad=True)

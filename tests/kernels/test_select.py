@@ -94,8 +94,8 @@ def test_where_triton_does_not_work_a_warning_says_what_is_slower(
     [
         *(("triton_kernels", name) for name in ("moments", "affine", "grad_sums", "grad_affine")),
         *(("triton_merge", name) for name in ("finish_moments", "finish_sums")),
-        *(("triton_rows", name) for name in ("merge_moments", "merge_sums", "normaliser_rows")),
-        *(("triton_rows", name) for name in ("merge_rows", "param_grads", "dx_coefficients")),
+        *(("triton_messages", name) for name in ("pack_moments", "mix_moments")),
+        *(("triton_messages", name) for name in ("pack_sums", "mix_sums")),
     ],
 )
 def test_a_kernel_that_fails_later_fails_at_the_choice(

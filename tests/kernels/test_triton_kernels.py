@@ -27,14 +27,8 @@ CASES = [
 ]
 HEAVY = {"moments", "affine", "grad_sums", "grad_affine"}
 SMALL = {
-    "merge_moments",
-    "merge_sums",
-    "normaliser_rows",
-    "merge_rows",
-    "param_grads",
-    "dx_coefficients",
-    "finish_moments",
-    "finish_sums",
+    *("finish_moments", "finish_sums"),
+    *("pack_moments", "mix_moments", "pack_sums", "mix_sums"),
 }
 
 

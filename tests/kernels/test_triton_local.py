@@ -206,9 +206,8 @@ def test_many_parts_are_merged_by_a_launch(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(triton_local, "MERGE_LAST", True)
     monkeypatch.setattr(triton_local, "_MOST_PARTS", 2)
     work = TritonLocal(randn(12, 5, 7).to(DEVICE), EPS, (2,) * 6, MIXED, None)
-    assert work._moments.merge is not None  # 3 parts for each
-    assert work._sums.merge is not None
-    monkeypatch.setattr(triton_local, "_MOST_PARTS", 3)
-    assert (
-        TritonLocal(randn(12, 5, 7).to(DEVICE), EPS, (2,) * 6, MIXED, None)._moments.merge is None
-    )
+    for reduction in (work._moments, work._sums):  # 3 parts for each
+        assert triton_local._counters(work._device, 0, reduction) is None
+        monkeypatch.setattr(triton_local, "_MOST_PARTS", 3)
+        assert triton_local._counters(work._device, 0, reduction) is not None
+        monkeypatch.setattr(triton_local, "_MOST_PARTS", 2)

@@ -7,7 +7,7 @@ from functools import lru_cache
 import pytest
 
 from shuffle_batchnorm.norm.mixing import Options, Plan, make_plan
-from shuffle_batchnorm.norm.routes import Route, find_route
+from shuffle_batchnorm.norm.routes import Route, exchange_of, find_route
 
 Block = tuple[int, int]  # of all ranks: group, block
 # Every mode with messages; groups that wrap around their ranks, and back; B of 1 to G.
@@ -83,6 +83,22 @@ def test_blocks_get_the_rows_of_their_normaliser(world_size: int) -> None:
         for rank in RANKS[world_size]:
             for block, rows in _found(rank, plan).items():
                 assert rows == _members(block, plan, options), (options, rank, block)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_kernels_merge_what_a_route_brings_together(world_size: int) -> None:
+    """Catches a row taken from where another is, among those of blocks, those sent, those come."""
+    for options in SMALL:
+        plan = make_plan(options, world_size, 0)
+        for rank in range(world_size) if plan.shuffles else ():
+            for way in (plan, plan.transposed()):
+                route, blocks = _route(way, rank), _blocks(way, rank)
+                exchange = exchange_of(route, len(blocks))
+                arrived = _arrived(rank, way)[len(blocks) if route.with_local else 0 :]
+                assert len(arrived) == exchange.arriving
+                there = [*blocks, *(blocks[k] for k in exchange.sent), *arrived]
+                found = [[there[k] for k in members] for members in exchange.members]
+                assert found == list(_found(rank, way).values()), (options, rank)
 
 
 @pytest.mark.parametrize("world_size", RANKS)

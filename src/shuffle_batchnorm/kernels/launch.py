@@ -73,3 +73,9 @@ def current_stream(device: int) -> int:
     """Return the number of the current stream of a CUDA device."""
     number: int = torch._C._cuda_getCurrentRawStream(device)
     return number
+
+
+def current_device() -> int:
+    """Return the number of the current CUDA device."""
+    number: int = torch._C._cuda_getDevice()
+    return number

@@ -89,8 +89,14 @@ def prepare(
     kernels: Kernels, x: Tensor, eps: float, sizes: Sizes, groups: Groups, users: Groups,
     values: int, parameters: Iterable[Tensor | None],
 ) -> Any:  # fmt: skip
-    """Return what runs calls of a kind: `Local`, or the kernels' own, which takes no gaps."""
-    own = getattr(kernels, "TritonLocal", None)
-    if own is not None and all(p is None or p.is_contiguous() for p in parameters):
+    """Return what runs calls of a kind: `Local`, or the kernels' own."""
+    own = own_class(kernels, "TritonLocal", parameters)
+    if own is not None:
         return own(x, eps, sizes, groups, users)
     return Local(kernels, sizes, groups, users, values, eps)
+
+
+def own_class(kernels: Kernels, name: str, parameters: Iterable[Tensor | None]) -> Any:
+    """Return the class of kernels that prepare calls, unless a parameter has gaps; else None."""
+    has_gaps = not all(p is None or p.is_contiguous() for p in parameters)
+    return None if has_gaps else getattr(kernels, name, None)

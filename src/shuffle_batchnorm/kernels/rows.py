@@ -45,6 +45,21 @@ class BlockGroups(NamedTuple):
 Groups = BlockGroups | None  # None: each block is a group of its own
 
 
+class Exchange(NamedTuple):
+    """Which rows of blocks leave a rank, and which rows it merges.
+
+    Attributes:
+        sent: the block of each row that leaves.
+        arriving: how many rows arrive.
+        members: of each row that is merged. Rows are those of the blocks, then those sent, then
+            those that have arrived.
+    """
+
+    sent: Order
+    arriving: int
+    members: tuple[Order, ...]
+
+
 def _argsort(owners: Order) -> Order:
     return tuple(sorted(range(len(owners)), key=owners.__getitem__))
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from . import cpu, reference
-from .rows import BlockGroups, Running, has_numbers
+from .rows import BlockGroups, Exchange, Running, has_numbers
 
 Kernels = Any  # a module with the functions of `reference`, in which mypy has checked them
 
@@ -61,16 +61,16 @@ def _launch_all(kernels: Kernels, x: Tensor) -> None:
     """Call all of them, with everything that they may launch: what fails should fail here."""
     sizes, groups = (1, 1), BlockGroups(1, (0, 0))
     mean, std = kernels.block_moments(x, sizes, groups)
+    kernels.block_affine(x, sizes, mean, std, mean, groups)
+    kernels.block_grad_sums(x, x, sizes, mean, std, groups)
+    kernels.block_grad_affine(x, x, sizes, std, std, mean, std, groups, groups)
     running = Running(torch.zeros_like(x[0]), torch.ones_like(x[0]), 0.1)
-    rstd, scale = kernels.normaliser_rows(mean, std, x[0], 1e-5, 2, running)
-    kernels.block_affine(x, sizes, mean, scale, mean, groups)
-    total, dot = kernels.block_grad_sums(x, x, sizes, mean, rstd, groups)
-    _, _, b, c = kernels.backward_rows(total, dot, rstd, scale, 2)
-    _, _, sums = kernels.param_grads(total, dot, x[0])
-    merged = kernels.merge_moments(sums.new_ones(1, 2, 3))
-    kernels.normaliser_rows(mean, std, None, 1e-5, merged[0, :, :1], running)
-    kernels.dx_coefficients(sums[:, 0], sums[:, 1], rstd, scale, merged[0, :, :1])
-    kernels.block_grad_affine(x, x, sizes, scale, b, mean, c, groups, groups)
     local = kernels.TritonLocal(x, 1e-5, sizes, groups, groups)
     _, rows = local.forward(x, x[0], x[0], (), running)
     local.gradients(x, x, x[0], x.dtype, rows, True)
+    exchange = Exchange((), 0, ((0, 1), (0, 1)))
+    ranks = kernels.TritonRanks(x, 1e-5, sizes, exchange, exchange)
+    rows = ranks.mix_moments(ranks.pack_moments(x).rows, x[0])
+    ranks.forward(x, x[0], rows, running)
+    scratch, messages = ranks.pack_sums(x, x, x[0], rows)
+    ranks.gradients(x, x, x[0], x.dtype, rows, scratch, messages.rows)

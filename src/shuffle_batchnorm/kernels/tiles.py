@@ -112,17 +112,12 @@ def elementwise(shape: Shape, sizes: Sizes, channels_last: bool, itemsize: int) 
 
 
 def merge_tile(rows: int) -> tuple[int, int]:
-    """Return the tile ``[ROWS, COLUMNS]`` of the kernel that merges so many splits of blocks."""
-    height = _power(rows)
-    return height, min(64, 2 * MERGED // height)
+    """Return the tile ``[ROWS, COLUMNS]`` of the kernels that merge so many rows.
 
-
-def row_tile(rows: int) -> tuple[int, int]:
-    """Return the tile ``[ROWS, COLUMNS]`` of the kernels that go over rows, a tile at a time.
-
-    Narrow, so that few channels still take several programs; a load is 128 bytes of float32.
+    Narrow, so that few channels still take several programs; more rows than fit take several steps.
     """
-    return min(_power(rows), 32), 32
+    height = min(_power(rows), MERGED)
+    return height, min(64, 2 * MERGED // height)
 
 
 def _is_run(channels: int, plane: int, itemsize: int) -> bool:

@@ -212,10 +212,12 @@ def _merged(block, owners, tile, outer, inner, LENGTH: tl.constexpr, CHANNELS: t
 
 
 @triton.jit(
-    do_not_specialize=["running_mean", "running_var", "number", "steps", "rows", "samples"]
+    do_not_specialize=[
+        "running_mean", "running_var", "number", "steps", "counts", "rows", "samples"
+    ]
 )  # fmt: skip
 def affine(
-    x, y, blocks, owners, center, scale, shift, running_mean, running_var, number, steps,
+    x, y, blocks, owners, center, scale, shift, running_mean, running_var, number, steps, counts,
     step: tl.float64, change: tl.float64, center_stride, scale_at, scale_stride, shift_stride, rows,
     samples, outer, units, UNIT: tl.constexpr, LENGTH: tl.constexpr, ROWS: tl.constexpr,
     OUTER: tl.constexpr, INNER: tl.constexpr,
@@ -246,8 +248,8 @@ def affine(
         first, column, exist = own_channels(outer, inner, LENGTH, OUTER, INNER)
         if first:
             move_running(
-                center, rows, center_stride, running_mean, running_var, number, steps, step, change,
-                column, exist,
+                center, rows, center_stride, running_mean, running_var, number, steps, counts, step,
+                change, column, exist,
             )  # fmt: skip
 
 
@@ -256,9 +258,9 @@ def affine(
 )  # fmt: skip
 def grad_affine(
     x, y, dy, blocks, owners, users, center, scale, shift, factor, weight_grad, bias_grad, sums_at,
-    center_stride, scale_at, scale_stride, shift_at, shift_stride, factor_at, factor_stride, rows,
-    samples, outer, units, UNIT: tl.constexpr, LENGTH: tl.constexpr, ROWS: tl.constexpr,
-    OUTER: tl.constexpr, INNER: tl.constexpr,
+    center_at, center_stride, scale_at, scale_stride, shift_at, shift_stride, factor_at,
+    factor_stride, rows, samples, outer, units, UNIT: tl.constexpr, LENGTH: tl.constexpr,
+    ROWS: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     """Write ``y = dy * factor + (x - center) * scale + shift``.
 
@@ -275,7 +277,7 @@ def grad_affine(
     user = block if users is None else tl.load(users + block)
     values = tl.load(x + offsets, mask=exists, other=0).to(dtype)
     gradient = tl.load(dy + offsets, mask=exists, other=0).to(dtype)
-    centers = center + owner * center_stride + channels
+    centers = center + center_at + owner * center_stride + channels
     values -= per_sample(centers, exist, next_channel, is_next, LENGTH)
     slopes = scale + scale_at + owner * scale_stride + channels
     values *= per_sample(slopes, exist, next_channel, is_next, LENGTH)

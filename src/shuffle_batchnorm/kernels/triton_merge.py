@@ -36,34 +36,67 @@ def merge_moments(
     By Chan's formula, in float64. `parts` are ``[3, splits, blocks, C]``: mean, sum of squares
     about it, and count.
     """
-    dtype = out.dtype.element_ty
     exist = column < channels
     size = splits.to(tl.int64) * columns
-    counts = tl.zeros([ROWS, COLUMNS], tl.float64)
-    means = tl.zeros([ROWS, COLUMNS], tl.float64)
+    _, mean, deviation = merge(
+        parts, parts + size, parts + 2 * size, order, normaliser, column, columns, channels,
+        channels, splits, members, False, ROWS, COLUMNS,
+    )  # fmt: skip
+    plane = normalisers.to(tl.int64) * channels
+    write_moments(out + normaliser * channels, plane, mean, deviation, root, weight, column, exist)
+
+
+@triton.jit
+def merge(
+    means, spreads, counts, order, target, column, columns, pitch, channels, splits, members,
+    SENT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Return count, mean and deviation, ``[1, COLUMNS]``, by Chan's formula, in float64.
+
+    Of `members` rows, or of the `splits` parts of each; `pitch` is the distance from one to the
+    next. Spreads are sums of squares about the mean. In rows that were SENT they are deviations,
+    and the count is one for all channels; a count of -inf is that of all that it is merged with.
+    """
+    exist = column < channels
+    totals = tl.zeros([ROWS, COLUMNS], tl.float64)
+    sums = tl.zeros([ROWS, COLUMNS], tl.float64)
     for first in range(0, splits * members, ROWS):
-        offsets, there = _parts(
-            first, order, normaliser, column, columns, channels, splits, members, ROWS
-        )
-        count = tl.load(parts + 2 * size + offsets, mask=there & exist, other=0).to(tl.float64)
-        counts += count
-        means += count * tl.load(parts + offsets, mask=there & exist, other=0).to(tl.float64)
-    count = tl.maximum(tl.sum(counts, axis=0, keep_dims=True), 1)
-    mean = tl.sum(means, axis=0, keep_dims=True) / count
+        offsets, there = _parts(first, order, target, column, columns, pitch, splits, members, ROWS)
+        there = there & exist
+        count = _count(counts, offsets, column, there, SENT)
+        totals += count
+        sums += count * tl.load(means + offsets, mask=there, other=0).to(tl.float64)
+    total = tl.sum(totals, axis=0, keep_dims=True)
+    divisor = tl.maximum(total, 1)
+    mean = tl.sum(sums, axis=0, keep_dims=True) / divisor
     squares = tl.zeros([ROWS, COLUMNS], tl.float64)
     for first in range(0, splits * members, ROWS):
-        offsets, there = _parts(
-            first, order, normaliser, column, columns, channels, splits, members, ROWS
-        )
-        some = tl.load(parts + 2 * size + offsets, mask=there & exist, other=0).to(tl.float64)
-        other = tl.load(parts + offsets, mask=there & exist, other=0).to(tl.float64)
+        offsets, there = _parts(first, order, target, column, columns, pitch, splits, members, ROWS)
+        there = there & exist
+        count = _count(counts, offsets, column, there, SENT)
+        other = tl.load(means + offsets, mask=there, other=0).to(tl.float64)
         distance = tl.where(there, other - mean, 0)
-        inside = tl.load(parts + size + offsets, mask=there & exist, other=0).to(tl.float64)
-        squares += inside + some * distance * distance
-    deviation = tl.sqrt(tl.sum(squares, axis=0, keep_dims=True) / count).to(dtype)
+        inside = tl.load(spreads + offsets, mask=there, other=0).to(tl.float64)
+        if SENT:
+            inside *= count * inside
+        squares += inside + count * distance * distance
+    return total, mean, tl.sqrt(tl.sum(squares, axis=0, keep_dims=True) / divisor)
 
-    plane = normalisers.to(tl.int64) * channels
-    position = out + normaliser * channels + column
+
+@triton.jit
+def _count(counts, offsets, column, there, SENT: tl.constexpr):
+    """Load the counts of rows."""
+    if SENT:
+        offsets -= column
+    return tl.load(counts + offsets, mask=there, other=0).to(tl.float64)
+
+
+@triton.jit
+def write_moments(out, plane, mean, deviation, root, weight, column, exist):
+    """Write mean, deviation, ``1 / sqrt(std**2 + root**2)``, and that times weight to 4 planes."""
+    dtype = out.dtype.element_ty
+    position = out + column
+    deviation = deviation.to(dtype)
     tl.store(position, mean.to(dtype), mask=exist)
     tl.store(position + plane, deviation, mask=exist)
     rstd = inverse_deviation(deviation, number(root, dtype))
@@ -103,18 +136,10 @@ def merge_sums(
     """
     dtype = out.dtype.element_ty
     exist = column < channels
-    size = splits.to(tl.int64) * columns
-    totals = tl.zeros([ROWS, COLUMNS], dtype)
-    dots = tl.zeros([ROWS, COLUMNS], dtype)
-    for first in range(0, splits * members, ROWS):
-        offsets, there = _parts(
-            first, order, normaliser, column, columns, channels, splits, members, ROWS
-        )
-        totals += tl.load(parts + offsets, mask=there & exist, other=0)
-        dots += tl.load(parts + size + offsets, mask=there & exist, other=0)
-    total = tl.sum(totals, axis=0, keep_dims=True)
-    dot = tl.sum(dots, axis=0, keep_dims=True)
-
+    total, dot = add(
+        parts, splits.to(tl.int64) * columns, order, normaliser, column, columns, channels,
+        channels, splits, members, ROWS, COLUMNS,
+    )  # fmt: skip
     plane = normalisers.to(tl.int64) * channels
     position = normaliser * channels + column
     rstd = tl.load(rows + 2 * plane + position, mask=exist, other=0)
@@ -123,6 +148,22 @@ def merge_sums(
     tl.store(out + plane + position, dot, mask=exist)
     tl.store(out + 2 * plane + position, step * dot * rstd, mask=exist)
     tl.store(out + 3 * plane + position, step * total, mask=exist)
+
+
+@triton.jit
+def add(
+    totals, to_dots, order, target, column, columns, pitch, channels, splits, members,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Return total and dot, ``[1, COLUMNS]``: sums of rows as `merge` has them."""
+    exist = column < channels
+    total = tl.zeros([ROWS, COLUMNS], totals.dtype.element_ty)
+    dot = tl.zeros([ROWS, COLUMNS], totals.dtype.element_ty)
+    for first in range(0, splits * members, ROWS):
+        offsets, there = _parts(first, order, target, column, columns, pitch, splits, members, ROWS)
+        total += tl.load(totals + offsets, mask=there & exist, other=0)
+        dot += tl.load(totals + to_dots + offsets, mask=there & exist, other=0)
+    return tl.sum(total, axis=0, keep_dims=True), tl.sum(dot, axis=0, keep_dims=True)
 
 
 @triton.jit
@@ -142,38 +183,50 @@ def is_last(arrivals, programs):
 
 @triton.jit
 def _parts(
-    first, order, normaliser, column, columns, channels, splits, members, ROWS: tl.constexpr
+    first, order, target, column, columns, pitch, splits, members, ROWS: tl.constexpr
 ):  # fmt: skip
     """Return where some parts of a normaliser are, ``[ROWS, COLUMNS]``, and which of them exist."""
     row = first + tl.arange(0, ROWS)[:, None]
     there = row < splits * members
-    block = tl.load(order + normaliser * members + row % members, mask=there, other=0)
-    return (row // members).to(tl.int64) * columns + block * channels + column, there
+    block = tl.load(order + target * members + row % members, mask=there, other=0)
+    return (row // members).to(tl.int64) * columns + block * pitch + column, there
 
 
 @triton.jit
 def move_running(
-    rows, normalisers, stride, running_mean, running_var, number_tracked, steps, step, change,
-    column, exist,
+    rows, normalisers, stride, running_mean, running_var, number_tracked, steps, counts, step,
+    change, column, exist,
 ):  # fmt: skip
     """Move running statistics a share `step` towards the averages of normalisers; count the batch.
 
-    `rows` are means, then deviations; `change` makes their squares unbiased. `steps`, if there
-    is one, is where the share is in memory.
+    `rows` are means, then deviations; `change` makes their squares unbiased. If there are `counts`,
+    they do so instead: they come after 4 planes of rows, and a row of none is left out. `steps`, if
+    there is one, is where the share is in memory.
     """
     dtype = rows.dtype.element_ty
     mean = tl.zeros_like(column).to(dtype)
     variance = tl.zeros_like(column).to(dtype)
+    averaged = tl.zeros_like(column).to(dtype)
     for row in range(normalisers):
         position = rows + row * stride + column
-        mean += tl.load(position, mask=exist, other=0)
-        deviation = tl.load(position + normalisers * stride, mask=exist, other=0)
-        variance += deviation * deviation
+        there = exist
+        factor = number(change, dtype)
+        if counts is not None:
+            position_of_count = counts + 4 * normalisers * stride + row + column * 0
+            count = tl.load(position_of_count, mask=exist, other=1)
+            there = exist & (count > 0)
+            factor = count / tl.maximum(count - 1, 1)
+            averaged += tl.where(count > 0, 1, 0).to(dtype)
+        mean += tl.load(position, mask=there, other=0)
+        deviation = tl.load(position + normalisers * stride, mask=there, other=0)
+        variance += deviation * deviation * factor
+    if counts is None:
+        averaged += normalisers.to(dtype)
     share = number(step, dtype)
     if steps is not None:
         share = tl.load(steps).to(dtype)
-    move(running_mean + column, mean / normalisers, share, exist)
-    move(running_var + column, variance * (number(change, dtype) / normalisers), share, exist)
+    move(running_mean + column, mean / averaged, share, exist)
+    move(running_var + column, variance / averaged, share, exist)
     if number_tracked is not None:
         counts = tl.program_id(0) == 0
         tl.store(number_tracked, tl.load(number_tracked, mask=counts) + 1, mask=counts)

@@ -1,15 +1,18 @@
 """Forward and backward of a rank that has peers to ask: see `kernels.local.Local`."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from shuffle_batchnorm.comm import collectives
 from shuffle_batchnorm.comm.world import World
 from shuffle_batchnorm.kernels.local import Gradients, Rows, affine
 from shuffle_batchnorm.kernels.rows import Running, are_equal, counts, move, unbiased_variance
 
-from .statistics import Call, check_counts, mix_gradients, statistics_of
+from .mixing import CALL
+from .routes import Route
+from .statistics import Call, assert_valid, check_counts, mix_gradients, statistics_of
 
 
 class AmongRanks(NamedTuple):
@@ -106,3 +109,79 @@ class AmongRanks(NamedTuple):
     def moments(self, _x: Tensor, rows: Rows, std: Tensor) -> tuple[Tensor, Tensor]:
         """See `kernels.local.Local.moments`."""
         return rows[0], std
+
+
+class PreparedRanks(NamedTuple):
+    """The same in fewer operations, by kernels that have prepared for such a call.
+
+    Attributes:
+        call: what was prepared.
+        world: the ranks.
+    """
+
+    call: Call
+    world: World
+
+    def statistics(
+        self, x: Tensor, weight: Tensor | None, _running: Running | None
+    ) -> tuple[Rows, None]:
+        """Return rows of normalisers in one tensor.
+
+        Communication: that of `statistics.mix`.
+        """
+        call, own = self.call, self.call.ranks
+        with torch.no_grad():
+            messages = own.pack_moments(own.dense(x))
+            if call.plan.mode == "sync":
+                sent = messages.rows.view(-1)
+                received = collectives.all_gather(sent, self.world, CALL, call.doing[0])
+            else:
+                received = self._exchange(messages, call.route, call.doing[0])
+            rows = own.mix_moments(received, weight)
+            if x.device.type == "cpu":
+                check_counts(own.counts(rows), call, self.world, x.shape)
+            else:
+                assert_valid(own.valid)
+        return (rows,), None
+
+    def _exchange(self, messages: Any, route: Route | None, doing: str) -> Tensor:
+        """Return all rows, once those sent have been exchanged for those that arrive."""
+        if route is not None and messages.sent is not None:
+            splits = route.send_splits, route.receive_splits
+            collectives.all_to_all(
+                messages.sent, *splits, self.world, CALL, doing, messages.arrived
+            )
+        rows: Tensor = messages.rows
+        return rows
+
+    def forward(
+        self, x: Tensor, _weight: Tensor | None, bias: Tensor | None, rows: Rows,
+        running: Running | None,
+    ) -> tuple[Tensor, Rows]:  # fmt: skip
+        """Return y, and what `gradients` needs. Moves statistics, counts the batch."""
+        own = self.call.ranks
+        return own.forward(own.dense(x), bias, rows[0], running), rows
+
+    def gradients(
+        self, dy: Tensor, x: Tensor, weight: Tensor | None, bias_dtype: torch.dtype | None,
+        rows: Rows, needs_dx: bool,
+    ) -> Gradients:  # fmt: skip
+        """See `AmongRanks.gradients`."""
+        call, own = self.call, self.call.ranks
+        dy, x = own.dense(dy), own.dense(x)
+        scratch, messages = own.pack_sums(dy, x, weight, rows[0])
+        if call.plan.mode == "sync":
+            received = collectives.all_sum(messages.rows, self.world, CALL, call.doing[1])
+        else:
+            received = self._exchange(messages, call.back, call.doing[1])
+        found: Gradients = (
+            own.gradients(dy, x, weight, bias_dtype, rows[0], scratch, received)
+            if needs_dx
+            else own.param_grads(scratch)
+        )
+        return found
+
+    def moments(self, _x: Tensor, rows: Rows, _std: None) -> tuple[Tensor, Tensor]:
+        """See `kernels.local.Local.moments`."""
+        mean, std = self.call.ranks.moments(rows[0])
+        return mean, std

@@ -19,7 +19,7 @@ from shuffle_batchnorm.kernels import select
 from shuffle_batchnorm.kernels.local import Rows
 from shuffle_batchnorm.kernels.rows import Running, accumulation_dtype, is_known, per_sample, take
 
-from .among_ranks import AmongRanks
+from .among_ranks import AmongRanks, PreparedRanks
 from .autograd import Normalise, apply_directly
 from .checks import (
     CheckDimensions,
@@ -33,7 +33,7 @@ from .checks import (
     warn_if_nothing_is_shuffled,
 )
 from .mixing import CALL, Options, check_options, make_plan
-from .statistics import Call, RowFormat, asks_peers, prepare_call, prepare_local
+from .statistics import Call, RowFormat, asks_peers, prepare_call, prepare_local, prepare_ranks
 from .tracing import check_no_transform, count_batch
 
 
@@ -186,7 +186,8 @@ def normalise(
     if is_eager and type(input) is Tensor:
         tensors = input, *parameters, number
         forms = [x if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in tensors]
-        key = options, eps, world.rank, world.size, *forms
+        # A momentum in memory takes another kernel.
+        key = options, eps, isinstance(momentum, Tensor), world.rank, world.size, *forms
         call = calls.get(key)
     if call is None:
         call = _prepare(input, parameters, eps, options, world, num_features, check_dimensions)
@@ -197,7 +198,8 @@ def normalise(
     work = call.local
     if work is None:
         agree_once(options, call, world)
-        work = AmongRanks(call, world, eps)
+        has_prepared = call.ranks is not None
+        work = PreparedRanks(call, world) if has_prepared else AmongRanks(call, world, eps)
     weight, bias, mean, var = parameters
     running = None if mean is None or var is None else Running(mean, var, momentum, number)
     rows, std = work.statistics(input, weight, running)
@@ -238,7 +240,8 @@ def _prepare(
     batch = input.shape[0]
     row_format = RowFormat(input.shape[1], accumulation_dtype(input))
     if asks_peers(plan):
-        return prepare_call(plan, plan.sizes(batch), row_format, select.select(input))
+        call = prepare_call(plan, plan.sizes(batch), row_format, select.select(input))
+        return prepare_ranks(call, input, eps, parameters)
     if world.size == 1 and is_known(batch // plan.groups < plan.per_group):
         # A graph for batches of any size keeps them.
         plan = plan.without_empty_blocks(batch)

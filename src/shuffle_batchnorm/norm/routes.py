@@ -12,7 +12,7 @@ from torch import Tensor
 
 from shuffle_batchnorm.comm import collectives
 from shuffle_batchnorm.comm.world import World
-from shuffle_batchnorm.kernels.rows import Order, take
+from shuffle_batchnorm.kernels.rows import Exchange, Order, take
 
 from .mixing import Plan
 
@@ -116,3 +116,15 @@ def gather_members(rows: Tensor, route: Route, world: World, call: str, doing: s
         rows = torch.cat([rows, arrived]) if route.with_local else arrived
     members = take(rows, route.members)
     return members.view(-1, route.per_group, members.shape[1])
+
+
+def exchange_of(route: Route, blocks: int) -> Exchange:
+    """Return the same part for kernels that pack rows and merge them, block for block."""
+    sent = tuple(range(blocks)) if route.send_order is None else route.send_order
+    arriving = sum(route.receive_splits)
+    own, arrived = blocks * route.with_local, blocks + len(sent)
+    there = (*range(own), *range(arrived, arrived + arriving))
+    order = range(len(there)) if route.members is None else route.members
+    rows, each = tuple(there[k] for k in order), route.per_group
+    used = range(blocks) if route.used is None else route.used
+    return Exchange(sent, arriving, tuple(rows[k * each : (k + 1) * each] for k in used))

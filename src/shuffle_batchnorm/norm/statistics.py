@@ -15,9 +15,10 @@ from torch import Tensor
 from shuffle_batchnorm.comm import collectives, failures
 from shuffle_batchnorm.comm.world import World
 from shuffle_batchnorm.kernels import select
-from shuffle_batchnorm.kernels.local import Local, prepare
+from shuffle_batchnorm.kernels.local import Local, own_class, prepare
 from shuffle_batchnorm.kernels.rows import (
     BlockGroups,
+    Exchange,
     Order,
     are_equal,
     counts,
@@ -28,7 +29,7 @@ from shuffle_batchnorm.kernels.rows import (
 from shuffle_batchnorm.kernels.select import Kernels
 
 from .mixing import CALL, Plan, block_sizes
-from .routes import Route, find_route, gather_members
+from .routes import Route, exchange_of, find_route, gather_members
 
 # The count in the rows of a rank that could not accept its input: that of all they are merged with.
 _REJECTED = -math.inf
@@ -94,7 +95,9 @@ class Call(NamedTuple):
         sizes: samples per block.
         row_format: of what ranks exchange.
         kernels: those for the input.
+        doing: what ranks do when they exchange rows of statistics, and of gradients.
         local: what one process does that asks no peer; None if there are peers to ask.
+        ranks: what a rank that has peers to ask prepares for them, if its kernels can.
         moves_later: whether running statistics move there in the elementwise pass, not before.
         used: the normaliser of each block there; None if it is the one of the same number.
         route: of statistics to the ranks that use them, if there is one.
@@ -105,7 +108,9 @@ class Call(NamedTuple):
     sizes: tuple[int, ...]
     row_format: RowFormat
     kernels: Kernels
+    doing: tuple[str, str]
     local: Any = None
+    ranks: Any = None
     moves_later: bool = False
     used: Order | None = None
     route: Route | None = None
@@ -116,10 +121,27 @@ def prepare_call(
     plan: Plan, sizes: tuple[int, ...], row_format: RowFormat, kernels: Kernels
 ) -> Call:
     """Find which rows travel; without peers, see `prepare_local`."""
-    call = Call(plan, sizes, row_format, kernels)
+    call = Call(plan, sizes, row_format, kernels, _doing(plan, row_format))
     if not plan.shuffles:
         return call
     return call._replace(route=find_route(plan), back=find_route(plan.transposed()))
+
+
+def prepare_ranks(call: Call, x: Tensor, eps: float, parameters: Iterable[Tensor | None]) -> Call:
+    """Let the kernels prepare what they do before and after ranks exchange rows, if they can."""
+    own = own_class(call.kernels, "TritonRanks", parameters)
+    if own is None:
+        return call
+    blocks, plan = len(call.sizes), call.plan
+    local = tuple((k,) for k in range(blocks))
+    there = back = Exchange((), 0, local)
+    if call.route is not None and call.back is not None:
+        there, back = exchange_of(call.route, blocks), exchange_of(call.back, blocks)
+    if plan.mode == "sync":  # whose collectives return the rows of all, and their sum
+        there = Exchange((), 0, (tuple(range(plan.world_size)),))
+    elif plan.mode == "swap" and plan.shuffles:
+        there = there._replace(members=there.members + local)
+    return call._replace(ranks=own(x, eps, call.sizes, there, back), moves_later=True)
 
 
 def prepare_local(
@@ -138,7 +160,10 @@ def prepare_local(
         raise _count_error(1, 0, plan, x.shape)
     local = prepare(kernels, x, eps, sizes, groups, users, count, parameters)
     used = None if users is None else users.owners
-    return Call(plan, sizes, row_format, kernels, local, not isinstance(local, Local), used)
+    doing, moves_later = _doing(plan, row_format), not isinstance(local, Local)
+    return Call(
+        plan, sizes, row_format, kernels, doing, local, moves_later=moves_later, used=used
+    )  # fmt: skip
 
 
 def asks_peers(plan: Plan) -> bool:
@@ -181,7 +206,7 @@ def mix(rows: Tensor, call: Call, world: World) -> Tensor:
     Communication: `local` none; `swap` and `regroup` one all_to_all, see `gather_members`; `sync`
     one all_gather.
     """
-    doing = _doing(rows, call)
+    doing, _ = call.doing
     if call.plan.mode == "sync":
         members = collectives.all_gather(rows.view(-1), world, CALL, doing)[None]
         merged: Tensor = call.kernels.merge_moments(members)[0]
@@ -209,7 +234,7 @@ def mix_gradients(sums: Tensor, call: Call, world: World) -> Tensor:
         Tensor ``[blocks, 2, C]``.
     """
     rows = sums.flatten(1)
-    doing = _doing(rows, call)
+    _, doing = call.doing
     if call.plan.mode == "sync":
         return collectives.all_sum(sums, world, CALL, doing)
     if call.back is None:
@@ -219,8 +244,12 @@ def mix_gradients(sums: Tensor, call: Call, world: World) -> Tensor:
     return take(members, call.back.used).view(sums.shape)
 
 
-def _doing(rows: Tensor, call: Call) -> str:
-    return f"exchanges rows of {rows.shape[1]} numbers in mode {call.plan.mode!r}"
+def _doing(plan: Plan, row_format: RowFormat) -> tuple[str, str]:
+    forward, backward = (
+        f"exchanges rows of {numbers} numbers in mode {plan.mode!r}"
+        for numbers in (2 * row_format.channels + 1, 2 * row_format.channels)
+    )
+    return forward, backward
 
 
 def own_statistics(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
@@ -238,15 +267,19 @@ def check_counts(count: Tensor, call: Call, world: World, shape: torch.Size) -> 
     """
     count = count[:, 0]
     if torch.compiler.is_compiling() or count.device.type != "cpu":
-        torch._assert_async(
-            _are_valid(count, call.sizes).all(),
-            f"{CALL}: a peer rejected its input, or a normaliser has 1 value per channel",
-        )
+        assert_valid(_are_valid(count, call.sizes).all())
     elif not bool((valid := _are_valid(count, call.sizes)).all()):
         row = int(valid.int().argmin())
         error = _count_error(float(count[row]), row, call.plan, shape)
         failures.announce(world, str(error))
         raise error
+
+
+def assert_valid(valid: Tensor) -> None:
+    """Have a device raise if `valid` is 0."""
+    torch._assert_async(
+        valid, f"{CALL}: a peer rejected its input, or a normaliser has 1 value per channel"
+    )
 
 
 def _are_valid(count: Tensor, sizes: tuple[int, ...]) -> Tensor:
