@@ -75,8 +75,6 @@ def _check(x: Tensor, dy: Tensor, sizes: tuple[int, ...]) -> dict[str, Tensor]:
     for name, tensor in want.items():
         assert got[name].dtype == tensor.dtype, name
         assert got[name].shape == tensor.shape, name
-    for name in ("mean", "std", "total", "dot"):
-        assert got[name].is_contiguous(), name
     return got
 
 
