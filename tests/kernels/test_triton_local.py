@@ -206,8 +206,8 @@ def test_many_parts_are_merged_by_a_launch(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(triton_local, "MERGE_LAST", True)
     monkeypatch.setattr(triton_local, "_MOST_PARTS", 2)
     work = TritonLocal(randn(12, 5, 7).to(DEVICE), EPS, (2,) * 6, MIXED, None)
-    for reduction in (work._moments, work._sums):  # 3 parts for each
-        assert triton_local._counters(work._device, 0, reduction) is None
-        monkeypatch.setattr(triton_local, "_MOST_PARTS", 3)
-        assert triton_local._counters(work._device, 0, reduction) is not None
-        monkeypatch.setattr(triton_local, "_MOST_PARTS", 2)
+    assert work._merge_moments is not None  # 3 parts for each
+    assert work._merge_sums is not None
+    monkeypatch.setattr(triton_local, "_MOST_PARTS", 3)
+    again = TritonLocal(randn(12, 5, 7).to(DEVICE), EPS, (2,) * 6, MIXED, None)
+    assert again._merge_moments is again._merge_sums is None

@@ -14,7 +14,7 @@ from . import triton_kernels, triton_merge
 from .launch import ALIGNMENT
 from .local import Gradients, Rows
 from .rows import Groups, Running, Sizes
-from .triton_prepared import Prepared, Reduction, on_own_device, table
+from .triton_prepared import Prepared, on_own_device, table
 
 # No GPU has run programs that merge what others have written yet; until one has, a launch does it.
 MERGE_LAST = os.environ.get("SHUFFLE_BATCHNORM_MERGE_LAST") == "1"
@@ -42,6 +42,10 @@ class TritonLocal(Prepared):
             dict(center_stride=x.shape[1], scale_at=2 * self._plane, scale_stride=x.shape[1]), {},
         )  # fmt: skip
         self.elementwise(x, math.prod(self._sums.parts), 0)
+        self._merge_moments, self._merge_sums = (
+            None if MERGE_LAST and work.merged <= _MOST_PARTS else work.merge
+            for work in (self._moments, self._sums)
+        )
 
     def statistics(
         self, _x: Tensor, _weight: Tensor | None, _running: Running | None
@@ -55,22 +59,23 @@ class TritonLocal(Prepared):
         running: Running | None,
     ) -> tuple[Tensor, Rows]:  # fmt: skip
         """Return y and rows ``[4, R, C]`` in one tensor. Moves statistics, counts the batch."""
-        x = self.dense(x)
-        rows = self._find(x, weight, True)
-        return self.affine(x, bias, rows, running, None, self._change), (rows,)
+        x, stream = self.dense(x), self.stream()
+        aligned = x.data_ptr() % ALIGNMENT == 0
+        rows = self._find(x, weight, aligned, stream)
+        return self.affine(aligned, stream, x, bias, rows, running, None, self._change), (rows,)
 
-    def _find(self, x: Tensor, weight: Tensor | None, is_usual: bool) -> Tensor:
-        """Return rows: mean, deviation, rstd and ``rstd * weight``, the layer's if `is_usual`."""
-        work, stream = self._moments, self.stream()
+    def _find(self, x: Tensor, weight: Tensor | None, aligned: bool, stream: int) -> Tensor:
+        """Return rows: mean, deviation, rstd and ``rstd * weight``."""
+        work, merge = self._moments, self._merge_moments
         parts = x.new_empty(work.parts, dtype=self._dtype)
-        rows = x.new_empty((4, self._normalisers, self._channels), dtype=self._dtype)
-        counters = _counters(self._device, stream, work)
+        rows = x.new_empty(self._rows, dtype=self._dtype)
+        counters = _counters(self._device, stream, work.arrivals) if merge is None else None
         work.reduce(
-            is_usual and x.data_ptr() % ALIGNMENT == 0, stream, x, work.starts, parts, self._owners,
-            work.order, weight, rows, counters, self._root,
+            aligned, stream, x, work.starts, parts, self._owners, work.order, weight, rows,
+            counters, self._root,
         )  # fmt: skip
-        if counters is None:
-            work.merge(is_usual, stream, parts, work.order, weight, rows, self._root)
+        if merge is not None:
+            merge(aligned, stream, parts, work.order, weight, rows, self._root)
         return rows
 
     @on_own_device
@@ -80,38 +85,34 @@ class TritonLocal(Prepared):
     ) -> Gradients:  # fmt: skip
         """See `local.Local.gradients`."""
         (packed,) = rows
-        x, dy = self.dense(x), self.dense(dy)
-        work, stream = self._sums, self.stream()
+        x, dy, stream = self.dense(x), self.dense(dy), self.stream()
+        aligned = (x.data_ptr() | dy.data_ptr()) % ALIGNMENT == 0
+        work, merge = self._sums, self._merge_sums
         scratch = packed.new_empty(self._scratch)
-        counters = _counters(self._device, stream, work)
+        counters = _counters(self._device, stream, work.arrivals) if merge is None else None
         work.reduce(
-            (x.data_ptr() | dy.data_ptr()) % ALIGNMENT == 0, stream, x, dy, work.starts, scratch,
-            self._users, work.order, packed, packed, counters, self._count,
+            aligned, stream, x, dy, work.starts, scratch, self._users, work.order, packed, packed,
+            counters, self._count,
         )  # fmt: skip
-        if counters is None:
-            work.merge(True, stream, scratch, work.order, packed, self._count)
+        if merge is not None:
+            merge(True, stream, scratch, work.order, packed, self._count)
         if not needs_dx:
             return self.param_grads(scratch)
-        return self.grad_affine(dy, x, weight, bias_dtype, packed, scratch)
+        return self.grad_affine(aligned, stream, dy, x, weight, bias_dtype, packed, scratch)
 
     @on_own_device
     def moments(self, x: Tensor, _rows: Rows, _std: None) -> tuple[Tensor, Tensor]:
         """See `local.Local.moments`."""
-        mean, std, _, _ = self._find(self.dense(x), None, False)
+        # Unaligned, as it were: without a weight these are launches of another kind.
+        mean, std, _, _ = self._find(self.dense(x), None, False, self.stream())
         return mean, std
 
 
 _arrivals: dict[tuple[torch.device, int], Tensor] = {}
 
 
-def _counters(device: torch.device, stream: int, work: Reduction) -> Tensor | None:
-    """Return zeros that kernels on this stream, one after the other, leave as zeros.
-
-    None if a launch merges, not the last programs.
-    """
-    if not MERGE_LAST or work.merged > _MOST_PARTS:
-        return None
-    number = work.arrivals
+def _counters(device: torch.device, stream: int, number: int) -> Tensor:
+    """Return zeros that kernels on this stream, one after the other, leave as zeros."""
     if stream and torch.cuda.is_current_stream_capturing():
         # Of the graph's own, which may run beside what this stream does then.
         return torch.zeros(number, dtype=torch.int32, device=device)

@@ -72,6 +72,7 @@ class Prepared:
         self._device, self.index = x.device, x.device.index
         self._sizes, self._normalisers, self._channels = sizes, normalisers, x.shape[1]
         self._root, self._plane = math.sqrt(eps), normalisers * x.shape[1]
+        self._rows = 4, normalisers, x.shape[1]
         self._owners: Tensor | None = None
         self._users: Tensor | None = None
 
@@ -134,8 +135,8 @@ class Prepared:
         return x if x.stride() == self._strides else as_layout(x, self._channels_last)
 
     def affine(
-        self, x: Tensor, bias: Tensor | None, rows: Tensor, running: Running | None,
-        counts: Tensor | None, change: float,
+        self, aligned: bool, stream: int, x: Tensor, bias: Tensor | None, rows: Tensor,
+        running: Running | None, counts: Tensor | None, change: float,
     ) -> Tensor:  # fmt: skip
         """Return y. Moves statistics, counts the batch."""
         y = torch.empty_like(x)
@@ -144,10 +145,11 @@ class Prepared:
         if isinstance(step, Tensor):
             steps, step = step.to(self._device, self._dtype), 0.0
         # A bias, too, is read 16 bytes at a time where channels lie side by side.
-        addresses = x.data_ptr() | (0 if bias is None else bias.data_ptr())
+        if bias is not None and bias.data_ptr() % ALIGNMENT:
+            aligned = False
         self._affine(
-            addresses % ALIGNMENT == 0, self.stream(), x, y, self._blocks, self._users, rows,
-            rows, bias, mean, var, number, steps, counts, step, change,
+            aligned, stream, x, y, self._blocks, self._users, rows, rows, bias, mean, var, number,
+            steps, counts, step, change,
         )  # fmt: skip
         if running is not None and not mean.is_inference():
             # A graph that has saved them must know.
@@ -155,22 +157,22 @@ class Prepared:
         return y
 
     def grad_affine(
-        self, dy: Tensor, x: Tensor, weight: Tensor | None, bias_dtype: torch.dtype | None,
-        rows: Tensor, scratch: Tensor,
+        self, aligned: bool, stream: int, dy: Tensor, x: Tensor, weight: Tensor | None,
+        bias_dtype: torch.dtype | None, rows: Tensor, scratch: Tensor,
     ) -> Gradients:  # fmt: skip
         """Return the gradients, from sums and coefficients that were written to `scratch`."""
         dx = torch.empty_like(x)
         dweight = None if weight is None else torch.empty_like(weight)
         dbias = None if bias_dtype is None else x.new_empty(self._channels, dtype=bias_dtype)
         self._grad_affine(
-            (x.data_ptr() | dy.data_ptr()) % ALIGNMENT == 0, self.stream(), x, dx, dy, self._blocks,
-            self._owners, self._users, rows, scratch, scratch, rows, dweight, dbias,
+            aligned, stream, x, dx, dy, self._blocks, self._owners, self._users, rows, scratch,
+            scratch, rows, dweight, dbias,
         )  # fmt: skip
         return dx, dweight, dbias
 
     def param_grads(self, scratch: Tensor) -> Gradients:
         """Return the gradients of weight and bias alone, from sums that are in `scratch`."""
-        rows = scratch[self._parts :].view(4, self._normalisers, self._channels)
+        rows = scratch[self._parts :].view(self._rows)
         total, dot = rows[:2].sum(dim=1)
         return None, dot, total
 

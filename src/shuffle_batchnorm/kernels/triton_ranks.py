@@ -104,7 +104,8 @@ class TritonRanks(Prepared):
         self, x: Tensor, bias: Tensor | None, rows: Tensor, running: Running | None
     ) -> Tensor:
         """Return y. Moves statistics, counts the batch."""
-        return self.affine(x, bias, rows, running, rows, 0.0)
+        aligned = x.data_ptr() % ALIGNMENT == 0
+        return self.affine(aligned, self.stream(), x, bias, rows, running, rows, 0.0)
 
     @on_own_device
     def pack_sums(
@@ -127,8 +128,9 @@ class TritonRanks(Prepared):
         rows: Tensor, scratch: Tensor, received: Tensor,
     ) -> Gradients:  # fmt: skip
         """See `local.Local.gradients`."""
-        self._mix_sums(True, self.stream(), received, self._users_of, rows, scratch)
-        return self.grad_affine(dy, x, weight, bias_dtype, rows, scratch)
+        aligned, stream = (x.data_ptr() | dy.data_ptr()) % ALIGNMENT == 0, self.stream()
+        self._mix_sums(True, stream, received, self._users_of, rows, scratch)
+        return self.grad_affine(aligned, stream, dy, x, weight, bias_dtype, rows, scratch)
 
     def counts(self, rows: Tensor) -> Tensor:
         """Return the values per channel of what each block uses, ``[blocks, 1]``; 0 if empty."""
