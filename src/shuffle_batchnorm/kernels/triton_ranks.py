@@ -67,7 +67,7 @@ class TritonRanks(Prepared):
             for side in (there, back)
         )
         self._mix_moments, self._mix_sums = (
-            self.merge(kernel, len(side.members), each, 1, dict(members=each, blocks=blocks) | at)
+            self.merge(kernel, len(side.members), each, dict(members=each, blocks=blocks) | at)
             for kernel, side, at in (
                 (triton_messages.mix_moments, there, {}),
                 (triton_messages.mix_sums, back,
