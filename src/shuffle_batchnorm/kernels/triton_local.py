@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from . import triton_kernels, triton_merge
-from .launch import ALIGNMENT
 from .local import Gradients, Rows
 from .rows import Groups, Running, Sizes
 from .triton_prepared import Prepared, Reduction, on_own_device, table
@@ -56,18 +55,21 @@ class TritonLocal(Prepared):
     ) -> tuple[Tensor, Rows]:  # fmt: skip
         """Return y and rows ``[4, R, C]`` in one tensor. Moves statistics, counts the batch."""
         x = self.dense(x)
-        rows = self._find(x, weight, True)
-        return self.affine(x, bias, rows, running, None, self._change), (rows,)
+        aligned, stream = self.aligned(x), self.stream()
+        rows = self._find(aligned, True, stream, x, weight)
+        return self.affine(aligned, stream, x, bias, rows, running, None, self._change), (rows,)
 
-    def _find(self, x: Tensor, weight: Tensor | None, is_usual: bool) -> Tensor:
+    def _find(
+        self, aligned: bool, is_usual: bool, stream: int, x: Tensor, weight: Tensor | None
+    ) -> Tensor:
         """Return rows: mean, deviation, rstd and ``rstd * weight``, the layer's if `is_usual`."""
-        work, stream = self._moments, self.stream()
+        work = self._moments
         parts = x.new_empty(work.parts, dtype=self._dtype)
         rows = x.new_empty((4, self._normalisers, self._channels), dtype=self._dtype)
-        counters = _counters(self._device, stream, work)
+        counters = _counters(self._device, stream, work) if MERGE_LAST else None
         work.reduce(
-            is_usual and x.data_ptr() % ALIGNMENT == 0, stream, x, work.starts, parts, self._owners,
-            work.order, weight, rows, counters, self._root,
+            aligned and is_usual, stream, x, work.starts, parts, self._owners, work.order, weight,
+            rows, counters, self._root,
         )  # fmt: skip
         if counters is None:
             work.merge(is_usual, stream, parts, work.order, weight, rows, self._root)
@@ -81,23 +83,23 @@ class TritonLocal(Prepared):
         """See `local.Local.gradients`."""
         (packed,) = rows
         x, dy = self.dense(x), self.dense(dy)
-        work, stream = self._sums, self.stream()
+        work, aligned, stream = self._sums, self.aligned(x, dy), self.stream()
         scratch = packed.new_empty(self._scratch)
-        counters = _counters(self._device, stream, work)
+        counters = _counters(self._device, stream, work) if MERGE_LAST else None
         work.reduce(
-            (x.data_ptr() | dy.data_ptr()) % ALIGNMENT == 0, stream, x, dy, work.starts, scratch,
-            self._users, work.order, packed, packed, counters, self._count,
+            aligned, stream, x, dy, work.starts, scratch, self._users, work.order, packed, packed,
+            counters, self._count,
         )  # fmt: skip
         if counters is None:
             work.merge(True, stream, scratch, work.order, packed, self._count)
         if not needs_dx:
             return self.param_grads(scratch)
-        return self.grad_affine(dy, x, weight, bias_dtype, packed, scratch)
+        return self.grad_affine(aligned, stream, dy, x, weight, bias_dtype, packed, scratch)
 
     @on_own_device
     def moments(self, x: Tensor, _rows: Rows, _std: None) -> tuple[Tensor, Tensor]:
         """See `local.Local.moments`."""
-        mean, std, _, _ = self._find(self.dense(x), None, False)
+        mean, std, _, _ = self._find(False, False, self.stream(), self.dense(x), None)
         return mean, std
 
 
@@ -107,9 +109,9 @@ _arrivals: dict[tuple[torch.device, int], Tensor] = {}
 def _counters(device: torch.device, stream: int, work: Reduction) -> Tensor | None:
     """Return zeros that kernels on this stream, one after the other, leave as zeros.
 
-    None if a launch merges, not the last programs.
+    None if there are so many parts that a launch merges them, not the last programs.
     """
-    if not MERGE_LAST or work.merged > _MOST_PARTS:
+    if work.merged > _MOST_PARTS:
         return None
     number = work.arrivals
     if stream and torch.cuda.is_current_stream_capturing():

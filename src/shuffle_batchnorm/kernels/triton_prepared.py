@@ -132,8 +132,8 @@ class Prepared:
         return x if x.stride() == self._strides else as_layout(x, self._channels_last)
 
     def affine(
-        self, x: Tensor, bias: Tensor | None, rows: Tensor, running: Running | None,
-        counts: Tensor | None, change: float,
+        self, aligned: bool, stream: int, x: Tensor, bias: Tensor | None, rows: Tensor,
+        running: Running | None, counts: Tensor | None, change: float,
     ) -> Tensor:  # fmt: skip
         """Return y. Moves statistics, counts the batch."""
         y = torch.empty_like(x)
@@ -142,8 +142,8 @@ class Prepared:
         if isinstance(step, Tensor):
             steps, step = step.to(self._device, self._dtype), 0.0
         self._affine(
-            x.data_ptr() % ALIGNMENT == 0, self.stream(), x, y, self._blocks, self._users, rows,
-            rows, bias, mean, var, number, steps, counts, step, change,
+            aligned, stream, x, y, self._blocks, self._users, rows, rows, bias, mean, var, number,
+            steps, counts, step, change,
         )  # fmt: skip
         if running is not None and not mean.is_inference():
             # A graph that has saved them must know.
@@ -151,16 +151,16 @@ class Prepared:
         return y
 
     def grad_affine(
-        self, dy: Tensor, x: Tensor, weight: Tensor | None, bias_dtype: torch.dtype | None,
-        rows: Tensor, scratch: Tensor,
+        self, aligned: bool, stream: int, dy: Tensor, x: Tensor, weight: Tensor | None,
+        bias_dtype: torch.dtype | None, rows: Tensor, scratch: Tensor,
     ) -> Gradients:  # fmt: skip
         """Return the gradients, from sums and coefficients that were written to `scratch`."""
         dx = torch.empty_like(x)
         dweight = None if weight is None else torch.empty_like(weight)
         dbias = None if bias_dtype is None else x.new_empty(self._channels, dtype=bias_dtype)
         self._grad_affine(
-            (x.data_ptr() | dy.data_ptr()) % ALIGNMENT == 0, self.stream(), x, dx, dy, self._blocks,
-            self._owners, self._users, rows, scratch, scratch, rows, dweight, dbias,
+            aligned, stream, x, dx, dy, self._blocks, self._owners, self._users, rows, scratch,
+            scratch, rows, dweight, dbias,
         )  # fmt: skip
         return dx, dweight, dbias
 
@@ -169,6 +169,12 @@ class Prepared:
         rows = scratch[self._parts :].view(4, self._normalisers, self._channels)
         total, dot = rows[:2].sum(dim=1)
         return None, dot, total
+
+    @staticmethod
+    def aligned(x: Tensor, dy: Tensor | None = None) -> bool:
+        """Return whether kernels for aligned memory can read these."""
+        address: int = x.data_ptr() if dy is None else x.data_ptr() | dy.data_ptr()
+        return address % ALIGNMENT == 0
 
     def stream(self) -> int:
         """Return the number of the current stream."""

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from . import triton_kernels, triton_messages
-from .launch import ALIGNMENT
 from .local import Gradients
 from .rows import Exchange, Running, Sizes
 from .triton_prepared import Prepared, on_own_device, table
@@ -84,7 +83,7 @@ class TritonRanks(Prepared):
         work, stream = self._moments, self.stream()
         parts = x.new_empty(work.parts, dtype=self._dtype)
         messages = self._messages(parts, 2 * self._channels + 1, self._there)
-        work.reduce(x.data_ptr() % ALIGNMENT == 0, stream, x, work.starts, parts, None, None, None,
+        work.reduce(self.aligned(x), stream, x, work.starts, parts, None, None, None,
                     None, None, 0.0)  # fmt: skip
         work.merge(True, stream, parts, work.order, messages.rows)
         return messages
@@ -104,7 +103,7 @@ class TritonRanks(Prepared):
         self, x: Tensor, bias: Tensor | None, rows: Tensor, running: Running | None
     ) -> Tensor:
         """Return y. Moves statistics, counts the batch."""
-        return self.affine(x, bias, rows, running, rows, 0.0)
+        return self.affine(self.aligned(x), self.stream(), x, bias, rows, running, rows, 0.0)
 
     @on_own_device
     def pack_sums(
@@ -115,7 +114,7 @@ class TritonRanks(Prepared):
         scratch = rows.new_empty(self._scratch)
         messages = self._messages(rows, 2 * self._channels, self._back)
         work.reduce(
-            (x.data_ptr() | dy.data_ptr()) % ALIGNMENT == 0, stream, x, dy, work.starts, scratch,
+            self.aligned(x, dy), stream, x, dy, work.starts, scratch,
             None, None, rows, rows, None, 0.0,
         )  # fmt: skip
         work.merge(True, stream, scratch, work.order, weight, scratch, messages.rows)
@@ -127,8 +126,9 @@ class TritonRanks(Prepared):
         rows: Tensor, scratch: Tensor, received: Tensor,
     ) -> Gradients:  # fmt: skip
         """See `local.Local.gradients`."""
-        self._mix_sums(True, self.stream(), received, self._users_of, rows, scratch)
-        return self.grad_affine(dy, x, weight, bias_dtype, rows, scratch)
+        aligned, stream = self.aligned(x, dy), self.stream()
+        self._mix_sums(True, stream, received, self._users_of, rows, scratch)
+        return self.grad_affine(aligned, stream, dy, x, weight, bias_dtype, rows, scratch)
 
     def counts(self, rows: Tensor) -> Tensor:
         """Return the values per channel of what each block uses, ``[blocks, 1]``; 0 if empty."""
