@@ -24,10 +24,7 @@ ROOMS = {
 # Their tests have other names, or there is nothing in them to test.
 TESTED_ELSEWHERE = {
     "triton_kernels": "kernels/test_triton_launch.py",
-    "local": "kernels/test_triton_local.py",
-    "triton_merge": "kernels/test_triton_local.py",
     "triton_messages": "kernels/test_triton_ranks.py",
-    "among_ranks": "kernels/test_triton_ranks.py",
 }
 MODULES = {
     ".".join((PACKAGE, *path.relative_to(SRC).with_suffix("").parts)): path

@@ -11,6 +11,7 @@ from kernels.kernel_cases import GROUPED, MIXED, randn
 from shuffle_batchnorm.kernels import reference, tiles
 from shuffle_batchnorm.kernels.local import Local
 from shuffle_batchnorm.kernels.rows import BlockGroups, Groups, Running
+from shuffle_batchnorm.norm import functional
 
 pytest.importorskip("triton", reason="Triton is for Linux")
 from shuffle_batchnorm.kernels import triton_local
@@ -211,3 +212,15 @@ def test_many_parts_are_merged_by_a_launch(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(triton_local, "_MOST_PARTS", 3)
     again = TritonLocal(randn(12, 5, 7).to(DEVICE), EPS, (2,) * 6, MIXED, None)
     assert again._merge_moments is again._merge_sums is None
+
+
+def test_a_momentum_in_memory_is_another_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a kernel that was compiled for a number, and never looks where a tensor has it."""
+    calls: dict[Any, Any] = {}
+    monkeypatch.setattr(functional, "_calls", calls)
+    mean, var = torch.zeros(2, 5, device=DEVICE)
+    for momentum in (0.1, 0.2, torch.tensor(0.3)):
+        functional.shuffle_batch_norm(
+            torch.randn(4, 5, device=DEVICE), mean, var, training=True, momentum=momentum
+        )
+    assert len(calls) == 2

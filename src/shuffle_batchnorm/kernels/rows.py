@@ -2,7 +2,7 @@
 
 The R rows are of blocks, groups of blocks or normalisers. `count`, the values per channel of each,
 is a number, or ``[R, 1]`` across ranks. On a GPU, where each of these operations takes as long to
-launch, `triton_launch` has one launch for all of `normaliser_rows`, `param_grads`, `backward_rows`.
+launch, `TritonLocal` and `TritonRanks` do all that lies between in a launch or two.
 """
 
 import itertools

@@ -8,7 +8,7 @@ These functions are for the rest. Results have the same bits every time.
 import torch
 from torch import Tensor
 
-from . import triton_kernels, triton_messages
+from . import triton_kernels, triton_merge, triton_messages
 from .layouts import as_layout, layout
 from .rows import Groups, Sizes, accumulation_dtype, constant
 from .rows import backward_rows as backward_rows
@@ -39,14 +39,13 @@ def block_moments(x: Tensor, sizes: Sizes, groups: Groups = None) -> tuple[Tenso
         if not merges:
             return out[0], out[1]
         number, order = _order(groups, blocks, x)
-        merged = out.new_empty(number, 2 * channels + 1)
+        merged = out.new_empty(4, number, channels)
         height, width = merge_tile(splits * members)
-        triton_messages.pack_moments[(number * -(-channels // width),)](
-            out, order, merged, blocks * channels, channels, splits, members,
+        triton_merge.finish_moments[(number * -(-channels // width),)](
+            out, order, None, merged, 1.0, blocks * channels, channels, splits, members,
             ROWS=height, COLUMNS=width,
         )  # fmt: skip
-    _, mean, std = merged.split_with_sizes((1, channels, channels), dim=1)
-    return mean, std
+    return merged[0], merged[1]
 
 
 def block_affine(
@@ -94,7 +93,7 @@ def block_grad_sums(
             out, order, None, None, merged, rows[0] * rows[1], rows[1], tiles.splits, members, 0,
             ROWS=height, COLUMNS=width,
         )  # fmt: skip
-    total, dot = merged.unbind(dim=1)
+    total, dot = merged.transpose(0, 1).contiguous()
     return total, dot
 
 

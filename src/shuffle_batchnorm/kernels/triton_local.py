@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from . import triton_kernels, triton_merge
-from .launch import ALIGNMENT
 from .local import Gradients, Rows
 from .rows import Groups, Running, Sizes
 from .triton_prepared import Prepared, on_own_device, table
@@ -60,7 +59,7 @@ class TritonLocal(Prepared):
     ) -> tuple[Tensor, Rows]:  # fmt: skip
         """Return y and rows ``[4, R, C]`` in one tensor. Moves statistics, counts the batch."""
         x, stream = self.dense(x), self.stream()
-        aligned = x.data_ptr() % ALIGNMENT == 0
+        aligned = self.aligned(x)
         rows = self._find(x, weight, aligned, stream)
         return self.affine(aligned, stream, x, bias, rows, running, None, self._change), (rows,)
 
@@ -86,7 +85,7 @@ class TritonLocal(Prepared):
         """See `local.Local.gradients`."""
         (packed,) = rows
         x, dy, stream = self.dense(x), self.dense(dy), self.stream()
-        aligned = (x.data_ptr() | dy.data_ptr()) % ALIGNMENT == 0
+        aligned = self.aligned(x, dy, packed)
         work, merge = self._sums, self._merge_sums
         scratch = packed.new_empty(self._scratch)
         counters = _counters(self._device, stream, work.arrivals) if merge is None else None

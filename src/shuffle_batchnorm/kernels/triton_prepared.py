@@ -43,7 +43,7 @@ class Reduction(NamedTuple):
 
     Attributes:
         reduce: the launch.
-        merge: that of the merge, if there is one.
+        merge: that of the merge, if the last programs have not.
         parts: shape of what programs leave.
         starts: where blocks start.
         order: the blocks of each row.
@@ -93,19 +93,17 @@ class Prepared:
             kernel, tiles.programs, numbers | shared | dict(normalisers=normalisers),
             tiles.arguments | constants | dict(MERGED=max(1, _LANES // lanes)),
         )  # fmt: skip
-        alone = self.merge(merge, len(order), splits * members, members, shared)
+        alone = self.merge(merge, len(order) // members, splits * members, shared)
         return Reduction(
             reduce, alone, parts, table(tiles.table, x.device), table(order, x.device),
             normalisers * (tiles.programs // (splits * len(sizes))), splits * members,
         )  # fmt: skip
 
-    def merge(
-        self, kernel: Any, members: int, merged: int, each: int, numbers: dict[str, int]
-    ) -> Launch:
-        """Prepare a launch that merges so many members, `each` to a row, from `merged` parts."""
+    def merge(self, kernel: Any, rows: int, merged: int, numbers: dict[str, int]) -> Launch:
+        """Prepare a launch that writes so many rows, each from `merged` parts or other rows."""
         height, width = merge_tile(merged)
         return Launch(
-            kernel, members // each * -(-self._channels // width),
+            kernel, rows * -(-self._channels // width),
             numbers | dict(channels=self._channels), dict(ROWS=height, COLUMNS=width),
         )  # fmt: skip
 
@@ -175,6 +173,14 @@ class Prepared:
         rows = scratch[self._parts :].view(self._rows)
         total, dot = rows[:2].sum(dim=1)
         return None, dot, total
+
+    @staticmethod
+    def aligned(x: Tensor, dy: Tensor | None = None, rows: Tensor | None = None) -> bool:
+        """Return whether kernels for aligned memory can read these."""
+        address: int = x.data_ptr()
+        if dy is not None and rows is not None:  # a hook may have moved saved rows
+            address |= dy.data_ptr() | rows.data_ptr()
+        return address % ALIGNMENT == 0
 
     def stream(self) -> int:
         """Return the number of the current stream."""

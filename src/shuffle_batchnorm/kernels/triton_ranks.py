@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from . import triton_kernels, triton_messages
-from .launch import ALIGNMENT
 from .local import Gradients
 from .rows import Exchange, Running, Sizes
 from .triton_prepared import Prepared, on_own_device, table
@@ -67,7 +66,7 @@ class TritonRanks(Prepared):
             for side in (there, back)
         )
         self._mix_moments, self._mix_sums = (
-            self.merge(kernel, len(side.members), each, 1, dict(members=each, blocks=blocks) | at)
+            self.merge(kernel, len(side.members), each, dict(members=each, blocks=blocks) | at)
             for kernel, side, at in (
                 (triton_messages.mix_moments, there, {}),
                 (triton_messages.mix_sums, back,
@@ -84,7 +83,7 @@ class TritonRanks(Prepared):
         work, stream = self._moments, self.stream()
         parts = x.new_empty(work.parts, dtype=self._dtype)
         messages = self._messages(parts, 2 * self._channels + 1, self._there)
-        work.reduce(x.data_ptr() % ALIGNMENT == 0, stream, x, work.starts, parts, None, None, None,
+        work.reduce(self.aligned(x), stream, x, work.starts, parts, None, None, None,
                     None, None, 0.0)  # fmt: skip
         work.merge(True, stream, parts, work.order, messages.rows)
         return messages
@@ -104,8 +103,7 @@ class TritonRanks(Prepared):
         self, x: Tensor, bias: Tensor | None, rows: Tensor, running: Running | None
     ) -> Tensor:
         """Return y. Moves statistics, counts the batch."""
-        aligned = x.data_ptr() % ALIGNMENT == 0
-        return self.affine(aligned, self.stream(), x, bias, rows, running, rows, 0.0)
+        return self.affine(self.aligned(x), self.stream(), x, bias, rows, running, rows, 0.0)
 
     @on_own_device
     def pack_sums(
@@ -116,7 +114,7 @@ class TritonRanks(Prepared):
         scratch = rows.new_empty(self._scratch)
         messages = self._messages(rows, 2 * self._channels, self._back)
         work.reduce(
-            (x.data_ptr() | dy.data_ptr()) % ALIGNMENT == 0, stream, x, dy, work.starts, scratch,
+            self.aligned(x, dy, rows), stream, x, dy, work.starts, scratch,
             None, None, rows, rows, None, 0.0,
         )  # fmt: skip
         work.merge(True, stream, scratch, work.order, weight, scratch, messages.rows)
@@ -128,7 +126,7 @@ class TritonRanks(Prepared):
         rows: Tensor, scratch: Tensor, received: Tensor,
     ) -> Gradients:  # fmt: skip
         """See `local.Local.gradients`."""
-        aligned, stream = (x.data_ptr() | dy.data_ptr()) % ALIGNMENT == 0, self.stream()
+        aligned, stream = self.aligned(x, dy, rows), self.stream()
         self._mix_sums(True, stream, received, self._users_of, rows, scratch)
         return self.grad_affine(aligned, stream, dy, x, weight, bias_dtype, rows, scratch)
 
