@@ -64,11 +64,16 @@ def test_forward_and_backward(
     assert mean.shape == deviation.shape == (groups.number, shape[1])
 
 
-def test_kernels_of_their_own_take_no_gaps() -> None:
-    """Catches parameters with gaps, which a kernel would read as if they had none."""
+class _Subclass(Tensor):
+    pass
+
+
+def test_kernels_of_their_own_take_plain_memory_alone() -> None:
+    """Catches parameters with gaps, on other devices, or without memory, which a kernel reads."""
     own: Any = SimpleNamespace(TritonLocal=lambda *_: "own")
     arguments = own, torch.ones(4, 3), EPS, (2, 2), None, None, 2
     dense, gaps = torch.ones(3), torch.ones(6)[::2]
     assert prepare(*arguments, (dense, None)) == "own"
-    assert isinstance(prepare(*arguments, (dense, gaps)), Local)
+    for other in (gaps, dense.as_subclass(_Subclass), dense.to("meta")):
+        assert isinstance(prepare(*arguments, (dense, other)), Local)
     assert isinstance(prepare(reference, *arguments[1:], (dense, None)), Local)

@@ -6,7 +6,7 @@ what ``kernel[grid]`` ends in. Where Triton has another inside, it goes on with 
 """
 
 from functools import cache
-from importlib.metadata import version
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -66,7 +66,8 @@ def is_known(compiled: Any) -> bool:
 
 @cache
 def _is_version_known() -> bool:
-    return version("triton").startswith(_KNOWN)
+    known: bool = import_module("triton").__version__.startswith(_KNOWN)
+    return known
 
 
 def current_stream(device: int) -> int:

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from .rows import Groups, Running, Sizes, cast
 from .select import Kernels
@@ -90,13 +91,22 @@ def prepare(
     values: int, parameters: Iterable[Tensor | None],
 ) -> Any:  # fmt: skip
     """Return what runs calls of a kind: `Local`, or the kernels' own."""
-    own = own_class(kernels, "TritonLocal", parameters)
+    own = own_class(kernels, "TritonLocal", x, parameters)
     if own is not None:
         return own(x, eps, sizes, groups, users)
     return Local(kernels, sizes, groups, users, values, eps)
 
 
-def own_class(kernels: Kernels, name: str, parameters: Iterable[Tensor | None]) -> Any:
-    """Return the class of kernels that prepare calls, unless a parameter has gaps; else None."""
-    has_gaps = not all(p is None or p.is_contiguous() for p in parameters)
-    return None if has_gaps else getattr(kernels, name, None)
+def own_class(kernels: Kernels, name: str, x: Tensor, parameters: Iterable[Tensor | None]) -> Any:
+    """Return the class of kernels that prepare calls; None if there is none, or it can't.
+
+    A kernel reads memory of the input's device without gaps, which a subclass may not have.
+    """
+    own = getattr(kernels, name, None)
+    if own is None:
+        return None
+    for p in (p for p in parameters if p is not None):
+        is_usual = type(p) in (Tensor, Parameter) and p.is_contiguous() and p.device == x.device
+        if not is_usual:
+            return None
+    return own

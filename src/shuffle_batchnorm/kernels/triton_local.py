@@ -94,7 +94,7 @@ class TritonLocal(Prepared):
             counters, self._count,
         )  # fmt: skip
         if merge is not None:
-            merge(True, stream, scratch, work.order, packed, self._count)
+            merge(aligned, stream, scratch, work.order, packed, self._count)
         if not needs_dx:
             return self.param_grads(scratch)
         return self.grad_affine(aligned, stream, dy, x, weight, bias_dtype, packed, scratch)

@@ -38,8 +38,8 @@ def mix_moments(
     """Merge rows to those of the normaliser of each block; then, in `swap`, of the blocks' own.
 
     `out` is once or twice ``[4, blocks, C]``, as `finish_moments` has it, and counts ``[blocks]``:
-    0 for a block without samples, which nothing normalises. `valid` becomes 0 if a normaliser has
-    1 value per channel, or was rejected.
+    0 for a block without samples, which nothing normalises. `valid` becomes 0 if a normaliser that
+    has to normalise something has less than 2 values per channel, or was rejected.
     """
     dtype = out.dtype.element_ty
     target, column, exist = _target(channels, COLUMNS)
@@ -54,7 +54,7 @@ def mix_moments(
     is_filled = tl.load(starts + block + 1) > tl.load(starts + block)
     count = tl.where(is_filled, count, 0)
     tl.store(out + 4 * plane + block + column * 0, count.to(dtype), mask=column == 0)
-    is_wrong = (count != 0) & (count < 2) & (target < blocks)
+    is_wrong = is_filled & (count < 2) & (target < blocks)
     tl.store(valid + column * 0, tl.zeros_like(column), mask=is_wrong & (column == 0))
 
 

@@ -127,7 +127,7 @@ class TritonRanks(Prepared):
     ) -> Gradients:  # fmt: skip
         """See `local.Local.gradients`."""
         aligned, stream = self.aligned(x, dy, rows), self.stream()
-        self._mix_sums(True, stream, received, self._users_of, rows, scratch)
+        self._mix_sums(aligned, stream, received, self._users_of, rows, scratch)
         return self.grad_affine(aligned, stream, dy, x, weight, bias_dtype, rows, scratch)
 
     def counts(self, rows: Tensor) -> Tensor:

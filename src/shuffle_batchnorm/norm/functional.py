@@ -185,12 +185,16 @@ def normalise(
     # Fake and other special tensors may have sizes that are symbols, which have no hash.
     if is_eager and type(input) is Tensor:
         tensors = input, *parameters, number
-        forms = [x if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in tensors]
+        forms = [
+            x if x is None else (type(x), x.shape, x.stride(), x.dtype, x.device) for x in tensors
+        ]
         # A momentum in memory takes another kernel.
         key = options, eps, isinstance(momentum, Tensor), world.rank, world.size, *forms
         call = calls.get(key)
     if call is None:
-        call = _prepare(input, parameters, eps, options, world, num_features, check_dimensions)
+        call = _prepare(
+            input, parameters, number, eps, options, world, num_features, check_dimensions
+        )
         if key is not None:
             if len(calls) >= _MOST_CALLS:
                 calls.clear()
@@ -216,6 +220,7 @@ def normalise(
 def _prepare(
     input: Tensor,
     parameters: Parameters,
+    number: Tensor | None,
     eps: float,
     options: Options,
     world: World,
@@ -241,8 +246,8 @@ def _prepare(
     row_format = RowFormat(input.shape[1], accumulation_dtype(input))
     if asks_peers(plan):
         call = prepare_call(plan, plan.sizes(batch), row_format, select.select(input))
-        return prepare_ranks(call, input, eps, parameters)
+        return prepare_ranks(call, input, eps, (*parameters, number))
     if world.size == 1 and is_known(batch // plan.groups < plan.per_group):
         # A graph for batches of any size keeps them.
         plan = plan.without_empty_blocks(batch)
-    return prepare_local(plan, input, eps, row_format, parameters)
+    return prepare_local(plan, input, eps, row_format, (*parameters, number))

@@ -129,7 +129,7 @@ def prepare_call(
 
 def prepare_ranks(call: Call, x: Tensor, eps: float, parameters: Iterable[Tensor | None]) -> Call:
     """Let the kernels prepare what they do before and after ranks exchange rows, if they can."""
-    own = own_class(call.kernels, "TritonRanks", parameters)
+    own = own_class(call.kernels, "TritonRanks", x, parameters)
     if own is None:
         return call
     blocks, plan = len(call.sizes), call.plan
