@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from kernels.kernel_cases import GROUPED, MIXED, randn
-from shuffle_batchnorm.kernels import reference, tiles
+from shuffle_batchnorm.kernels import reference, select, tiles
 from shuffle_batchnorm.kernels.local import Local
 from shuffle_batchnorm.kernels.rows import BlockGroups, Groups, Running
 from shuffle_batchnorm.norm import functional
 
 pytest.importorskip("triton", reason="Triton is for Linux")
-from shuffle_batchnorm.kernels import triton_local
+from shuffle_batchnorm.kernels import triton_launch, triton_local
 from shuffle_batchnorm.kernels.triton_local import TritonLocal
 
 CUDA = torch.cuda.is_available()
@@ -224,3 +224,36 @@ def test_a_momentum_in_memory_is_another_kind(monkeypatch: pytest.MonkeyPatch) -
             torch.randn(4, 5, device=DEVICE), mean, var, training=True, momentum=momentum
         )
     assert len(calls) == 2
+
+
+def test_another_layout_is_another_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches output in the layout of an earlier input of that shape, and weights with gaps."""
+    monkeypatch.setattr(select, "select", lambda _: triton_launch)
+    x, weights = randn(8, 6, 3, 5).to(DEVICE), randn(12).to(DEVICE)
+    last = x.contiguous(memory_format=torch.channels_last)
+    want = functional.shuffle_batch_norm(x, None, None, weights[::2].clone(), training=True)
+    for input in (x, last):
+        for weight in (weights[::2].clone(), weights[::2]):
+            y = functional.shuffle_batch_norm(input, None, None, weight, training=True)
+            assert y.stride() == input.stride()
+            torch.testing.assert_close(y, want, rtol=1e-11, atol=1e-11)
+
+
+def test_a_channel_in_two_programs_is_moved_once() -> None:
+    """Catches running statistics that each program moves in which a part of a channel lies."""
+    x, sizes = randn(6, 450, 5).to(DEVICE), (1,) * 6
+    tile = tiles.elementwise(x.shape, sizes, False, x.itemsize)
+    # A run of memory, whose programs end within a channel.
+    values = tile.arguments["OUTER"] * tile.arguments["INNER"]
+    assert tile.arguments["LENGTH"] == 5
+    assert values < 450 * 5
+    assert values % 5
+    results = []
+    for work in (
+        Local(reference, sizes, MIXED, MIXED, 15, EPS),
+        TritonLocal(x, EPS, sizes, MIXED, MIXED),
+    ):
+        mean, var = torch.zeros(2, 450, dtype=x.dtype, device=DEVICE)
+        result = _run(work, x, x, mean + 1, mean.clone(), Running(mean, var, 0.3))
+        results.append(result | dict(running_mean=mean, running_var=var))
+    _compare(results[1], results[0], 1e-11)
