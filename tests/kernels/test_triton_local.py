@@ -192,7 +192,7 @@ def test_counters_are_left_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None
     """Catches a counter that is not set back, with which the next call would merge too early."""
     monkeypatch.setattr(triton_local, "MERGE_LAST", True)
     monkeypatch.setattr(triton_local, "_arrivals", {})
-    x, dy = (randn(12, 70, 9).to(DEVICE) for _ in range(2))
+    x, dy = (randn(12, 20, 9).to(DEVICE) for _ in range(2))
     work = TritonLocal(x, EPS, (2,) * 6, MIXED, _next(MIXED, 6))
     results = [_run(work, x, dy, None, None) for _ in range(3)]
     (counters,) = triton_local._arrivals.values()
