@@ -194,7 +194,7 @@ def tile_of(
     exists = there[:, None] & (o < outer)[:, None, None] & (i < inner)
 
     block = tl.load(blocks + sample, mask=there, other=0)
-    next_channel, is_next = None, None
+    next_channel, is_next = block, exists  # of no use, but Triton 3.6 returns no None
     if LENGTH == 1:
         block, channels, exist = block[:, None], i[None, :], there[:, None] & (i < inner)
     else:
