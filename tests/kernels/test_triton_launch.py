@@ -3,7 +3,7 @@
 The interpreter forgives what a compiler doesn't: see test_kernels_compiled.py and test_gpu.py.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -35,28 +35,11 @@ TRITON: Kernels = triton_module
 REFERENCE: Kernels = reference
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
-pytestmark = pytest.mark.gpu_too
+pytestmark = [pytest.mark.gpu_too, pytest.mark.usefixtures("nan_in_fresh_memory")]
 HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 LAYOUTS = pytest.mark.parametrize(
     "channels_last", [False, True], ids=["contiguous", "channels_last"]
 )
-
-
-@pytest.fixture(autouse=True)
-def _nan_in_fresh_memory() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture
-def _many_splits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Split even small blocks, down to single steps."""
-    monkeypatch.setattr(tiles, "_STEPS", 1)
-    monkeypatch.setattr(tiles, "_UNSPLIT", 1)
-    tiles.reduction.cache_clear()
-    yield
-    tiles.reduction.cache_clear()
 
 
 def _in_lines(x: Tensor) -> Tensor:
@@ -75,6 +58,8 @@ def _check(x: Tensor, dy: Tensor, sizes: tuple[int, ...]) -> dict[str, Tensor]:
     for name, tensor in want.items():
         assert got[name].dtype == tensor.dtype, name
         assert got[name].shape == tensor.shape, name
+    for name in ("mean", "std", "total", "dot"):
+        assert got[name].is_contiguous(), name
     return got
 
 
@@ -151,7 +136,7 @@ def test_half_precision_is_summed_in_float32(
     assert_one_rounding(TRITON, x, dy, sizes, packed_rows(x, sizes))
 
 
-@pytest.mark.usefixtures("_many_splits")
+@pytest.mark.usefixtures("many_splits")
 @pytest.mark.parametrize("programs", [12, 4096])
 @LAYOUTS
 def test_splits_add_up_and_repeat_their_bits(
@@ -176,7 +161,7 @@ def test_splits_add_up_and_repeat_their_bits(
 
 @pytest.mark.parametrize("merged", [2, 1024])
 @GROUPED
-@pytest.mark.usefixtures("_many_splits")
+@pytest.mark.usefixtures("many_splits")
 def test_groups_are_made_of_their_blocks(
     shape: tuple[int, ...],
     sizes: tuple[int, ...],
@@ -205,7 +190,7 @@ def test_large_means_cancel_no_more_than_in_batch_norm(
 ) -> None:
     """Catches E[x²] − E[x]², also about a centre that only the first samples have."""
     if split:
-        request.getfixturevalue("_many_splits")
+        request.getfixturevalue("many_splits")
     x = torch.randn(32, 4, side, side) + 1e4
     x += torch.linspace(-drift, drift, 32)[:, None, None, None]
     x[0, :, 0, 0] += outlier
@@ -226,7 +211,7 @@ def test_an_infinity_is_the_mean_of_its_channel(
 ) -> None:
     """Catches inf - inf, which is NaN, in running means that nn.BatchNorm2d has infinite."""
     if split:
-        request.getfixturevalue("_many_splits")
+        request.getfixturevalue("many_splits")
     x = torch.randn(16, 4, 150)
     x[8, 1, position], x[8, 2, position], x[8, 3, position] = torch.inf, -torch.inf, torch.nan
     x = (_in_lines(x) if channels_last else x).to(DEVICE)
@@ -241,7 +226,7 @@ def test_what_overflows_is_infinite_and_stays_in_its_channel(
 ) -> None:
     """Catches inf - inf, and a NaN or an infinity that reaches a neighbour or is lost."""
     if split:
-        request.getfixturevalue("_many_splits")
+        request.getfixturevalue("many_splits")
     x = torch.randn(16, 4, 150, device=DEVICE)
     x[:, 0] *= 1e30  # its squares don't fit
     x[3, 2, 7] = float("nan")

@@ -1,6 +1,5 @@
 """One process on the Triton kernels against the same in plain torch."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,26 +18,9 @@ from shuffle_batchnorm.kernels.triton_local import TritonLocal
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
-pytestmark = pytest.mark.gpu_too
+pytestmark = [pytest.mark.gpu_too, pytest.mark.usefixtures("nan_in_fresh_memory")]
 BOTH = pytest.mark.parametrize("merge_last", [False, True], ids=["three", "two"])
 EPS = 1e-3
-
-
-@pytest.fixture(autouse=True)
-def _nan_in_fresh_memory() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture
-def _splits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Let a block be summed by as many programs as it has steps."""
-    monkeypatch.setattr(tiles, "_STEPS", 1)
-    monkeypatch.setattr(tiles, "_UNSPLIT", 1)
-    tiles.reduction.cache_clear()
-    yield
-    tiles.reduction.cache_clear()
 
 
 def _next(groups: Groups, blocks: int) -> BlockGroups:
@@ -75,7 +57,7 @@ def _compare(got: dict[str, Any], want: dict[str, Any], tolerance: float) -> Non
 
 @BOTH
 @GROUPED
-@pytest.mark.usefixtures("_splits")
+@pytest.mark.usefixtures("many_splits")
 def test_groups_and_their_users(
     shape: tuple[int, ...], sizes: tuple[int, ...], groups: BlockGroups, channels_last: bool,
     merge_last: bool, monkeypatch: pytest.MonkeyPatch,
@@ -119,7 +101,7 @@ def test_blocks_that_are_normalisers(
     ],
     ids=str,
 )
-@pytest.mark.usefixtures("_splits")
+@pytest.mark.usefixtures("many_splits")
 def test_what_a_step_moves(
     dtype: torch.dtype, channels_last: bool, affine: str, step: float | Tensor, merge_last: bool,
     monkeypatch: pytest.MonkeyPatch,
@@ -187,7 +169,7 @@ def test_memory_at_odd_addresses_and_in_other_layouts(
             _compare(_run(work, other, gradient, weight, bias), expected, 1e-11)
 
 
-@pytest.mark.usefixtures("_splits")
+@pytest.mark.usefixtures("many_splits")
 def test_counters_are_left_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a counter that is not set back, with which the next call would merge too early."""
     monkeypatch.setattr(triton_local, "MERGE_LAST", True)

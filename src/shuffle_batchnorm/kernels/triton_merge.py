@@ -17,13 +17,21 @@ def finish_moments(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Merge the moments of each normaliser in a program of its own: see `merge_moments`."""
-    tiles = tl.cdiv(channels, COLUMNS)
-    normaliser = (tl.program_id(0) // tiles).to(tl.int64)
-    column = tl.program_id(0) % tiles * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    normaliser, column, _ = target_of(channels, COLUMNS)
+    normalisers = tl.num_programs(0) // tl.cdiv(channels, COLUMNS)
     merge_moments(
-        parts, order, weight, out, root, normaliser, tl.num_programs(0) // tiles, column, columns,
+        parts, order, weight, out, root, normaliser, normalisers, column, columns,
         channels, splits, members, ROWS, COLUMNS,
     )  # fmt: skip
+
+
+@triton.jit
+def target_of(channels, COLUMNS: tl.constexpr):
+    """Return the row that this program writes, and which channels of it exist."""
+    tiles = tl.cdiv(channels, COLUMNS)
+    target = (tl.program_id(0) // tiles).to(tl.int64)
+    column = tl.program_id(0) % tiles * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    return target, column, column < channels
 
 
 @triton.jit
@@ -115,11 +123,10 @@ def finish_sums(
 
     The rows are written `out_at` numbers from `parts`.
     """
-    tiles = tl.cdiv(channels, COLUMNS)
-    normaliser = (tl.program_id(0) // tiles).to(tl.int64)
-    column = tl.program_id(0) % tiles * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    normaliser, column, _ = target_of(channels, COLUMNS)
+    normalisers = tl.num_programs(0) // tl.cdiv(channels, COLUMNS)
     merge_sums(
-        parts, order, rows, parts + out_at, count, normaliser, tl.num_programs(0) // tiles, column,
+        parts, order, rows, parts + out_at, count, normaliser, normalisers, column,
         columns, channels, splits, members, ROWS, COLUMNS,
     )  # fmt: skip
 

@@ -8,7 +8,7 @@ xhat]``, ``2 * C``. Each program writes one row, or COLUMNS channels of it; `ord
 import triton
 import triton.language as tl
 
-from .triton_merge import add, merge, write_moments
+from .triton_merge import add, merge, target_of, write_moments
 
 
 @triton.jit(do_not_specialize=["columns", "channels", "splits", "members"])
@@ -18,7 +18,7 @@ def pack_moments(
 ):  # fmt: skip
     """Write rows to be sent, ``[R, 2 * C + 1]``, from parts as `moments` leaves them."""
     dtype = out.dtype.element_ty
-    target, column, exist = _target(channels, COLUMNS)
+    target, column, exist = target_of(channels, COLUMNS)
     size = splits.to(tl.int64) * columns
     count, mean, deviation = merge(
         parts, parts + size, parts + 2 * size, order, target, column, columns, channels, channels,
@@ -42,7 +42,7 @@ def mix_moments(
     has to normalise something has less than 2 values per channel, or was rejected.
     """
     dtype = out.dtype.element_ty
-    target, column, exist = _target(channels, COLUMNS)
+    target, column, exist = target_of(channels, COLUMNS)
     count, mean, deviation = merge(
         rows + 1, rows + 1 + channels, rows, order, target, column, 0, 2 * channels + 1, channels,
         1, members, True, ROWS, COLUMNS,
@@ -68,7 +68,7 @@ def pack_sums(
     If there are `sums`, what these are before they are weighted goes there, ``[2, blocks, C]`` from
     number `out_at` on.
     """
-    target, column, exist = _target(channels, COLUMNS)
+    target, column, exist = target_of(channels, COLUMNS)
     total, dot = add(
         parts, splits.to(tl.int64) * columns, order, target, column, columns, channels, channels,
         splits, members, ROWS, COLUMNS,
@@ -98,7 +98,7 @@ def mix_sums(
     from number `out_at` on, with rows of `normalisers`, as `mix_moments` has left them, from number
     `source_at` on.
     """
-    target, column, exist = _target(channels, COLUMNS)
+    target, column, exist = target_of(channels, COLUMNS)
     total, dot = add(
         rows, channels, order, target, column, 0, 2 * channels, channels, 1, members, ROWS, COLUMNS
     )
@@ -110,12 +110,3 @@ def mix_sums(
     step = rstd / -tl.maximum(count, 1)
     tl.store(out + out_at + position, step * dot * rstd, mask=exist)
     tl.store(out + out_at + plane + position, step * total, mask=exist)
-
-
-@triton.jit
-def _target(channels, COLUMNS: tl.constexpr):
-    """Return the row that this program writes, and which channels of it exist."""
-    tiles = tl.cdiv(channels, COLUMNS)
-    target = (tl.program_id(0) // tiles).to(tl.int64)
-    column = tl.program_id(0) % tiles * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    return target, column, column < channels
