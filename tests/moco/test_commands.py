@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from shuffle_batchnorm.moco.commands import Compare, Train
+from shuffle_batchnorm.moco.commands import Compare, Study, Train
 from shuffle_batchnorm.moco.comparison import compare as module
 from shuffle_batchnorm.moco.config import Config, ConfigError, from_dict, to_dict
+from shuffle_batchnorm.moco.study.cells import SEEDS, chosen
 
 
 def test_train_has_the_defaults_of_a_configuration() -> None:
@@ -27,6 +28,18 @@ def test_compare_hands_on_lists_and_what_was_typed(monkeypatch: pytest.MonkeyPat
     assert isinstance(config, Config)
     assert (bns, seeds, output) == (["local", "regroup"], [0, 12], Path("runs/compare"))
     assert named == {"command": "shuffle-batchnorm compare --output 'a folder'"}
+
+
+def test_study_hands_on_seeds_and_cells(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches defaults that are not those of the study from Python."""
+    called: list[Any] = []
+    monkeypatch.setattr(
+        study_module, "study", lambda *args, **kwargs: called.extend([args, kwargs])
+    )
+    Study(cells="n8-*", records=Path("r.json")).act()
+    (output, seeds, cells), named = called
+    assert (output, tuple(seeds), cells) == (Path("runs/study"), SEEDS, chosen("n8-*"))
+    assert named == {"earlier": Path("r.json"), "data_path": None}
 
 
 def test_seeds_are_whole_numbers() -> None:

@@ -82,6 +82,16 @@ def test_residual_blocks_begin_as_the_identity() -> None:
     torch.testing.assert_close(block(x), x)
 
 
+@pytest.mark.parametrize("depth", [1, 2, 4, 6])
+def test_depth_of_the_small_network(depth: int) -> None:
+    """Catches one layer too many, and a width or a stride that the default did not have."""
+    layers = list(make_backbone("small", channels=3, depth=depth)[0].modules())
+    shapes = [(c.out_channels, c.stride[0]) for c in layers if isinstance(c, nn.Conv2d)]
+    known = [(16, 1), (32, 2), (64, 2), (64, 1), (64, 1), (64, 1)]
+    assert shapes == [*known[: depth - 1], (64, known[depth - 1][1])]
+    assert sum(isinstance(layer, nn.BatchNorm2d) for layer in layers) == depth
+
+
 def test_unknown_network() -> None:
     with pytest.raises(
         NetworkError, match=r"^train: --network vgg is unknown; choose one of small,"

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .config import CALL, UserError, flag
+from .config import CALL, Config, UserError, flag, flat
 
 LAST, PREVIOUS, BEST = "last.pt", "last.previous.pt", "best.pt"
 DAMAGED = "last.damaged.pt"  # what a run that goes on from `PREVIOUS` has found as `LAST`
@@ -39,6 +39,10 @@ State = dict[str, Any]
 
 class CheckpointError(UserError):
     """A file of a run can't be written, or can't be gone on from."""
+
+
+class HeldError(CheckpointError):
+    """Another process writes to the folder."""
 
 
 class DamagedError(CheckpointError):
@@ -219,7 +223,8 @@ def refuse_changes(
         {name: value for part in side["config"].values() for name, value in part.items()}
         for side in (before, now)
     )
-    pairs = [(flag(n), old.get(n), new.get(n)) for n in {**new, **old} if n not in free]
+    young = {n: v for n, v in flat(Config()).items() if n in new}  # flags the run did not have
+    pairs = [(flag(n), (young | old).get(n), new.get(n)) for n in {**new, **old} if n not in free]
     for name, words in (("world_size", "number of ranks"), ("device", "device")):
         if name in before and name in now:
             pairs.append((words, before[name], now[name]))
@@ -242,7 +247,8 @@ def folder_lock(folder: Path, patience: float = 10.0) -> Iterator[None]:
     A rank that was killed may take a moment to release it.
 
     Raises:
-        CheckpointError: another run is in it, or it can't be made.
+        HeldError: another run is in it.
+        CheckpointError: it can't be made.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     lock = folder / ".lock"
@@ -251,7 +257,7 @@ def folder_lock(folder: Path, patience: float = 10.0) -> Iterator[None]:
         while not (file := _locked(lock)):
             if time.monotonic() > until:
                 message = f"{CALL}: another run is writing to {folder}; choose another --output"
-                raise CheckpointError(message)
+                raise HeldError(message)
             time.sleep(0.1)
     except OSError as error:
         raise CheckpointError(f"{CALL}: can't write to {folder}: {error.strerror}") from error

@@ -76,14 +76,11 @@ class Compare(Config):
         from .comparison.compare import compare
 
         bns: list[Any] = _list(self.bn)
-        seeds = _list(self.seeds)
-        wrong = [seed for seed in seeds if not seed.isdecimal()]
-        if wrong:
-            raise ConfigError(f"compare: --seeds must be whole numbers, got {wrong[0]}")
+        seeds = _seeds("compare", self.seeds)
         parts = self.data, self.network, self.norm, self.moco, self.optim, self.run
         config = from_dict(to_dict(Config(*parts)))
         command = shlex.join(["shuffle-batchnorm", *sys.argv[1:]])
-        compare(config, bns, [int(seed) for seed in seeds], config.run.output, command=command)
+        compare(config, bns, seeds, config.run.output, command=command)
 
 
 @dataclass(frozen=True)
@@ -149,13 +146,60 @@ class Probe(_Measure):
         self.report(figures, line)
 
 
+@dataclass(frozen=True)
+class Study:
+    """Train many small runs that differ in one thing each: how the leak depends on what.
+
+    Several of these commands with one --output share the work; each goes on where it was stopped.
+    """
+
+    output: Path = Path("runs/study")
+    """Folder for the runs and records.json."""
+    seeds: Annotated[str, arg(metavar="INT,INT,...")] = "10,11,12,13,14"
+    """Seeds of weights, order, views and queue."""
+    cells: Annotated[str, arg(metavar="PATTERN,...")] = "*"
+    """Names of the cells to train, with * and ? as in a shell: n8-*, for example."""
+    records: Path | None = None
+    """Records of earlier runs, which are not trained again."""
+    data_path: Path | None = None
+    """Folder of Fashion-MNIST, if it is not where Debian's package puts it."""
+
+    def act(self) -> None:
+        """Run the command."""
+        from .study.cells import chosen
+        from .study.run import study
+
+        seeds = _seeds("study", self.seeds)
+        study(
+            self.output,
+            seeds,
+            chosen(self.cells),
+            earlier=self.records,
+            data_path=self.data_path,
+        )
+
+
 Command = (
     Annotated[Train, subcommand("train")]
     | Annotated[Compare, subcommand("compare")]
     | Annotated[Evaluate, subcommand("evaluate")]
     | Annotated[Probe, subcommand("probe")]
+    | Annotated[Study, subcommand("study")]
 )
 
 
 def _list(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _seeds(call: str, text: str) -> list[int]:
+    """Return the numbers of --seeds.
+
+    Raises:
+        ConfigError: one is no whole number.
+    """
+    seeds = _list(text)
+    wrong = [seed for seed in seeds if not seed.isdecimal()]
+    if wrong:
+        raise ConfigError(f"{call}: --seeds must be whole numbers, got {wrong[0]}")
+    return [int(seed) for seed in seeds]

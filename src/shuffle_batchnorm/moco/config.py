@@ -57,6 +57,8 @@ class NetworkConfig:
 
     network: str = "small"
     """small, resnet18, resnet50, timm/NAME or torchvision/NAME."""
+    depth: int = 4
+    """Convolutions of --network small, each with batch norm."""
     stem: Stem = "auto"
     """First layers of a ResNet: for small images or for large ones; auto goes by --image-size."""
     dim: int = 128

@@ -72,7 +72,11 @@ def make_encoder(config: NetworkConfig, channels: int, image_size: int) -> Encod
         torch.Size([4, 16])
     """
     backbone, features = make_backbone(
-        config.network, stem=config.stem, channels=channels, image_size=image_size
+        config.network,
+        stem=config.stem,
+        channels=channels,
+        image_size=image_size,
+        depth=config.depth,
     )
     head: nn.Module = nn.Linear(features, config.dim)
     if config.mlp:
@@ -81,7 +85,7 @@ def make_encoder(config: NetworkConfig, channels: int, image_size: int) -> Encod
 
 
 def make_backbone(
-    network: str, *, stem: str = "auto", channels: int = 3, image_size: int = 32
+    network: str, *, stem: str = "auto", channels: int = 3, image_size: int = 32, depth: int = 4
 ) -> tuple[nn.Module, int]:
     """Build a backbone by name, with fresh weights.
 
@@ -92,6 +96,7 @@ def make_backbone(
             maximum of 3x3; ``auto``, cifar up to 64 pixels.
         channels: c of the images.
         image_size: H of the images.
+        depth: convolutions of ``small``.
 
     Returns:
         The backbone, ``[N, c, H, H]`` to ``[N, D]``, and D.
@@ -108,7 +113,7 @@ def make_backbone(
     if library in ("timm", "torchvision"):
         return _from_library(library, name, channels, image_size)
     if network == "small":
-        return SmallNet(channels), SmallNet.FEATURES
+        return SmallNet(channels, depth), SmallNet.FEATURES
     if network in _RESNETS:
         large = image_size > _LARGE if stem == "auto" else stem == "imagenet"
         resnet = ResNet(*_RESNETS[network], channels=channels, large_stem=large)
@@ -118,10 +123,14 @@ def make_backbone(
 
 
 class SmallNet(nn.Module):
-    """Four convolutions with batch norm, ``[N, c, 16, 16]`` to ``[N, 64]`` in a moment.
+    """A few convolutions with batch norm, ``[N, c, 16, 16]`` to ``[N, 64]`` in a moment.
+
+    The first has 16 channels, the second 32, the others and the last 64; the second and the third
+    halve the side.
 
     Args:
         channels: c of the images.
+        depth: how many convolutions, 1 or more.
 
     Shape:
         Images ``[N, c, H, H]`` with H of 8 or more, to ``[N, 64]``.
@@ -129,12 +138,12 @@ class SmallNet(nn.Module):
 
     FEATURES = 64
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, depth: int = 4) -> None:
         super().__init__()
-        widths = (channels, 16, 32, 64, self.FEATURES)
+        hidden = (16, 32, *[self.FEATURES] * depth)[: depth - 1]
         layers: list[nn.Module] = []
-        for depth, (inputs, outputs) in enumerate(pairwise(widths)):
-            stride = 2 if 0 < depth < 3 else 1
+        for position, (inputs, outputs) in enumerate(pairwise((channels, *hidden, self.FEATURES))):
+            stride = 2 if 0 < position < 3 else 1
             convolution = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
             layers += [convolution, nn.BatchNorm2d(outputs), nn.ReLU()]
         self.layers = nn.Sequential(*layers)

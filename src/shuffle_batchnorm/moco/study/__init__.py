@@ -1,0 +1,1 @@
+"""The law of the leak: many small runs, one table, a fit."""

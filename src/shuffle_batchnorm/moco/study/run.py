@@ -1,0 +1,136 @@
+"""The study: its runs one after another, in as many processes as are started on its folder.
+
+The folder holds ``runs/CELL-seedK``, a run each, and ``records.json``, one slim record per run that
+has ended.
+"""
+
+import contextlib
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from shuffle_batchnorm.moco.checkpoint import CheckpointError, HeldError, folder_lock
+from shuffle_batchnorm.moco.comparison.compare import Train
+from shuffle_batchnorm.moco.comparison.summary import Record
+from shuffle_batchnorm.moco.comparison.tables import run_line
+from shuffle_batchnorm.moco.config import ConfigError, DataConfig
+from shuffle_batchnorm.moco.data.images import DataError
+from shuffle_batchnorm.moco.data.loading import load_data
+from shuffle_batchnorm.moco.ranks.launch import under_torchrun
+from shuffle_batchnorm.moco.trainer import train as train_run
+
+from .cells import CALL, CELLS, SEEDS, Cell, Run, planned
+from .records import Records, merged, of_folders, read_records, write_records
+
+RECORDS = "records.json"
+
+
+def study(
+    output: Path,
+    seeds: Sequence[int] = SEEDS,
+    cells: Sequence[Cell] = CELLS,
+    *,
+    earlier: Path | None = None,
+    data_path: Path | None = None,
+    train: Train = train_run,
+) -> Records:
+    """Train every cell with every seed, and write `records.json` after each run.
+
+    A run that has ended is not trained again, one that was interrupted goes on, and one that
+    another process is training is left to it: several calls with one folder share the work.
+
+    Communication: none. Every run is of one process and one thread.
+
+    Args:
+        output: the study's folder; made if it is missing.
+        seeds: of the runs.
+        cells: what to train; those whose data set is missing are left out, after a line that says
+            where to get it.
+        earlier: a file of records; its runs are not trained again.
+        data_path: of the data sets that do not come with a package.
+        train: trains one run.
+
+    Returns:
+        What `records.json` holds then: of these runs, of `earlier`, and of `records.json`.
+
+    Raises:
+        ConfigError: a run that can't be trained, or no seed (before any is).
+        CheckpointError: a file that can't be read or written.
+        ResultsError: records of other cells than these.
+        Stopped: a signal came; the run is saved.
+    """
+    if under_torchrun():
+        raise ConfigError(f"{CALL}: its runs are of one process each; start it without torchrun")
+    plan = planned(available(cells, data_path), seeds, output, data_path)
+    for run in plan:
+        make_folder(run.config.run.output)
+    known = {(record["cell"], record["seed"]) for record in update(output, plan, earlier).runs}
+    left = [run for run in plan if (run.cell.name, run.seed) not in known]
+    print(f"{CALL}: {len(plan)} runs, {len(plan) - len(left)} have ended before", flush=True)
+    while left:
+        done = []
+        for run in left:
+            record = try_run(run, train)
+            if record is not None:
+                done.append(run)
+                update(output, plan, earlier)
+                where = f"[{plan.index(run) + 1}/{len(plan)}] {run.cell.name}, seed {run.seed}"
+                print(f"{where}: {run_line(record)}", flush=True)
+        left = [run for run in left if run not in done]
+        if left and not done:
+            names = ", ".join(run.config.run.output.name for run in left)
+            print(f"{CALL}: other processes are training {names}", flush=True)
+            break
+    return update(output, plan, earlier)
+
+
+def try_run(run: Run, train: Train) -> Record | None:
+    """Train a run, or take the record of one that has ended; None if another process holds it."""
+    folder = run.config.run.output
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with folder_lock(folder, patience=0):  # the trainer would wait for it
+            pass
+        with contextlib.redirect_stdout(io.StringIO()):  # a line per epoch
+            return train(run.config)
+    except HeldError:
+        return None
+    finally:
+        torch.set_num_threads(threads)
+
+
+def update(output: Path, plan: Sequence[Run], earlier: Path | None) -> Records:
+    """Bring `records.json` up to date with the folders of the runs, and return what it holds."""
+    path = output / RECORDS
+    with folder_lock(output):
+        files = [read_records(one) for one in (earlier, path) if one is not None and one.exists()]
+        records = merged(*files, of_folders(plan))
+        write_records(path, records)
+    return records
+
+
+def available(cells: Sequence[Cell], data_path: Path | None) -> list[Cell]:
+    """The cells whose data set is there; what is missing is said once."""
+    missing = set()
+    for name in {cell.dataset for cell in cells} - {DataConfig().dataset}:
+        try:
+            load_data(DataConfig(dataset=name, data_path=data_path))
+        except DataError as error:
+            missing.add(name)
+            print(f"{CALL}: without the cells of {name}: {error}", flush=True)
+    return [cell for cell in cells if cell.dataset not in missing]
+
+
+def make_folder(folder: Path) -> None:
+    """Make the folder of a run, which a lock that is only tried must not remove again.
+
+    Raises:
+        CheckpointError: it can't be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{CALL}: --output {folder}: {error.strerror}") from error

@@ -1,0 +1,104 @@
+"""The study's runs: in order, each once, shared by processes, gone on with after a stop."""
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+
+from moco.study import fake_runs
+from moco.study.fake_runs import Record
+from shuffle_batchnorm.moco.checkpoint import folder_lock
+from shuffle_batchnorm.moco.config import Config, ConfigError
+from shuffle_batchnorm.moco.ranks.spawn import Stopped
+from shuffle_batchnorm.moco.study.cells import chosen
+from shuffle_batchnorm.moco.study.run import study
+
+CELLS = chosen("n8-B1,n8-B2,n16-B2")
+
+
+class Trainer:
+    """Trains as `fake_runs.train`, notes what, and is stopped at one of the runs."""
+
+    def __init__(self, stop_at: str = "") -> None:
+        self.trained: list[str] = []
+        self.stop_at = stop_at
+
+    def __call__(self, config: Config) -> Record:
+        name = config.run.output.name
+        if name == self.stop_at:
+            raise Stopped(signal.SIGTERM, "stopped")
+        self.trained.append(name)
+        print("what a run says of its epochs")
+        return fake_runs.train(config)
+
+
+def names(path: Path) -> list[str]:
+    records = json.loads(path.read_text())["records"]
+    return [f"{record['cell']}-seed{record['seed']}" for record in records]
+
+
+def test_an_interrupted_study_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = Trainer("n16-B2-seed10"), Trainer()
+    with pytest.raises(Stopped):
+        study(tmp_path, (10, 11), CELLS, train=first)
+    assert first.trained == names(tmp_path / "records.json") == ["n8-B1-seed10", "n8-B2-seed10"]
+    records = study(tmp_path, (10, 11), CELLS, train=second)
+    rest = ["n16-B2-seed10", "n8-B1-seed11", "n8-B2-seed11", "n16-B2-seed11"]
+    assert second.trained == rest
+    assert [f"{r['cell']}-seed{r['seed']}" for r in records.runs] == first.trained + rest
+    out = capsys.readouterr().out
+    assert "study: 6 runs, 2 have ended before\n[3/6] n16-B2, seed 10: leak 0." in out
+    assert "epochs" not in out
+
+
+def test_what_another_process_trains_is_left_to_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches an error, and a wait, where a second command is started beside a first."""
+    trainer = Trainer()
+    with folder_lock(tmp_path / "runs" / "n8-B2-seed10"):
+        study(tmp_path, (10,), CELLS, train=trainer)
+    assert trainer.trained == ["n8-B1-seed10", "n16-B2-seed10"]
+    assert "study: other processes are training n8-B2-seed10\n" in capsys.readouterr().out
+    study(tmp_path, (10,), CELLS, train=trainer)
+    assert trainer.trained[2:] == ["n8-B2-seed10"]
+
+
+def test_a_run_that_another_process_has_left_is_taken_up(tmp_path: Path) -> None:
+    """Catches a study that ends although a run, held when it came by, is free at its end."""
+    held = folder_lock(tmp_path / "runs" / "n8-B1-seed10")
+    held.__enter__()
+
+    class Releasing(Trainer):
+        def __call__(self, config: Config) -> Record:
+            if not self.trained:
+                held.__exit__(None, None, None)
+            return super().__call__(config)
+
+    trainer = Releasing()
+    study(tmp_path, (10,), CELLS, train=trainer)
+    assert trainer.trained == ["n8-B2-seed10", "n16-B2-seed10", "n8-B1-seed10"]
+
+
+def test_earlier_records_are_not_trained_again(tmp_path: Path) -> None:
+    study(tmp_path / "a", (10,), CELLS[:2], train=Trainer())
+    trainer = Trainer()
+    records = study(
+        tmp_path / "b", (10,), CELLS, earlier=tmp_path / "a" / "records.json", train=trainer
+    )
+    assert trainer.trained == ["n16-B2-seed10"]
+    assert [record["cell"] for record in records.runs] == ["n8-B1", "n8-B2", "n16-B2"]
+    assert names(tmp_path / "b" / "records.json") == [
+        "n8-B1-seed10",
+        "n8-B2-seed10",
+        "n16-B2-seed10",
+    ]
+
+
+def test_torchrun_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "0")
+    with pytest.raises(ConfigError, match="study: its runs are of one process each"):
+        study(tmp_path, (10,), CELLS)
+    assert not list(tmp_path.iterdir())
