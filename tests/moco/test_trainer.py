@@ -34,7 +34,7 @@ from shuffle_batchnorm.moco.checkpoint import CheckpointError
 from shuffle_batchnorm.moco.comparison.summary import check_records, summarise
 from shuffle_batchnorm.moco.config import Config, ConfigError, OptimConfig
 from shuffle_batchnorm.moco.data.loading import EpochBatches
-from shuffle_batchnorm.moco.measure import probe_checkpoint
+from shuffle_batchnorm.moco.measure import evaluate_checkpoint, probe_checkpoint
 from shuffle_batchnorm.moco.networks import NetworkError
 from shuffle_batchnorm.moco.ranks.launch import Rank
 from shuffle_batchnorm.moco.ranks.spawn import Stopped
@@ -234,6 +234,12 @@ def test_record_has_what_the_report_wants(uninterrupted: Path) -> None:
     assert record["complete"] is True
     assert [row["epoch"] for row in record["curve"]] == [1, 2]
     assert check_records([record], "record.json")
+
+
+def test_a_linear_probe_at_the_end(tmp_path: Path) -> None:
+    """Asked for, it is in the record, and is what `evaluate` finds in the checkpoint."""
+    record = train_quickly(small_config(tmp_path, epochs=1, linear=True))
+    assert record["linear"] == evaluate_checkpoint(tmp_path / "last.pt")["linear"]
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ PARTS = {"format", "config", "world_size", "step", "model", "optimizer", "ranks"
 # Flags that may change when a run goes on: they say where and how it runs, not what is trained.
 # The number of ranks counts as it is, not as the flag says: torchrun ignores the flag.
 _WHERE = {"data_path", "output", "ranks", "device"}
-_HOW = {"workers", "resume", "save_every", "log_every", "tensorboard"}
+_HOW = {"workers", "resume", "save_every", "log_every", "linear", "tensorboard"}
 FREE = frozenset(_WHERE | _HOW)
 _ZIP = b"PK\x03\x04"  # what a zip file begins with
 

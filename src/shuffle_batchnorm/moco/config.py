@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 Norm = Literal["local", "sync", "swap", "regroup", "batch-shuffle"]
-Dataset = Literal["digits", "cifar10", "cifar100", "imagefolder"]
+Dataset = Literal["digits", "fashion-mnist", "cifar10", "cifar100", "imagefolder"]
 Augment = Literal["standard", "none"]
 Stem = Literal["auto", "cifar", "imagenet"]
 Buffers = Literal["own", "copy", "momentum"]
@@ -19,7 +19,15 @@ Precision = Literal["fp32", "bf16", "float64"]
 
 CALL = "train"
 LEAK_BATCHES, LEAK_KEYS = 32, 32  # batches that the leak is measured with; keys in each
-IMAGE_SIZES = {"digits": 16, "cifar10": 32, "cifar100": 32, "imagefolder": 224}
+IMAGE_SIZES = {
+    "digits": 16,
+    "fashion-mnist": 28,
+    "cifar10": 32,
+    "cifar100": 32,
+    "imagefolder": 224,
+}
+# Data sets that are found without --data-path: in scikit-learn, or where a package puts them.
+FOUND = ("digits", "fashion-mnist")
 
 
 class UserError(ValueError):
@@ -35,15 +43,19 @@ class DataConfig:
     """What is learned from."""
 
     dataset: Dataset = "digits"
-    """Images to train on; digits come with scikit-learn, the others need --data-path."""
+    """Images to train on; digits come with scikit-learn, fashion-mnist with Debian's package
+    dataset-fashion-mnist or from --data-path, the others from --data-path."""
     data_path: Path | None = None
     """Folder or archive of the data set, as its authors give it out."""
     image_size: int | None = None
-    """Side of the views in pixels (default: 16 for digits, 32 for cifar, 224 for imagefolder)."""
+    """Side of the views in pixels (default: 16 for digits, 28 for fashion-mnist, 32 for cifar, 224
+    for imagefolder)."""
     workers: int = 0
     """Processes per rank that read images; 0 reads in the rank itself."""
     augment: Augment = "standard"
     """Random views of an image, or twice the image itself."""
+    validation: bool = False
+    """Hold out every sixth training image in place of the test images, to choose settings by."""
 
     @property
     def side(self) -> int:
@@ -139,6 +151,8 @@ class RunConfig:
     """Go on from OUTPUT/last.pt, if it is there."""
     save_every: int = 200
     """Steps between checkpoints; one is saved at the end and on SIGTERM and SIGINT anyway."""
+    linear: bool = False
+    """At the end, also train a linear classifier on the features, and write its accuracy down."""
     eval_every: int = 5
     """Epochs between kNN evaluations; the last epoch has one."""
     log_every: int = 10
@@ -245,7 +259,7 @@ def validate(config: Config, world_size: int) -> None:
             names = ", ".join(_CHOICES[name])
             raise ConfigError(f"{CALL}: {flag(name)} must be one of {names}, got {value}")
     data, optim = config.data, config.optim
-    if data.dataset != "digits" and data.data_path is None:
+    if data.dataset not in FOUND and data.data_path is None:
         raise ConfigError(f"{CALL}: --dataset {data.dataset} needs --data-path")
     if optim.accumulate != 1:
         raise ConfigError(

@@ -199,6 +199,8 @@ class Trainer:
         # What has no finite features has no leak that could be measured.
         leak = None if diverged else self.measurements.leak()
         scales = {} if diverged else self.measurements.stability()
+        # Records without it are what they were before there was a flag.
+        linear = {"linear": self.measurements.linear()} if config.run.linear else {}
         record: Record = {
             "seed": config.run.seed,
             "epochs": config.optim.epochs,
@@ -206,6 +208,7 @@ class Trainer:
             **asdict(config.norm),
             **leak_figures(leak),
             "knn": last["knn"],
+            **linear,
             "pretext_accuracy": last["pretext_accuracy"],
             "loss": last["loss"],
             "seconds": self.seconds,

@@ -29,7 +29,13 @@ def test_none_only_normalises() -> None:
 
 @pytest.mark.parametrize(
     ("dataset", "channels", "side"),
-    [("digits", 1, 16), ("cifar10", 3, 32), ("cifar100", 3, 32), ("imagefolder", 3, 64)],
+    [
+        ("digits", 1, 16),
+        ("fashion-mnist", 1, 28),
+        ("cifar10", 3, 32),
+        ("cifar100", 3, 32),
+        ("imagefolder", 3, 64),
+    ],
 )
 def test_every_sample_has_its_own_numbers(dataset: str, channels: int, side: int) -> None:
     """Catches one transformation for the whole batch, and policies that break on some input."""
@@ -85,11 +91,11 @@ def test_random_state_outside_is_untouched() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dataset", ["digits", "cifar10", "imagefolder"])
+@pytest.mark.parametrize("dataset", ["digits", "fashion-mnist", "cifar10", "imagefolder"])
 def test_views_on_a_gpu_are_those_on_the_cpu(dataset: str) -> None:
     """Catches random numbers that a GPU draws itself, and a wait for it."""
     pytest.importorskip("kornia")  # make gpu-check does without the extra `train`
-    images = _images(8, 1 if dataset == "digits" else 3, 64)
+    images = _images(8, 1 if dataset in ("digits", "fashion-mnist") else 3, 64)
     augmentation = make_augmentation(dataset, 64, "standard", *_STATISTICS[images.shape[1]])
     with step_random_state(0, 0, 0, 0, 0):
         expected = augmentation(images)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from shuffle_batchnorm.moco.config import ConfigError, DataConfig, UserError
 from shuffle_batchnorm.moco.data.images import DataError
@@ -38,6 +38,29 @@ def test_digits_statistics_are_those_of_the_training_images() -> None:
     assert images.mean == pytest.approx((float(values.mean()),))
     assert images.std == pytest.approx((float(values.std()),))
     assert train.images.max() > 240
+
+
+def test_validation_takes_from_the_training_images() -> None:
+    """Catches settings chosen by test images, and a validation image that is also trained on."""
+    whole, images = (load_data(DataConfig(validation=value)) for value in (False, True))
+    loader = make_loader(images.train, [[0, 4, 5]])
+    batch, labels = next(iter(loader))
+    for position, number in enumerate((1, 5, 7)):  # 0 and 6 are held out
+        image, label = whole.train[number]
+        assert torch.equal(batch[position], image)
+        assert labels[position] == label
+    train: Any = whole.train
+    parts = [next(iter(make_loader(p, [range(len(p))])))[0] for p in (images.train, images.test)]  # type: ignore[arg-type, list-item]
+    assert torch.equal(parts[1], train.images[::6])
+    assert [len(part) for part in parts] == [1438 - 240, 240]
+    assert images.mean == whole.mean
+
+
+def test_a_part_of_images_that_come_one_by_one() -> None:
+    """Catches a list of items where a batch is wanted: a `Subset` gives one."""
+    part = Subset(Broken(ValueError("never")), [3, 1, 2])
+    loader = make_loader(part, [[0, 1], [2]])
+    assert [batch.tolist() for batch in loader] == [[3, 1], [2]]
 
 
 @pytest.mark.parametrize("dataset", ["cifar10", "cifar100", "imagefolder"])

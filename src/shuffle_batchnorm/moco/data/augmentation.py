@@ -65,12 +65,12 @@ def make_augmentation(
 ) -> Augmentation:
     """Build the augmentation of a data set.
 
-    ``standard`` is MoCo v2's for photographs, with blur for ``imagefolder`` only; ``digits`` are
-    turned, moved and scaled a little and get noise, without a flip. ``none`` only normalises, for
-    evaluation.
+    ``standard`` is MoCo v2's for photographs, with blur for ``imagefolder`` only, and for the grey
+    images of ``fashion-mnist`` without what needs colours; ``digits`` are turned, moved and scaled
+    a little and get noise, without a flip. ``none`` only normalises, for evaluation.
 
     Args:
-        dataset: ``digits``, ``cifar10``, ``cifar100`` or ``imagefolder``.
+        dataset: ``digits``, ``fashion-mnist``, ``cifar10``, ``cifar100`` or ``imagefolder``.
         image_size: H.
         policy: ``standard`` or ``none``, as `validate` has checked.
         mean: of each channel, of values from 0 to 1.
@@ -99,14 +99,12 @@ def make_augmentation(
             kornia.RandomGaussianNoise(std=0.1, p=1.0),
         ]
     else:
-        steps = [
-            kornia.RandomResizedCrop(
-                (image_size, image_size), scale=(0.2, 1.0), cropping_mode="resample"
-            ),
-            kornia.ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8),
-            kornia.RandomGrayscale(p=0.2),
-            kornia.RandomHorizontalFlip(p=0.5),
-        ]
+        side, flip = (image_size, image_size), kornia.RandomHorizontalFlip(p=0.5)
+        crop = kornia.RandomResizedCrop(side, scale=(0.2, 1.0), cropping_mode="resample")
+        if dataset == "fashion-mnist":
+            return Augmentation([crop, kornia.ColorJitter(0.4, 0.4, p=0.8), flip], mean, std)
+        jitter = kornia.ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8)
+        steps = [crop, jitter, kornia.RandomGrayscale(p=0.2), flip]
         if dataset == "imagefolder":
             # A tenth of the image, made odd, as SimCLR has it.
             kernel = image_size // 10 // 2 * 2 + 1

@@ -1,19 +1,22 @@
 """The data sets by name, and the order in which their images come."""
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset, default_collate
 
 from shuffle_batchnorm.moco.config import CALL, DataConfig, UserError
 from shuffle_batchnorm.moco.ranks.spawn import start_tracker
 from shuffle_batchnorm.shuffle.permutations import DATA_SET, Key, permutation
 
 from .cifar import read_cifar
+from .fashion_mnist import CLASSES, read_fashion_mnist
 from .folders import read_folders
 from .images import ArrayImages, DataError, Images, resized
 
+_VALIDATION = 6  # of so many training images, one is held out to choose settings by
 _MEAN_AND_STD = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
@@ -26,10 +29,11 @@ def load_data(config: DataConfig) -> Images:
 
     Args:
         config: ``digits`` is scikit-learn's, of which every fifth image of a class is held out;
-            the others are read from `data_path`.
+            the others are read from `data_path`. With `validation`, every sixth image of the
+            training part is held out instead of the test part, which is not looked at.
 
     Returns:
-        The images; those of ``digits`` and CIFAR are in memory.
+        The images; those of ``digits``, Fashion-MNIST and CIFAR are in memory.
 
     Raises:
         DataError: a missing or wrong `data_path`, an archive that is damaged or another one.
@@ -39,9 +43,24 @@ def load_data(config: DataConfig) -> Images:
         >>> len(images.train), len(images.test), images.train[0][0].shape
         (1438, 359, torch.Size([1, 16, 16]))
     """
+    images = _load(config)
+    if not config.validation:
+        return images
+    numbers = range(len(images.train))  # type: ignore[arg-type]
+    kept = [number for number in numbers if number % _VALIDATION]
+    return replace(
+        images,
+        train=Subset(images.train, kept),
+        test=Subset(images.train, numbers[::_VALIDATION]),
+    )
+
+
+def _load(config: DataConfig) -> Images:
     if config.dataset == "digits":
         return _load_digits(config.side)
     path = config.data_path
+    if config.dataset == "fashion-mnist":
+        return _in_memory(*read_fashion_mnist(path), CLASSES, config.side)
     if path is None:
         raise DataError(
             f"{CALL}: --dataset {config.dataset} needs --data-path, {_WHAT[config.dataset]}"
@@ -82,9 +101,15 @@ def _load_digits(side: int) -> Images:
     held_out[order[2::5]] = True
     train = ArrayImages(images[~held_out], labels[~held_out])
     test = ArrayImages(images[held_out], labels[held_out])
+    return _in_memory(train, test, len(bunch.target_names), side)
+
+
+def _in_memory(train: ArrayImages, test: ArrayImages, classes: int, side: int) -> Images:
+    """Return grey images with another side, and mean and deviation of those to train on."""
+    train, test = (ArrayImages(resized(part.images, side), part.labels) for part in (train, test))
     values = train.images.double() / 255
     mean, std = float(values.mean()), float(values.std())
-    return Images(train, test, len(bunch.target_names), 1, side, (mean,), (std,))
+    return Images(train, test, classes, 1, side, (mean,), (std,))
 
 
 class EpochBatches(Sampler[list[int]]):
@@ -198,8 +223,10 @@ class _Batches(Dataset[Any]):
     def __getitems__(self, indices: list[int]) -> Any:
         try:
             if hasattr(self.dataset, "__getitems__"):
-                return self.dataset.__getitems__(indices)
-            return default_collate([self.dataset[index] for index in indices])
+                batch = self.dataset.__getitems__(indices)
+            else:
+                batch = [self.dataset[index] for index in indices]
+            return default_collate(batch) if isinstance(batch, list) else batch
         except UserError as error:
             return error
 
