@@ -9,6 +9,7 @@ import pytest
 from shuffle_batchnorm.moco.commands import Compare, Study, Train
 from shuffle_batchnorm.moco.comparison import compare as module
 from shuffle_batchnorm.moco.config import Config, ConfigError, from_dict, to_dict
+from shuffle_batchnorm.moco.study import run as run_module
 from shuffle_batchnorm.moco.study.cells import SEEDS, chosen
 
 
@@ -33,9 +34,7 @@ def test_compare_hands_on_lists_and_what_was_typed(monkeypatch: pytest.MonkeyPat
 def test_study_hands_on_seeds_and_cells(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches defaults that are not those of the study from Python."""
     called: list[Any] = []
-    monkeypatch.setattr(
-        study_module, "study", lambda *args, **kwargs: called.extend([args, kwargs])
-    )
+    monkeypatch.setattr(run_module, "study", lambda *args, **kwargs: called.extend([args, kwargs]))
     Study(cells="n8-*", records=Path("r.json")).act()
     (output, seeds, cells), named = called
     assert (output, tuple(seeds), cells) == (Path("runs/study"), SEEDS, chosen("n8-*"))

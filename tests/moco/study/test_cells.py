@@ -20,7 +20,16 @@ NAMES = [cell.name for cell in CELLS]
 
 def test_there_are_as_many_as_the_plan_says() -> None:
     parts = Counter(cell.part for cell in CELLS)
-    assert parts == {"grid": 28, "control": 3, "depth": 9, "epochs": 9, "temperature": 8}
+    assert parts == {
+        "grid": 28,
+        "control": 3,
+        "depth": 9,
+        "epochs": 9,
+        "temperature": 8,
+        "fashion": 6,
+    }
+    plan = planned(CELLS, SEEDS, Path())
+    assert len(plan) == 57 * 5 + 6 * 3
 
 
 def test_a_folder_belongs_to_one_run() -> None:
@@ -44,6 +53,8 @@ def test_the_grid_is_every_size_with_every_number_of_blocks_that_it_allows() -> 
         if cell.part == "grid":
             assert cell.name == f"n{n}-B{blocks}"
             found.setdefault(n, []).append(blocks)
+        elif cell.part == "fashion":
+            assert cell.name == f"fashion-n{n}-B{blocks}"
         else:
             assert n == 8
     every = [1, 2, 3, 4, 6, 8]

@@ -102,3 +102,16 @@ def test_torchrun_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(ConfigError, match="study: its runs are of one process each"):
         study(tmp_path, (10,), CELLS)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_data_set_that_is_missing_is_left_out_with_a_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a study that ends where one data set is missing, or says nothing of it."""
+    trainer = Trainer()
+    cells = chosen("n8-B1,fashion-n8-*")
+    study(tmp_path, (10,), cells, data_path=tmp_path / "none", train=trainer)
+    assert trainer.trained == ["n8-B1-seed10"]
+    [line] = [line for line in capsys.readouterr().out.splitlines() if "without" in line]
+    assert line.startswith("study: without the cells of fashion-mnist: train: --data-path ")
+    assert "dataset-fashion-mnist" in line

@@ -92,7 +92,16 @@ def others() -> Iterator[Cell]:
                 yield Cell(f"{name}{value}-B{blocks}", name, changes)
 
 
-CELLS = (*grid(), *others())
+def fashion() -> Iterator[Cell]:
+    """Some of the grid on 60,000 images."""
+    data = {"dataset": "fashion-mnist", "image_size": 16, "queue": 4096, "epochs": FASHION_EPOCHS}
+    for n in (8, 32):
+        for blocks in (1, 2, 4):
+            changes = {**norm(n, blocks), **data}
+            yield Cell(f"fashion-n{n}-B{blocks}", "fashion", changes, FASHION_SEEDS)
+
+
+CELLS = (*grid(), *others(), *fashion())
 
 
 def chosen(pattern: str) -> tuple[Cell, ...]:
