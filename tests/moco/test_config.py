@@ -75,6 +75,14 @@ def test_defaults_are_valid_on_one_rank_and_several() -> None:
             ),
         ),
         ({"blocks": 1}, 1, "--blocks 1 leaves every group together: --bn regroup needs 2 or more"),
+        (
+            {"bn": "eman", "buffers": "copy"},
+            1,
+            (
+                "--bn eman averages the query encoder's statistics with --momentum, and --buffers "
+                "copy would not"
+            ),
+        ),
         ({"warmup_epochs": 2}, 1, "--warmup-epochs 2 leaves nothing of --epochs 2"),
         ({"dataset": "cifar10"}, 1, "--dataset cifar10 needs --data-path"),
         ({"lr": -1.0}, 1, "--lr must be above 0, got -1.0"),
@@ -108,6 +116,7 @@ def test_accumulation_is_refused_with_the_reason() -> None:
         ({"groups": 1}, 2),
         ({"groups": 1, "bn": "local"}, 1),
         ({"groups": 1, "bn": "sync"}, 1),
+        ({"groups": 1, "bn": "eman", "buffers": "momentum"}, 1),
         ({"blocks": 1, "bn": "swap"}, 1),
         ({"queue": 128}, 1),
         ({"dataset": "imagefolder", "data_path": Path("x")}, 1),

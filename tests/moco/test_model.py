@@ -130,6 +130,23 @@ def test_buffers(buffers: str, bn: Norm) -> None:
     assert query.momentum == 0.1
 
 
+def test_keys_of_eman_are_normalised_by_the_averages_of_earlier_steps() -> None:
+    """Catches statistics of this step's batch, which its keys would then know a little of."""
+    moco = _moco("eman", buffers="momentum", momentum=0.5)
+    for seed in range(3):
+        twin = copy.deepcopy(moco)
+        twin.update_key()
+        one, two = _views(seed=seed)
+        key: Any = twin.encoder_k
+        convolution, norm, *rest = key.layers
+        images = convolution(two)
+        mean, var = (t.view(-1, 1, 1) for t in (norm.running_mean, norm.running_var))
+        normalised = (images - mean) / (var + 1e-5).sqrt()
+        expected = F.normalize(nn.Sequential(*rest)(normalised), dim=1)
+        torch.testing.assert_close(moco(one, two).keys, expected)
+    assert norm.running_mean.abs().max() > 0.01
+
+
 def test_queue_of_any_length_wraps_around() -> None:
     moco, expected = _moco(queue=11), list(_moco(queue=11).queue)
     slot = 0
@@ -255,7 +272,7 @@ def test_a_step_never_asks_for_a_value(buffers: str, symmetric: bool) -> None:
         moco(*(torch.zeros(8, 1, 4, 4) for _ in "12")).loss.backward()
 
 
-@pytest.mark.parametrize(("bn", "symmetric"), [("sync", False), ("regroup", True)])
+@pytest.mark.parametrize(("bn", "symmetric"), [("sync", False), ("regroup", True), ("eman", False)])
 def test_compiles_to_one_graph(bn: Norm, symmetric: bool) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # dynamo's, of its own code

@@ -109,12 +109,14 @@ def crash_at(steps: Sequence[int], config: Config) -> Record:
                 config = replace(config, run=replace(config.run, resume=True))
 
 
-def test_crash_on_three_ranks(tmp_path: Path) -> None:
+@pytest.mark.parametrize("bn", ["batch-shuffle", "eman"])
+def test_crash_on_three_ranks(bn: str, tmp_path: Path) -> None:
     """At step 0, between checkpoints, at an epoch's first step; ranks' sums have an order here.
 
-    With batch-shuffle, which has a state of its own; regroup is interrupted above.
+    With batch-shuffle, which has a state of its own, and eman, whose statistics are summed over the
+    ranks; regroup is interrupted above.
     """
-    changes = dict(bn="batch-shuffle", groups=2, batch_size=96, save_every=4)
+    changes = dict(bn=bn, groups=2, batch_size=96, save_every=4)
     config = small_config(tmp_path / "a", **changes)
     uninterrupted = run_on_ranks(3, crash_at, (), config)
     config = replace(config, run=replace(config.run, output=tmp_path / "b"))
@@ -149,7 +151,7 @@ def test_signal_in_this_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert checkpoint.load(tmp_path / "last.pt")["step"] == 6
 
 
-@pytest.mark.parametrize("bn", ["sync", "regroup"])
+@pytest.mark.parametrize("bn", ["sync", "regroup", "eman"])
 def test_two_ranks_train_as_one(bn: str, tmp_path: Path) -> None:
     """2 ranks x 16 groups and 1 rank x 32 groups, in float64, on the same images in one order."""
     same = dict(bn=bn, augment="none", precision="float64", epochs=1, symmetric=True)
@@ -164,6 +166,8 @@ def test_two_ranks_train_as_one(bn: str, tmp_path: Path) -> None:
     weights = [checkpoint.load(tmp_path / n / "last.pt")["model"] for n in "21"]
     torch.testing.assert_close(weights[0]["queue"], weights[1]["queue"], rtol=1e-7, atol=1e-9)
     assert apart["leak"] == pytest.approx(together["leak"], abs=1e-9)
+    is_zero = (apart["leak"], apart["leak_interval"]) == (0.0, [0.0, 0.0])
+    assert is_zero == (bn == "eman")  # whose keys depend on no other sample
 
 
 def test_evaluation_changes_nothing(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Stability: the spectral radius in closed form, and activations against mode `local`."""
 
 import itertools
-from typing import Any
+from typing import Any, Self
 
 import pytest
 import torch
@@ -83,6 +83,21 @@ def test_the_second_run_is_local_in_every_layer() -> None:
         layer.register_forward_pre_hook(lambda layer, _: modes.append((layer.mode, layer.offset)))
     stability(model, torch.randn(4, 2))
     assert modes == [("sync", 1), ("swap", 1), ("local", 1), ("local", 1)]
+
+
+def test_a_layer_that_stays_in_eval_mode_is_compared_with_plain_batch_norm() -> None:
+    """Catches two runs that are the same; EMAN's key encoder has such layers."""
+
+    class Frozen(ShuffleBatchNorm):
+        def train(self, mode: bool = True) -> Self:  # noqa: ARG002
+            return super().train(False)
+
+    layer = Frozen(1, eps=1e-30, mode="local", groups=2).train()
+    x = torch.tensor([[-3.0], [3.0], [6.0], [-6.0]])
+    report = stability(layer, x)
+    assert report.scale == pytest.approx([22.5**0.5])  # its running statistics are 0 and 1
+    assert report.local_scale == pytest.approx([1])
+    assert not layer.training
 
 
 def test_a_layer_used_twice_counts_twice_and_an_unused_one_not() -> None:

@@ -2,7 +2,7 @@
 
 import inspect
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -40,8 +40,10 @@ def build_model(config: Config, images: Images, device: torch.device) -> MoCo:
         sizes = images.channels, images.image_size
         encoder_q = normalise_query(make_encoder(config.network, *sizes), config.norm)
         encoder_k = normalise_key(make_encoder(config.network, *sizes), config.norm)
-    dim, seed = config.network.dim, config.run.seed
-    model = MoCo(encoder_q, encoder_k, dim=dim, seed=seed, **asdict(config.moco))
+    options = asdict(config.moco) | {"dim": config.network.dim, "seed": config.run.seed}
+    if config.norm.bn == "eman":
+        options["buffers"] = "momentum"
+    model = MoCo(encoder_q, encoder_k, **options)
     model.to(device, torch.float64 if config.run.precision == "float64" else torch.float32)
     if config.run.channels_last:
         # Only what has four axes has channels to put last.
@@ -50,6 +52,25 @@ def build_model(config: Config, images: Images, device: torch.device) -> MoCo:
         for encoder in (model.encoder_q, model.encoder_k):
             encoder.compile()
     return model
+
+
+class AveragedBatchNorm(ShuffleBatchNorm):
+    """Batch norm by its running statistics, also in training mode: for EMAN's key encoder.
+
+    Communication: none. Who uses it lets the running statistics follow those of another layer.
+
+    Source:
+        Cai et al. 2021, arXiv 2101.08482.
+
+    Example:
+        >>> layer = AveragedBatchNorm(3).train()
+        >>> layer.training
+        False
+    """
+
+    def train(self, mode: bool = True) -> Self:  # noqa: ARG002
+        """Stay in eval mode, whatever the model is told."""
+        return super().train(False)
 
 
 def normalise_query(encoder: nn.Module, norm: NormConfig) -> nn.Module:
@@ -78,7 +99,7 @@ def normalise_key(encoder: nn.Module, norm: NormConfig) -> nn.Module:
     """Give the key encoder the batch norm that ``--bn`` names.
 
     Communication: none here. ``batch-shuffle`` moves samples and features at every call, the
-    others rows of statistics in every layer, ``local`` nothing.
+    others rows of statistics in every layer, ``local`` and ``eman`` nothing.
 
     Args:
         encoder: with ``nn.BatchNorm`` layers; changed in place.
@@ -97,14 +118,18 @@ def normalise_key(encoder: nn.Module, norm: NormConfig) -> nn.Module:
     """
     if norm.bn == "batch-shuffle":
         return ShuffledEncoder(_convert(encoder, norm, "local"))
+    if norm.bn == "eman":
+        return _convert(encoder, norm, "local", AveragedBatchNorm).train()
     return _convert(encoder, norm, norm.bn)
 
 
-def _convert(encoder: nn.Module, norm: NormConfig, mode: str) -> nn.Module:
+def _convert(
+    encoder: nn.Module, norm: NormConfig, mode: str, kind: type[ShuffleBatchNorm] = ShuffleBatchNorm
+) -> nn.Module:
     if not any(isinstance(module, _BatchNorm) for module in encoder.modules()):
         raise NetworkError(f"{CALL}: --network has no batch norm layer, so --bn would do nothing")
     try:
-        return ShuffleBatchNorm.convert_shuffle_batchnorm(
+        return kind.convert_shuffle_batchnorm(
             encoder, mode=mode, groups=norm.groups, offset=norm.offset, blocks=norm.blocks
         )
     except TypeError as error:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
-Norm = Literal["local", "sync", "swap", "regroup", "batch-shuffle"]
+Norm = Literal["local", "sync", "swap", "regroup", "batch-shuffle", "eman"]
 Dataset = Literal["digits", "fashion-mnist", "cifar10", "cifar100", "imagefolder"]
 Augment = Literal["standard", "none"]
 Stem = Literal["auto", "cifar", "imagenet"]
@@ -84,7 +84,8 @@ class NormConfig:
     """Whose batch statistics normalise the keys."""
 
     bn: Norm = "regroup"
-    """Batch norm of the key encoder; the query encoder's is local, or sync if this is sync."""
+    """Batch norm of the key encoder; the query encoder's is local, or sync if this is sync. eman
+    normalises keys by moving averages of the query encoder's statistics."""
     groups: int = 8
     """Virtual groups in each rank's batch; 1 is one group per rank, as in MoCo."""
     blocks: int = 8
@@ -106,7 +107,8 @@ class MoCoConfig:
     symmetric: bool = False
     """Use each view once as query and once as key."""
     buffers: Buffers = "own"
-    """Running statistics of the key encoder: its own, copied, or averaged like the weights."""
+    """Running statistics of the key encoder: its own, copied, or averaged like the weights, as
+    eman has them anyway."""
 
 
 @dataclass(frozen=True)
@@ -293,7 +295,12 @@ def _validate_groups(config: Config, world_size: int) -> None:
             f"{CALL}: --batch-size {batch} over {product} leaves 1 image per group; batch "
             "statistics need 2 or more"
         )
-    if norm.bn in ("local", "sync"):
+    if norm.bn == "eman" and config.moco.buffers == "copy":
+        raise ConfigError(
+            f"{CALL}: --bn eman averages the query encoder's statistics with --momentum, and "
+            "--buffers copy would not"
+        )
+    if norm.bn in ("local", "sync", "eman"):
         return
     if total < 2:
         raise ConfigError(

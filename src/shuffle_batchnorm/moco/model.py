@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from shuffle_batchnorm.comm.world import ProcessGroupLike, World, check_process_group, resolve
-from shuffle_batchnorm.norm.contexts import shuffle_offset
+from shuffle_batchnorm.norm.contexts import shuffle_offset, synchronize_running_stats
 from shuffle_batchnorm.norm.modules import ShuffleBatchNorm
 
 from .ranks.control import gather_rows
@@ -53,10 +53,12 @@ class MoCo(nn.Module):
 
     Under DistributedDataParallel the gradient is that of the mean over all ranks' samples. Let it
     send no buffers: the queue is the same everywhere already, and running statistics are each
-    rank's own.
+    rank's own. Where the key encoder's follow the query encoder's, these are first averaged over
+    the ranks, so that all keys are normalised alike if they are normalised by them (EMAN).
 
     Communication: one all_gather of the keys, ``N * dim`` numbers per rank, twice that if
-    symmetric; and that of the encoders' layers.
+    symmetric; that of the encoders' layers; unless `buffers` are the key encoder's own, one
+    all_reduce of the query encoder's running statistics.
 
     Args:
         encoder_q: images ``[N, *]`` to queries ``[N, dim]`` of unit length.
@@ -68,7 +70,7 @@ class MoCo(nn.Module):
         momentum: m, for parameters, and for buffers if they have ``"momentum"``.
         symmetric: average the loss over both directions.
         buffers: running statistics of the key encoder: its ``own``, a ``copy`` of the query
-            encoder's, or following these with ``momentum``.
+            encoder's mean over the ranks, or following this with ``momentum``.
         seed: of the queue's first content, random directions; the same on all ranks.
         process_group: None for all ranks, a ProcessGroup or a 1-D DeviceMesh.
 
@@ -175,13 +177,18 @@ class MoCo(nn.Module):
 
     @torch.no_grad()
     def update_key(self) -> None:
-        """Move the key encoder towards the query encoder: parameters, and buffers as chosen."""
+        """Move the key encoder towards the query encoder: parameters, and buffers as chosen.
+
+        It comes before the queries' pass, so that keys know nothing of the batch they are in
+        through the running statistics.
+        """
         follow = get_ema_multi_avg_fn(self.momentum)
         query, key = list(self.encoder_q.parameters()), list(self.encoder_k.parameters())
         if query:
             follow(key, query, None)
         if self.buffers_follow == "own":
             return
+        synchronize_running_stats(self.encoder_q, self.process_group)
         pairs = zip(self.encoder_k.buffers(), self.encoder_q.buffers(), strict=True)
         for key_buffer, query_buffer in pairs:
             if self.buffers_follow == "momentum" and key_buffer.is_floating_point():

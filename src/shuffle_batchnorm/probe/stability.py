@@ -109,7 +109,7 @@ def stability(
         for mode in (None, "local"):
             if mode is not None:
                 for layer in layers.values():
-                    layer.mode = mode
+                    layer.mode, layer.training = mode, True  # one may stay in eval mode
             seed_all(0)
             set_shuffle_state((0, 0), world.group)
             calls: dict[str, _Calls] = {}

@@ -1,7 +1,8 @@
 """How figures are drawn: fonts, lines, and one colour, line and marker per `--bn`.
 
-The colours are Okabe and Ito's, which colour-blind readers can tell apart; lines and markers serve
-a print in grey. All figures of the project take their colours from here.
+The colours are Okabe and Ito's, and where these end Tol's, which colour-blind readers can tell
+apart; lines and markers serve a print in grey. All figures of the project take their colours from
+here.
 """
 
 import textwrap
@@ -53,6 +54,7 @@ STYLES = {
     "swap": Style("#d55e00", (0, (6, 1.5, 1, 1.5)), "X"),
     "regroup": Style("#0072b2", "-", "D"),
     "batch-shuffle": Style("#e69f00", (0, (3, 1.2, 1, 1.2, 1, 1.2)), "^"),
+    "eman": Style("#882255", (0, (9, 2)), "<"),
 }
 OTHERS = (Style("#cc79a7", "-", "v"), Style("#56b4e9", "--", "P"), Style("#8c7a00", "-.", "*"))
 
