@@ -179,15 +179,13 @@ def choose(data: Data) -> list[Fit]:
     return [with_intervals(best, data), *others]
 
 
-def predict(found: Fit, data: Data, cell: CellSummary) -> Prediction | None:
-    """Predict a cell that was not fitted, with a 95 % interval; None if it is not measured yet.
+def predict(found: Fit, data: Data, cell: CellSummary) -> Prediction:
+    """Predict a cell that was not fitted, with a 95 % interval.
 
     The interval is as wide as left-out cells are missed: their root mean square in standard errors
     times the standard error at the predicted leak, times Student's t for the degrees of freedom. So
     it holds noise of the seeds, of the parameters, and what the family gets wrong.
     """
-    if not cell.leaks:
-        return None
     leak = found.predict(cell.n, cell.B)
     error = data.error(leak, np.array(len(cell.leaks)))
     freedom = len(data.means) - len(found.values)

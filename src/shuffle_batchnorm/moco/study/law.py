@@ -62,7 +62,7 @@ def _size(n: ArrayLike) -> Array:
 def _probit(
     n: ArrayLike, blocks: ArrayLike, base: float, strength: float, beta: float, gamma: float
 ) -> Array:
-    signal = strength * share(n, blocks) ** beta * _size(n) ** -gamma
+    signal = strength * share(n, blocks) ** np.abs(beta) * _size(n) ** -gamma
     return np.asarray(ndtr(base + signal) - ndtr(base))
 
 
