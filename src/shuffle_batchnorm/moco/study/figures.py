@@ -3,6 +3,7 @@
 Every `draw_...` returns a Figure, or None where the cells that it shows are not measured.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -178,7 +179,9 @@ def draw_fashion(analysis: Analysis) -> Figure | None:
 def draw_legend(figure: Figure, looks: dict[str, Look]) -> None:
     """One legend for all panels, below them."""
     handles = [Line2D([], [], **look, **MARK) for look in looks.values()]
-    figure.legend(handles, list(looks), loc="outside lower center", ncols=len(looks))
+    rows = math.ceil(len(looks) / 5)
+    where: Look = dict(loc="outside lower center", ncols=math.ceil(len(looks) / rows))
+    figure.legend(handles, list(looks), **where)
 
 
 def draw_line(axes: Axes, points: Iterable[tuple[float, Estimate | None]], look: Look) -> None:

@@ -153,7 +153,7 @@ def fit(family: Family, data: Data) -> Fit:
     return Fit(family, values, chi2, left_out, np.empty(0), np.empty(0))
 
 
-def with_intervals(found: Fit, data: Data, replicates: int = REPLICATES, seed: int = 0) -> Fit:
+def with_intervals(found: Fit, data: Data, replicates: int, seed: int = 0) -> Fit:
     """Draw the seeds again, all cells together, and take the parameters' quantiles.
 
     As in `measure_leak`, their distances from the estimate are multiplied by √(k / (k − 1)) · t / z
@@ -176,7 +176,7 @@ def with_intervals(found: Fit, data: Data, replicates: int = REPLICATES, seed: i
 def choose(data: Data) -> list[Fit]:
     """All families, that with the smallest error of left-out cells first and with intervals."""
     best, *others = sorted((fit(family, data) for family in FAMILIES), key=lambda one: one.score)
-    return [with_intervals(best, data), *others]
+    return [with_intervals(best, data, REPLICATES), *others]
 
 
 def predict(found: Fit, data: Data, cell: CellSummary) -> Prediction:
