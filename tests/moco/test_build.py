@@ -1,6 +1,5 @@
 """From a configuration to a model: which batch norm the two encoders get."""
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,9 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from shuffle_batchnorm import ShuffleBatchNorm, ShuffledEncoder
-from shuffle_batchnorm.moco.build import build_model, normalise_key, normalise_query
-from shuffle_batchnorm.moco.config import Config, Norm, NormConfig
+from shuffle_batchnorm.moco.build import Views, build_model, normalise_key, normalise_query
+from shuffle_batchnorm.moco.config import Config, DataConfig, Norm, NormConfig
+from shuffle_batchnorm.moco.data.loading import load_data
 from shuffle_batchnorm.moco.networks import NetworkError
+from shuffle_batchnorm.moco.ranks.launch import Rank
 
 
 def _encoder() -> nn.Module:
@@ -61,13 +62,27 @@ def test_keys_of_eman_depend_on_no_other_sample() -> None:
         nn.ModuleList([query, key]).train()
 
 
-def test_statistics_of_eman_follow_without_a_flag() -> None:
-    """Catches keys that are normalised by what the network began with."""
-    images: Any = SimpleNamespace(channels=1, image_size=8)
+def test_statistics_of_eman_follow_from_those_of_images_on() -> None:
+    """Catches keys that are normalised by what the network began with, for hundreds of steps."""
     kinds: dict[Norm, str] = {"eman": "momentum", "regroup": "own"}
+    images = load_data(DataConfig())
+    views = Views(Config(), images, Rank(0, 1, torch.device("cpu")))
+    some = views.some(256)
+    assert some.shape == (256, 1, 16, 16)
+    # Not the first ones: folders come class by class.
+    last = images.train[255 * len(images.train) // 256][0]  # type: ignore[arg-type]
+    torch.testing.assert_close(some[-1:], views.as_they_are(last[None]))
     for bn, buffers in kinds.items():
-        config = Config(norm=NormConfig(bn=bn))
-        assert build_model(config, images, torch.device("cpu")).buffers_follow == buffers
+        model = build_model(Config(norm=NormConfig(bn=bn)), images, torch.device("cpu"))
+        assert model.buffers_follow == buffers
+        for encoder in (model.encoder_q, model.encoder_k):
+            backbone: Any = encoder.backbone
+            convolution, norm = backbone.layers[:2]
+            begins_with = convolution(some).mean((0, 2, 3)) if bn == "eman" else torch.zeros(16)
+            torch.testing.assert_close(norm.running_mean, begins_with)
+            assert norm.groups == 8
+        query: Any = model.encoder_q.get_submodule("backbone.layers.1")
+        assert query.momentum == 0.1
 
 
 def test_another_kind_of_batch_norm_is_refused() -> None:

@@ -20,6 +20,8 @@ from .networks import NetworkError, make_encoder
 from .ranks.control import average_in_rank_order
 from .ranks.launch import Rank
 
+_IMAGES = 256  # whose statistics averages begin with
+
 
 def build_model(config: Config, images: Images, device: torch.device) -> MoCo:
     """Build the model of a run, with the weights that it begins with.
@@ -48,10 +50,35 @@ def build_model(config: Config, images: Images, device: torch.device) -> MoCo:
     if config.run.channels_last:
         # Only what has four axes has channels to put last.
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if config.norm.bn == "eman":
+        begin_averages(model, Views(config, images, Rank(0, 1, device)).some(_IMAGES))
     if config.run.compile:
         for encoder in (model.encoder_q, model.encoder_k):
             encoder.compile()
     return model
+
+
+@torch.no_grad()
+def begin_averages(model: MoCo, images: Tensor) -> None:
+    """Let running statistics begin with those of some images, in place of means 0 and variances 1.
+
+    Averages with a momentum of 0.99 need hundreds of steps to forget these, and keys that are
+    normalised by them are nearly all alike: a short training does not recover (docs/trainer.md).
+
+    Communication: none; the images are the same on all ranks.
+
+    Args:
+        model: changed in place.
+        images: ``[N, c, H, H]``, as the query encoder takes them.
+    """
+    layers = [m for m in model.encoder_q.modules() if isinstance(m, ShuffleBatchNorm)]
+    before = [(layer.momentum, layer.groups) for layer in layers]
+    for layer in layers:
+        layer.momentum, layer.groups = 1.0, 1
+    model.encoder_q(images)
+    for layer, (momentum, groups) in zip(layers, before, strict=True):
+        layer.momentum, layer.groups = momentum, groups
+    model.encoder_k.load_state_dict(model.encoder_q.state_dict())
 
 
 class AveragedBatchNorm(ShuffleBatchNorm):
@@ -166,7 +193,7 @@ class Views:
     """
 
     def __init__(self, config: Config, images: Images, rank: Rank) -> None:
-        self.config, self.rank = config, rank
+        self.config, self.images, self.rank = config, images, rank
 
         def make(policy: str) -> nn.Module:
             name, size = config.data.dataset, images.image_size
@@ -190,6 +217,14 @@ class Views:
     def as_they_are(self, images: Tensor) -> Tensor:
         """Return the images, only normalised, for evaluation."""
         return self._prepared(self.plain(images))
+
+    def some(self, count: int) -> Tensor:
+        """Return images from all over the training part, as they are; all, if there are fewer."""
+        train = self.images.train
+        total = len(train)  # type: ignore[arg-type]
+        count = min(count, total)
+        found = [train[k * total // count][0] for k in range(count)]
+        return self.as_they_are(torch.stack(found).to(self.rank.device))
 
     def _prepared(self, images: Tensor) -> Tensor:
         if self.config.run.precision == "float64":
