@@ -1,6 +1,7 @@
 """From a configuration to a model: which batch norm the two encoders get."""
 
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ def _encoder() -> nn.Module:
         ("regroup", "local", "regroup"),
         ("batch-shuffle", "local", "local"),
         ("eman", "local", "local"),
+        ("simclr", "sync", "sync"),
     ],
 )
 def test_modes(bn: Norm, query: str, key: str) -> None:
@@ -83,6 +85,14 @@ def test_statistics_of_eman_follow_from_those_of_images_on() -> None:
             assert norm.groups == 8
         query: Any = model.encoder_q.get_submodule("backbone.layers.1")
         assert query.momentum == 0.1
+
+
+def test_negatives_of_simclr_are_in_the_batch_without_a_flag() -> None:
+    images: Any = MagicMock(channels=1, image_size=8)
+    kinds: dict[Norm, bool] = {"simclr": True, "sync": False}
+    for bn, in_batch in kinds.items():
+        config = Config(norm=NormConfig(bn=bn))
+        assert build_model(config, images, torch.device("cpu")).in_batch == in_batch
 
 
 def test_another_kind_of_batch_norm_is_refused() -> None:

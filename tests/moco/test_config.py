@@ -119,6 +119,7 @@ def test_accumulation_is_refused_with_the_reason() -> None:
         ({"groups": 1, "bn": "eman", "buffers": "momentum"}, 1),
         ({"blocks": 1, "bn": "swap"}, 1),
         ({"queue": 128}, 1),
+        ({"queue": 1, "bn": "simclr", "groups": 1, "symmetric": True}, 1),
         ({"dataset": "imagefolder", "data_path": Path("x")}, 1),
     ],
 )

@@ -42,10 +42,17 @@ def build_model(config: Config, images: Images, device: torch.device) -> MoCo:
         sizes = images.channels, images.image_size
         encoder_q = normalise_query(make_encoder(config.network, *sizes), config.norm)
         encoder_k = normalise_key(make_encoder(config.network, *sizes), config.norm)
-    options = asdict(config.moco) | {"dim": config.network.dim, "seed": config.run.seed}
+    options = asdict(config.moco)
     if config.norm.bn == "eman":
         options["buffers"] = "momentum"
-    model = MoCo(encoder_q, encoder_k, **options)
+    model = MoCo(
+        encoder_q,
+        encoder_k,
+        dim=config.network.dim,
+        in_batch=not config.norm.has_queue,
+        seed=config.run.seed,
+        **options,
+    )
     model.to(device, torch.float64 if config.run.precision == "float64" else torch.float32)
     if config.run.channels_last:
         # Only what has four axes has channels to put last.
@@ -101,7 +108,7 @@ class AveragedBatchNorm(ShuffleBatchNorm):
 
 
 def normalise_query(encoder: nn.Module, norm: NormConfig) -> nn.Module:
-    """Give the query encoder its batch norm: of each group, or ``sync`` if the keys have it too.
+    """Give the query encoder its batch norm: of each group, or ``sync`` where the keys have it.
 
     Communication: none here; that of mode ``sync`` in its layers.
 
@@ -119,7 +126,7 @@ def normalise_query(encoder: nn.Module, norm: NormConfig) -> nn.Module:
         >>> normalise_query(nn.BatchNorm2d(3), NormConfig(bn="regroup", groups=16)).mode
         'local'
     """
-    return _convert(encoder, norm, "sync" if norm.bn == "sync" else "local")
+    return _convert(encoder, norm, "sync" if norm.is_global else "local")
 
 
 def normalise_key(encoder: nn.Module, norm: NormConfig) -> nn.Module:
@@ -147,7 +154,7 @@ def normalise_key(encoder: nn.Module, norm: NormConfig) -> nn.Module:
         return ShuffledEncoder(_convert(encoder, norm, "local"))
     if norm.bn == "eman":
         return _convert(encoder, norm, "local", AveragedBatchNorm).train()
-    return _convert(encoder, norm, norm.bn)
+    return _convert(encoder, norm, "sync" if norm.is_global else norm.bn)
 
 
 def _convert(
