@@ -20,6 +20,10 @@ def _encoder() -> nn.Module:
     return nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.BatchNorm1d(12))
 
 
+def _layers(encoder: nn.Module) -> list[ShuffleBatchNorm]:
+    return [module for module in encoder.modules() if isinstance(module, ShuffleBatchNorm)]
+
+
 @pytest.mark.parametrize(
     ("bn", "query", "key"),
     [
@@ -36,11 +40,32 @@ def test_modes(bn: Norm, query: str, key: str) -> None:
     norm = NormConfig(bn=bn, groups=4, blocks=2, offset=3)
     encoders = normalise_query(_encoder(), norm), normalise_key(_encoder(), norm)
     for encoder, mode in zip(encoders, (query, key), strict=True):
-        layers = [m for m in encoder.modules() if isinstance(m, ShuffleBatchNorm)]
-        options = [(m.mode, m.groups, m.blocks, m.offset) for m in layers]
+        options = [(m.mode, m.groups, m.blocks, m.offset) for m in _layers(encoder)]
         assert options == [(mode, 4, 2, 3)] * 2
     assert isinstance(encoders[1], ShuffledEncoder) == (bn == "batch-shuffle")
     assert not isinstance(encoders[0], ShuffledEncoder)
+
+
+def test_layers_that_are_not_named_are_local() -> None:
+    """Catches a name that is taken for the beginning of one, and layers left without groups."""
+    norm = NormConfig(bn="regroup", groups=4, blocks=2, layers="3, 1")
+    assert [layer.mode for layer in _layers(normalise_key(_encoder(), norm))] == ["regroup"] * 2
+    norm = NormConfig(bn="swap", groups=4, layers="3")
+    for encoder, modes in (
+        (normalise_key(_encoder(), norm), ["local", "swap"]),
+        (normalise_query(_encoder(), norm), ["local", "local"]),
+    ):
+        assert [(layer.mode, layer.groups) for layer in _layers(encoder)] == [
+            (mode, 4) for mode in modes
+        ]
+
+
+@pytest.mark.parametrize("name", ["0", "", "bn"])
+def test_a_layer_that_is_not_there_is_refused(name: str) -> None:
+    """A convolution, too; the error says what there is, for names are the network's own."""
+    message = f"train: --layers: {name!r} is no batch norm layer; there are 1, 3"
+    with pytest.raises(NetworkError, match=f"^{message}$"):
+        normalise_key(_encoder(), NormConfig(layers=f"1,{name}"))
 
 
 def test_batch_shuffle_mixes_the_groups_of_one_rank() -> None:

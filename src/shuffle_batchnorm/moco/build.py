@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from shuffle_batchnorm.norm.convert import FilterFn
 from shuffle_batchnorm.norm.modules import ShuffleBatchNorm
 from shuffle_batchnorm.shuffle.encoder import ShuffledEncoder
 
@@ -137,14 +138,16 @@ def normalise_key(encoder: nn.Module, norm: NormConfig) -> nn.Module:
 
     Args:
         encoder: with ``nn.BatchNorm`` layers; changed in place.
-        norm: mode, groups on each rank, blocks and offset.
+        norm: mode, groups on each rank, blocks and offset; names of the layers that have this
+            mode, while the others have ``local``.
 
     Returns:
         The encoder; for ``batch-shuffle`` inside a `ShuffledEncoder`, with groups of its own, so
         that one rank can shuffle among its virtual groups.
 
     Raises:
-        NetworkError: a kind of batch norm that can't be converted, or none at all.
+        NetworkError: a kind of batch norm that can't be converted, none at all, or a name among the
+            layers that is none's.
 
     Example:
         >>> normalise_key(nn.BatchNorm2d(3), NormConfig(bn="regroup", groups=16)).mode
@@ -154,18 +157,37 @@ def normalise_key(encoder: nn.Module, norm: NormConfig) -> nn.Module:
         return ShuffledEncoder(_convert(encoder, norm, "local"))
     if norm.bn == "eman":
         return _convert(encoder, norm, "local", AveragedBatchNorm).train()
+    if norm.layers is not None:
+        chosen = _find_layers(encoder, norm.layers)
+        encoder = _convert(encoder, norm, "local")
+        return _convert(encoder, norm, norm.bn, filter_fn=lambda _, name: name in chosen)
     return _convert(encoder, norm, "sync" if norm.is_global else norm.bn)
 
 
+def _find_layers(encoder: nn.Module, names: str) -> set[str]:
+    """Return the batch norm layers that ``--layers`` names."""
+    known = [name for name, module in encoder.named_modules() if isinstance(module, _BatchNorm)]
+    chosen = [name.strip() for name in names.split(",")]
+    for name in chosen:
+        if name not in known:
+            raise NetworkError(
+                f"{CALL}: --layers: {name!r} is no batch norm layer; there are {', '.join(known)}"
+            )
+    return set(chosen)
+
+
 def _convert(
-    encoder: nn.Module, norm: NormConfig, mode: str, kind: type[ShuffleBatchNorm] = ShuffleBatchNorm
+    encoder: nn.Module,
+    norm: NormConfig,
+    mode: str,
+    kind: type[ShuffleBatchNorm] = ShuffleBatchNorm,
+    filter_fn: FilterFn | None = None,
 ) -> nn.Module:
     if not any(isinstance(module, _BatchNorm) for module in encoder.modules()):
         raise NetworkError(f"{CALL}: --network has no batch norm layer, so --bn would do nothing")
+    how: dict[str, Any] = dict(groups=norm.groups, offset=norm.offset, blocks=norm.blocks)
     try:
-        return kind.convert_shuffle_batchnorm(
-            encoder, mode=mode, groups=norm.groups, offset=norm.offset, blocks=norm.blocks
-        )
+        return kind.convert_shuffle_batchnorm(encoder, mode=mode, filter_fn=filter_fn, **how)
     except TypeError as error:
         raise NetworkError(f"{CALL}: --bn {norm.bn}: {error}") from error
 

@@ -81,6 +81,9 @@ class NormConfig:
     """Blocks that regroup cuts each group into: 1 / BLOCKS of a group stays together."""
     offset: int = 1
     """Groups that statistics travel, in swap and regroup."""
+    layers: str | None = None
+    """Batch norm layers of the key encoder, NAME,NAME,..., that swap and regroup are for; the
+    others are local (default: all)."""
 
     @property
     def is_global(self) -> bool:
@@ -279,6 +282,8 @@ def _validate_groups(config: Config, world_size: int) -> None:
             f"{CALL}: --bn eman averages the query encoder's statistics with --momentum, and "
             "--buffers copy would not"
         )
+    if norm.layers is not None and norm.bn not in ("swap", "regroup"):
+        raise ConfigError(f"{CALL}: --layers is for --bn swap and regroup, not {norm.bn}")
     if norm.is_global or norm.bn in ("local", "eman"):
         return
     if total < 2:
