@@ -22,12 +22,8 @@ Precision = Literal["fp32", "bf16", "float64"]
 CALL = "train"
 LEAK_BATCHES, LEAK_KEYS = 32, 32  # batches that the leak is measured with; keys in each
 IMAGE_SIZES = {
-    "digits": 16,
-    "fashion-mnist": 28,
-    "cifar10": 32,
-    "cifar100": 32,
-    "imagefolder": 224,
-}
+    "digits": 16, "fashion-mnist": 28, "cifar10": 32, "cifar100": 32, "imagefolder": 224,
+}  # fmt: skip
 # Data sets that are found without --data-path: in scikit-learn, or where a package puts them.
 FOUND = ("digits", "fashion-mnist")
 
