@@ -75,6 +75,7 @@ def test_defaults_are_valid_on_one_rank_and_several() -> None:
             ),
         ),
         ({"blocks": 1}, 1, "--blocks 1 leaves every group together: --bn regroup needs 2 or more"),
+        ({"bn": "sync", "layers": "x"}, 1, "--layers is for --bn swap and regroup, not sync"),
         (
             {"bn": "eman", "buffers": "copy"},
             1,
@@ -119,6 +120,8 @@ def test_accumulation_is_refused_with_the_reason() -> None:
         ({"groups": 1, "bn": "eman", "buffers": "momentum"}, 1),
         ({"blocks": 1, "bn": "swap"}, 1),
         ({"queue": 128}, 1),
+        ({"layers": "x", "bn": "swap"}, 1),
+        ({"queue": 1, "bn": "simclr", "groups": 1, "symmetric": True}, 1),
         ({"dataset": "imagefolder", "data_path": Path("x")}, 1),
     ],
 )

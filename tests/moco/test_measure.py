@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from shuffle_batchnorm.moco import measure
-from shuffle_batchnorm.moco.config import Config, MoCoConfig
+from shuffle_batchnorm.moco.config import Config, ConfigError, MoCoConfig, Norm, NormConfig
 from shuffle_batchnorm.moco.data.images import ArrayImages
 from shuffle_batchnorm.moco.measure import Measurements, remarks
 from shuffle_batchnorm.moco.ranks.launch import Rank
@@ -44,6 +44,35 @@ def test_a_queue_longer_than_the_data_is_said(queue: int, count: int, keys: str)
     long = f"--queue {queue} is longer than the {count} images"
     expected = f"{long}: among a query's negatives are about {keys} of its own image"
     assert others == ([expected] if keys else [])
+    simclr = Config(norm=NormConfig(bn="simclr"), moco=MoCoConfig(queue=queue))
+    assert remarks(simclr, images) == [first]
+
+
+def test_negatives_of_the_leak_are_those_of_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a queue that nobody has filled, and keys that share what their queries know."""
+    calls: list[dict[str, Any]] = []
+
+    def measure_leak(*arguments: Any, **options: Any) -> None:
+        calls.append({"queue": arguments[4], **options})
+
+    monkeypatch.setattr(measure, "measure_leak", measure_leak)
+    kinds: dict[Norm, int] = {"simclr": 1, "sync": 1, "eman": 8, "regroup": 8}
+    for bn in kinds:
+        config = Config(norm=NormConfig(bn=bn))
+        rank = Rank(0, 1, torch.device("cpu"))
+        model: Any = MagicMock(queue="the queue")
+        Measurements(config, model, MagicMock(), MagicMock(), rank).leak()
+    assert [call["queue"] for call in calls] == [None, *["the queue"] * 3]
+    assert [call["keys_per_pass"] for call in calls] == list(kinds.values())
+
+
+def test_one_key_has_no_negatives_without_a_queue() -> None:
+    """Catches the traceback of the probe, which asks for two."""
+    config = Config(norm=NormConfig(bn="simclr"))
+    measurements: Any = MagicMock(config=config, rank=Rank(0, 1, torch.device("cpu")))
+    measurements.images.train = range(1000)
+    with pytest.raises(ConfigError, match=r"^probe: --keys 1 leaves no negative: --bn simcl"):
+        measure._probe(measurements, batches=8, keys=1)
 
 
 @pytest.mark.parametrize("classes", [1, 2])

@@ -66,6 +66,31 @@ def test_loss_is_the_formula_with_the_queue_of_before() -> None:
         assert float(step.accuracy) == pytest.approx(accuracy)
 
 
+def test_negatives_in_the_batch_are_the_other_keys_of_the_step() -> None:
+    """Catches a query's own key among its negatives, a queue that is read or filled, and NaN."""
+    moco = _moco("simclr", in_batch=True, queue=1)
+    queue = moco.queue.clone()
+    one, two = _views()
+    step = moco(one, two)
+    pairs = list(zip(step.queries, step.keys, strict=True))
+    others = [torch.cat([step.keys[:i], step.keys[i + 1 :]]) for i in range(8)]
+    found = [
+        _naive(q[None], k[None], negatives, 0.2)
+        for (q, k), negatives in zip(pairs, others, strict=True)
+    ]
+    loss, accuracy = torch.tensor(found).mean(0).tolist()
+    assert float(step.loss.detach()) == pytest.approx(loss, rel=1e-5)
+    assert float(step.accuracy) == pytest.approx(accuracy)
+    torch.testing.assert_close((moco.queue, int(moco.queue_pointer)), (queue, 0), rtol=0, atol=0)
+    step.loss.backward()
+    # The formula's gradient with all keys as constants.
+    twin = normalise_query(_Encoder(), NormConfig(bn="simclr"))
+    logits = twin(one) @ step.keys.T / 0.2
+    F.cross_entropy(logits, torch.arange(8)).backward()
+    for got, want in zip(moco.encoder_q.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(got.grad, want.grad)
+
+
 def test_the_gradient_reaches_the_query_encoder_only() -> None:
     """Also catches a queue that is changed before the backward pass reads it."""
     moco = _moco()
@@ -202,9 +227,10 @@ def test_a_collapsed_encoder_recognises_nothing() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return F.normalize(torch.ones(len(x), 5), dim=1)
 
-    moco = MoCo(Collapsed(), Collapsed(), queue=8, dim=5)
-    moco(*_views())
-    assert float(moco(*_views()).accuracy) == 0
+    for in_batch in (False, True):
+        moco = MoCo(Collapsed(), Collapsed(), queue=8, dim=5, in_batch=in_batch)
+        moco(*_views())
+        assert float(moco(*_views()).accuracy) == 0
 
 
 def test_symmetric_is_both_directions_against_one_queue() -> None:
@@ -217,6 +243,15 @@ def test_symmetric_is_both_directions_against_one_queue() -> None:
     torch.testing.assert_close(step.accuracy, (there.accuracy + back.accuracy) / 2)
     torch.testing.assert_close(moco.queue, torch.cat([there.keys, back.keys, queue[16:]]))
     assert int(moco.queue_pointer) == 16
+
+
+def test_symmetric_negatives_in_the_batch_are_of_one_view() -> None:
+    """Catches keys of the first view that are told apart from those of the second."""
+    one, two = _views()
+    step = _moco("local", symmetric=True, in_batch=True)(one, two)
+    there, back = (_moco("local", in_batch=True)(*views) for views in ((one, two), (two, one)))
+    torch.testing.assert_close(step.loss, (there.loss + back.loss) / 2)
+    torch.testing.assert_close(step.accuracy, (there.accuracy + back.accuracy) / 2)
 
 
 def test_second_keys_have_other_samples() -> None:
@@ -263,21 +298,27 @@ def test_bfloat16_keeps_the_loss_and_the_queue_wide() -> None:
     assert float(step.loss.detach()) == pytest.approx(loss, rel=1e-5)
 
 
-@pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("buffers", ["own", "momentum"])
-def test_a_step_never_asks_for_a_value(buffers: str, symmetric: bool) -> None:
+@pytest.mark.parametrize(
+    "options", [{}, {"buffers": "momentum"}, {"symmetric": True}, {"in_batch": True}]
+)
+def test_a_step_never_asks_for_a_value(options: dict[str, Any]) -> None:
     """Tensors without content: .item() or a mask would raise, as they would wait for a GPU."""
     with FakeTensorMode():
-        moco = _moco(buffers=buffers, symmetric=symmetric)
+        moco = _moco(**options)
         moco(*(torch.zeros(8, 1, 4, 4) for _ in "12")).loss.backward()
 
 
-@pytest.mark.parametrize(("bn", "symmetric"), [("sync", False), ("regroup", True), ("eman", False)])
+@pytest.mark.parametrize(
+    ("bn", "symmetric"), [("sync", False), ("regroup", True), ("eman", False), ("simclr", True)]
+)
 def test_compiles_to_one_graph(bn: Norm, symmetric: bool) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # dynamo's, of its own code
         torch._dynamo.reset()
-        mocos = [_moco(bn, symmetric=symmetric, buffers="momentum") for _ in range(2)]
+        mocos = [
+            _moco(bn, symmetric=symmetric, buffers="momentum", in_batch=bn == "simclr")
+            for _ in range(2)
+        ]
         compiled = torch.compile(mocos[1], fullgraph=True, backend="aot_eager")
         for seed in range(3):
             steps: list[Step] = [run(*_views(seed=seed)) for run in (mocos[0], compiled)]

@@ -33,7 +33,7 @@ def _train(world_size: int, bn: Norm, symmetric: bool) -> dict[str, Any]:
     moco = MoCo(
         normalise_query(encoders[0], norm), normalise_key(encoders[1], norm),
         queue=100, dim=8, momentum=0.9, symmetric=symmetric,
-        buffers="momentum" if bn == "eman" else "own",
+        buffers="momentum" if bn == "eman" else "own", in_batch=bn == "simclr",
     ).double()  # fmt: skip
     model: nn.Module = moco
     if world_size > 1:
@@ -69,18 +69,21 @@ def _train(world_size: int, bn: Norm, symmetric: bool) -> dict[str, Any]:
         ("regroup", True, 3),
         ("eman", False, 2),
         ("eman", True, 3),
+        ("simclr", True, 2),
+        ("simclr", False, 3),
     ],
 )
 def test_ranks_train_as_one(bn: Norm, symmetric: bool, world_size: int) -> None:
     """Loss, weights and queue; catches keys enqueued in another order, and gradients summed.
 
     And running statistics of EMAN that are each rank's own, so that its keys are normalised with
-    others than those of the next rank.
+    others than those of the next rank; and negatives that are a rank's own keys only.
     """
     whole = _train(1, bn, symmetric)
     for part in run_on_ranks(world_size, _train, world_size, bn, symmetric):
         torch.testing.assert_close(part, whole, rtol=1e-12, atol=1e-12)
-    assert whole["pointer"] == _STEPS * _BATCH * (1 + symmetric) % 100
+    filled = 0 if bn == "simclr" else _STEPS * _BATCH * (1 + symmetric)
+    assert whole["pointer"] == filled % 100
 
 
 def _train_shuffled() -> Tensor:

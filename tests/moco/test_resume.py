@@ -48,7 +48,7 @@ def copied(folder: Path) -> Config:
 def assert_close(value: Any, expected: Any, where: str = "record") -> None:
     """Equal, but for times and for what the kernels of another version round otherwise."""
     if isinstance(expected, dict):
-        assert value.keys() == expected.keys(), where
+        assert value.keys() >= expected.keys(), where  # later versions may say more
         for key in expected.keys() - TIMED:
             assert_close(value[key], expected[key], f"{where}/{key}")
     elif isinstance(expected, list):

@@ -151,7 +151,7 @@ def test_signal_in_this_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert checkpoint.load(tmp_path / "last.pt")["step"] == 6
 
 
-@pytest.mark.parametrize("bn", ["sync", "regroup", "eman"])
+@pytest.mark.parametrize("bn", ["sync", "regroup", "eman", "simclr"])
 def test_two_ranks_train_as_one(bn: str, tmp_path: Path) -> None:
     """2 ranks x 16 groups and 1 rank x 32 groups, in float64, on the same images in one order."""
     same = dict(bn=bn, augment="none", precision="float64", epochs=1, symmetric=True)

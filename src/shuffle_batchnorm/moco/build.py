@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from shuffle_batchnorm.norm.convert import FilterFn
 from shuffle_batchnorm.norm.modules import ShuffleBatchNorm
 from shuffle_batchnorm.shuffle.encoder import ShuffledEncoder
 
@@ -19,6 +20,8 @@ from .model import MoCo
 from .networks import NetworkError, make_encoder
 from .ranks.control import average_in_rank_order
 from .ranks.launch import Rank
+
+_IMAGES = 256  # whose statistics averages begin with
 
 
 def build_model(config: Config, images: Images, device: torch.device) -> MoCo:
@@ -40,18 +43,50 @@ def build_model(config: Config, images: Images, device: torch.device) -> MoCo:
         sizes = images.channels, images.image_size
         encoder_q = normalise_query(make_encoder(config.network, *sizes), config.norm)
         encoder_k = normalise_key(make_encoder(config.network, *sizes), config.norm)
-    options = asdict(config.moco) | {"dim": config.network.dim, "seed": config.run.seed}
+    options = asdict(config.moco)
     if config.norm.bn == "eman":
         options["buffers"] = "momentum"
-    model = MoCo(encoder_q, encoder_k, **options)
+    model = MoCo(
+        encoder_q,
+        encoder_k,
+        dim=config.network.dim,
+        in_batch=not config.norm.has_queue,
+        seed=config.run.seed,
+        **options,
+    )
     model.to(device, torch.float64 if config.run.precision == "float64" else torch.float32)
     if config.run.channels_last:
         # Only what has four axes has channels to put last.
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if config.norm.bn == "eman":
+        begin_averages(model, Views(config, images, Rank(0, 1, device)).some(_IMAGES))
     if config.run.compile:
         for encoder in (model.encoder_q, model.encoder_k):
             encoder.compile()
     return model
+
+
+@torch.no_grad()
+def begin_averages(model: MoCo, images: Tensor) -> None:
+    """Let running statistics begin with those of some images, in place of means 0 and variances 1.
+
+    Averages with a momentum of 0.99 need hundreds of steps to forget these, and keys that are
+    normalised by them are nearly all alike: a short training does not recover (docs/trainer.md).
+
+    Communication: none; the images are the same on all ranks.
+
+    Args:
+        model: changed in place.
+        images: ``[N, c, H, H]``, as the query encoder takes them.
+    """
+    layers = [m for m in model.encoder_q.modules() if isinstance(m, ShuffleBatchNorm)]
+    before = [(layer.momentum, layer.groups) for layer in layers]
+    for layer in layers:
+        layer.momentum, layer.groups = 1.0, 1
+    model.encoder_q(images)
+    for layer, (momentum, groups) in zip(layers, before, strict=True):
+        layer.momentum, layer.groups = momentum, groups
+    model.encoder_k.load_state_dict(model.encoder_q.state_dict())
 
 
 class AveragedBatchNorm(ShuffleBatchNorm):
@@ -74,7 +109,7 @@ class AveragedBatchNorm(ShuffleBatchNorm):
 
 
 def normalise_query(encoder: nn.Module, norm: NormConfig) -> nn.Module:
-    """Give the query encoder its batch norm: of each group, or ``sync`` if the keys have it too.
+    """Give the query encoder its batch norm: of each group, or ``sync`` where the keys have it.
 
     Communication: none here; that of mode ``sync`` in its layers.
 
@@ -92,7 +127,7 @@ def normalise_query(encoder: nn.Module, norm: NormConfig) -> nn.Module:
         >>> normalise_query(nn.BatchNorm2d(3), NormConfig(bn="regroup", groups=16)).mode
         'local'
     """
-    return _convert(encoder, norm, "sync" if norm.bn == "sync" else "local")
+    return _convert(encoder, norm, "sync" if norm.is_global else "local")
 
 
 def normalise_key(encoder: nn.Module, norm: NormConfig) -> nn.Module:
@@ -103,14 +138,16 @@ def normalise_key(encoder: nn.Module, norm: NormConfig) -> nn.Module:
 
     Args:
         encoder: with ``nn.BatchNorm`` layers; changed in place.
-        norm: mode, groups on each rank, blocks and offset.
+        norm: mode, groups on each rank, blocks and offset; names of the layers that have this
+            mode, while the others have ``local``.
 
     Returns:
         The encoder; for ``batch-shuffle`` inside a `ShuffledEncoder`, with groups of its own, so
         that one rank can shuffle among its virtual groups.
 
     Raises:
-        NetworkError: a kind of batch norm that can't be converted, or none at all.
+        NetworkError: a kind of batch norm that can't be converted, none at all, or a name among the
+            layers that is none's.
 
     Example:
         >>> normalise_key(nn.BatchNorm2d(3), NormConfig(bn="regroup", groups=16)).mode
@@ -120,18 +157,37 @@ def normalise_key(encoder: nn.Module, norm: NormConfig) -> nn.Module:
         return ShuffledEncoder(_convert(encoder, norm, "local"))
     if norm.bn == "eman":
         return _convert(encoder, norm, "local", AveragedBatchNorm).train()
-    return _convert(encoder, norm, norm.bn)
+    if norm.layers is not None:
+        chosen = _find_layers(encoder, norm.layers)
+        encoder = _convert(encoder, norm, "local")
+        return _convert(encoder, norm, norm.bn, filter_fn=lambda _, name: name in chosen)
+    return _convert(encoder, norm, "sync" if norm.is_global else norm.bn)
+
+
+def _find_layers(encoder: nn.Module, names: str) -> set[str]:
+    """Return the batch norm layers that ``--layers`` names."""
+    known = [name for name, module in encoder.named_modules() if isinstance(module, _BatchNorm)]
+    chosen = [name.strip() for name in names.split(",")]
+    for name in chosen:
+        if name not in known:
+            raise NetworkError(
+                f"{CALL}: --layers: {name!r} is no batch norm layer; there are {', '.join(known)}"
+            )
+    return set(chosen)
 
 
 def _convert(
-    encoder: nn.Module, norm: NormConfig, mode: str, kind: type[ShuffleBatchNorm] = ShuffleBatchNorm
+    encoder: nn.Module,
+    norm: NormConfig,
+    mode: str,
+    kind: type[ShuffleBatchNorm] = ShuffleBatchNorm,
+    filter_fn: FilterFn | None = None,
 ) -> nn.Module:
     if not any(isinstance(module, _BatchNorm) for module in encoder.modules()):
         raise NetworkError(f"{CALL}: --network has no batch norm layer, so --bn would do nothing")
+    how: dict[str, Any] = dict(groups=norm.groups, offset=norm.offset, blocks=norm.blocks)
     try:
-        return kind.convert_shuffle_batchnorm(
-            encoder, mode=mode, groups=norm.groups, offset=norm.offset, blocks=norm.blocks
-        )
+        return kind.convert_shuffle_batchnorm(encoder, mode=mode, filter_fn=filter_fn, **how)
     except TypeError as error:
         raise NetworkError(f"{CALL}: --bn {norm.bn}: {error}") from error
 
@@ -166,7 +222,7 @@ class Views:
     """
 
     def __init__(self, config: Config, images: Images, rank: Rank) -> None:
-        self.config, self.rank = config, rank
+        self.config, self.images, self.rank = config, images, rank
 
         def make(policy: str) -> nn.Module:
             name, size = config.data.dataset, images.image_size
@@ -190,6 +246,14 @@ class Views:
     def as_they_are(self, images: Tensor) -> Tensor:
         """Return the images, only normalised, for evaluation."""
         return self._prepared(self.plain(images))
+
+    def some(self, count: int) -> Tensor:
+        """Return images from all over the training part, as they are; all, if there are fewer."""
+        train = self.images.train
+        total = len(train)  # type: ignore[arg-type]
+        count = min(count, total)
+        found = [train[k * total // count][0] for k in range(count)]
+        return self.as_they_are(torch.stack(found).to(self.rank.device))
 
     def _prepared(self, images: Tensor) -> Tensor:
         if self.config.run.precision == "float64":

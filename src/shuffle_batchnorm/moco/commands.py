@@ -65,7 +65,7 @@ class Compare(Config):
     """
 
     bn: Annotated[str, arg(metavar="BN,BN,...")] = "local,regroup"
-    """Batch norms of the key encoder: local, sync, swap, regroup, batch-shuffle, eman."""
+    """Batch norms of the key encoder: local, sync, swap, regroup, batch-shuffle, eman, simclr."""
     seeds: Annotated[str, arg(metavar="INT,INT,...")] = "0"
     """Seeds of weights, order, views and queue."""
     norm: SharedNorm = field(default_factory=SharedNorm)

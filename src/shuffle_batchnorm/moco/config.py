@@ -7,9 +7,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-Norm = Literal["local", "sync", "swap", "regroup", "batch-shuffle", "eman"]
+from .ranges import Range
+
+Norm = Literal["local", "sync", "swap", "regroup", "batch-shuffle", "eman", "simclr"]
 Dataset = Literal["digits", "fashion-mnist", "cifar10", "cifar100", "imagefolder"]
 Augment = Literal["standard", "none"]
 Stem = Literal["auto", "cifar", "imagenet"]
@@ -20,12 +22,8 @@ Precision = Literal["fp32", "bf16", "float64"]
 CALL = "train"
 LEAK_BATCHES, LEAK_KEYS = 32, 32  # batches that the leak is measured with; keys in each
 IMAGE_SIZES = {
-    "digits": 16,
-    "fashion-mnist": 28,
-    "cifar10": 32,
-    "cifar100": 32,
-    "imagefolder": 224,
-}
+    "digits": 16, "fashion-mnist": 28, "cifar10": 32, "cifar100": 32, "imagefolder": 224,
+}  # fmt: skip
 # Data sets that are found without --data-path: in scikit-learn, or where a package puts them.
 FOUND = ("digits", "fashion-mnist")
 
@@ -85,13 +83,27 @@ class NormConfig:
 
     bn: Norm = "regroup"
     """Batch norm of the key encoder; the query encoder's is local, or sync if this is sync. eman
-    normalises keys by moving averages of the query encoder's statistics."""
+    normalises keys by moving averages of the query encoder's statistics. simclr is sync with the
+    other keys of a step as negatives, in place of the queue."""
     groups: int = 8
     """Virtual groups in each rank's batch; 1 is one group per rank, as in MoCo."""
     blocks: int = 8
     """Blocks that regroup cuts each group into: 1 / BLOCKS of a group stays together."""
     offset: int = 1
     """Groups that statistics travel, in swap and regroup."""
+    layers: str | None = None
+    """Batch norm layers of the key encoder, NAME,NAME,..., that swap and regroup are for; the
+    others are local (default: all)."""
+
+    @property
+    def is_global(self) -> bool:
+        """Whether all samples of a step normalise queries and keys."""
+        return self.bn in ("sync", "simclr")
+
+    @property
+    def has_queue(self) -> bool:
+        """Whether the negatives are keys of earlier steps; if not, they are those of this one."""
+        return self.bn != "simclr"
 
 
 @dataclass(frozen=True)
@@ -99,7 +111,7 @@ class MoCoConfig:
     """Momentum contrast."""
 
     queue: int = 1024
-    """Keys of earlier steps that a query is told apart from."""
+    """Keys of earlier steps that a query is told apart from; simclr has no use for them."""
     momentum: float = 0.99
     """Share of the key encoder that stays at each step."""
     temperature: float = 0.07
@@ -183,38 +195,20 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
 
 
-class _Range(NamedTuple):
-    """The values that a number may have: low to high, which belongs to them or doesn't."""
-
-    low: float
-    high: float = math.inf
-    with_low: bool = True
-
-    def __contains__(self, value: object) -> bool:
-        return isinstance(value, (int, float)) and (
-            self.low <= value < self.high and (self.with_low or value > self.low)
-        )
-
-    def __str__(self) -> str:
-        if self.high == math.inf:
-            return f"at least {self.low:g}" if self.with_low else f"above {self.low:g}"
-        return f"from {self.low:g} to below {self.high:g}"
-
-
-_ABOVE_0, _AT_LEAST_1 = _Range(0, with_low=False), _Range(1)
+_ABOVE_0, _AT_LEAST_1 = Range(0, with_low=False), Range(1)
 # Every other whole number is at least 1.
 _RANGES = {
-    "image_size": _Range(8),
-    "workers": _Range(0),
-    "offset": _Range(-math.inf),
-    "momentum": _Range(0, 1),
+    "image_size": Range(8),
+    "workers": Range(0),
+    "offset": Range(-math.inf),
+    "momentum": Range(0, 1),
     "temperature": _ABOVE_0,
-    "batch_size": _Range(2),
+    "batch_size": Range(2),
     "lr": _ABOVE_0,
-    "sgd_momentum": _Range(0, 1),
-    "weight_decay": _Range(0),
-    "warmup_epochs": _Range(0),
-    "seed": _Range(0, 2**31),
+    "sgd_momentum": Range(0, 1),
+    "weight_decay": Range(0),
+    "warmup_epochs": Range(0),
+    "seed": Range(0, 2**31),
 }
 _PARTS = get_type_hints(Config)
 # Choices are checked here too: a configuration need not come from the command line.
@@ -274,7 +268,7 @@ def validate(config: Config, world_size: int) -> None:
             f"{optim.epochs}"
         )
     views = 2 if config.moco.symmetric else 1
-    if config.moco.queue < views * optim.batch_size:
+    if config.norm.has_queue and config.moco.queue < views * optim.batch_size:
         twice = "twice " if views == 2 else ""
         raise ConfigError(
             f"{CALL}: --queue {config.moco.queue} is smaller than {twice}--batch-size "
@@ -300,7 +294,9 @@ def _validate_groups(config: Config, world_size: int) -> None:
             f"{CALL}: --bn eman averages the query encoder's statistics with --momentum, and "
             "--buffers copy would not"
         )
-    if norm.bn in ("local", "sync", "eman"):
+    if norm.layers is not None and norm.bn not in ("swap", "regroup"):
+        raise ConfigError(f"{CALL}: --layers is for --bn swap and regroup, not {norm.bn}")
+    if norm.is_global or norm.bn in ("local", "eman"):
         return
     if total < 2:
         raise ConfigError(

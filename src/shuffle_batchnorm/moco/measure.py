@@ -82,6 +82,8 @@ class Measurements:
     def leak(self, batches: int = LEAK_BATCHES, keys: int = LEAK_KEYS) -> LeakReport:
         """Measure the leak of the model against its queue; see `measure_leak`.
 
+        Without a queue the negatives are the other keys measured, so fewer than in training.
+
         Args:
             batches: how many batches are drawn.
             keys: how many keys are measured in each.
@@ -99,7 +101,7 @@ class Measurements:
                 self.model.encode_key,
                 self.images.train,
                 augment,
-                self.model.queue,
+                self.model.queue if config.norm.has_queue else None,
                 batch_size=config.optim.batch_size,
                 batches=batches,
                 keys_per_batch=keys,
@@ -171,7 +173,7 @@ def check_images(config: Config, images: Images, world_size: int, keys: int = LE
 def remarks(config: Config, images: Images) -> list[str]:
     """Return what a user should know of a run with these images before it begins."""
     queue, count = config.moco.queue, len(images.train)  # type: ignore[arg-type]
-    if queue <= count:
+    if queue <= count or not config.norm.has_queue:
         return list(images.remarks)
     own = round(queue / count)
     long = f"--queue {queue} is longer than the {count} images: among a query's negatives are about"
@@ -184,7 +186,7 @@ def keys_per_pass(config: Config, world_size: int, keys: int) -> int:
     A query that is normalised in its own group knows nothing of the other groups' keys, whatever
     normalises these. One that is normalised with all samples knows of all keys.
     """
-    if config.norm.bn == "sync":
+    if config.norm.is_global:
         return 1
     return math.gcd(world_size * config.norm.groups, keys)
 
@@ -295,6 +297,8 @@ def _probe(measurements: Measurements, *, batches: int, keys: int) -> Figures:
     check_images(config, measurements.images, measurements.rank.world_size, keys)
     if keys > config.optim.batch_size:
         raise ConfigError(f"probe: --keys {keys} is more than the batch, {config.optim.batch_size}")
+    if keys == 1 and not config.norm.has_queue:
+        raise ConfigError("probe: --keys 1 leaves no negative: --bn simclr has no queue")
     return {
         **leak_figures(measurements.leak(batches, keys)),
         "stability": measurements.stability(),

@@ -25,7 +25,7 @@ class Step(NamedTuple):
 
     Attributes:
         loss: ``[]``, of this rank's samples; backward goes to the query encoder.
-        accuracy: ``[]``, the share of queries whose positive key beats the whole queue.
+        accuracy: ``[]``, the share of queries whose positive key beats all negatives.
         queries: ``[N, dim]`` of the first view, detached.
         keys: ``[N, dim]`` of the second view.
     """
@@ -51,6 +51,10 @@ class MoCo(nn.Module):
     ``symmetric`` also takes queries of the second view and keys of the first, against the same
     queue, and enqueues both sets of keys; the second pass of the keys has another offset.
 
+    ``in_batch`` takes for u the keys of the other images in this step, of all ranks, as SimCLR
+    does (arXiv 2002.05709), and leaves the queue as it is. What stays MoCo's: keys come from the
+    momentum encoder and without gradient, and other queries are no negatives.
+
     Under DistributedDataParallel the gradient is that of the mean over all ranks' samples. Let it
     send no buffers: the queue is the same everywhere already, and running statistics are each
     rank's own. Where the key encoder's follow the query encoder's, these are first averaged over
@@ -69,6 +73,7 @@ class MoCo(nn.Module):
         temperature: T.
         momentum: m, for parameters, and for buffers if they have ``"momentum"``.
         symmetric: average the loss over both directions.
+        in_batch: negatives are the other keys of the step, not the queue.
         buffers: running statistics of the key encoder: its ``own``, a ``copy`` of the query
             encoder's mean over the ranks, or following this with ``momentum``.
         seed: of the queue's first content, random directions; the same on all ranks.
@@ -76,7 +81,8 @@ class MoCo(nn.Module):
 
     Raises:
         ValueError: `queue` or `dim` below 1, a `momentum` outside 0 to 1, a `temperature` that is
-            not above 0, unknown `buffers`; when called, a queue smaller than the keys of a step.
+            not above 0, unknown `buffers`; when called, a queue smaller than the keys of a step,
+            unless `in_batch`.
 
     Shape:
         Two views ``[N, *]`` to a `Step`. N is the same on all ranks.
@@ -106,6 +112,7 @@ class MoCo(nn.Module):
         temperature: float = 0.1,
         momentum: float = 0.99,
         symmetric: bool = False,
+        in_batch: bool = False,
         buffers: str = "own",
         seed: int = 0,
         process_group: ProcessGroupLike = None,
@@ -114,7 +121,7 @@ class MoCo(nn.Module):
         _check_options(queue, dim, temperature, momentum, buffers)
         check_process_group(CALL, process_group)
         self.temperature, self.momentum = temperature, momentum
-        self.symmetric, self.buffers_follow = symmetric, buffers
+        self.symmetric, self.in_batch, self.buffers_follow = symmetric, in_batch, buffers
         self.process_group = process_group
         self.encoder_q, self.encoder_k = encoder_q, encoder_k
         encoder_k.load_state_dict(encoder_q.state_dict())
@@ -136,20 +143,21 @@ class MoCo(nn.Module):
         self._check_batch(len(view_1) * passes, world.size)
         self.update_key()
         # A copy, since the queue changes before the backward pass reads it.
-        negatives = self.queue.clone()
+        queue = self.queue.clone()
         queries = self.encoder_q(view_1)
         keys = self.encode_key(view_2)
-        loss, accuracy = self.contrast(queries, keys, negatives)
         incoming = [self._gather(keys, world)]
+        loss, accuracy = self.contrast(queries, keys, *self._negatives(incoming[0], queue, world))
         if self.symmetric:
             with self._another_offset(world):
                 other_keys = self.encode_key(view_1)
+            incoming.append(self._gather(other_keys, world))
             other_loss, other_accuracy = self.contrast(
-                self.encoder_q(view_2), other_keys, negatives
+                self.encoder_q(view_2), other_keys, *self._negatives(incoming[1], queue, world)
             )
             loss, accuracy = (loss + other_loss) / 2, (accuracy + other_accuracy) / 2
-            incoming.append(self._gather(other_keys, world))
-        self._enqueue(torch.cat(incoming))
+        if not self.in_batch:
+            self._enqueue(torch.cat(incoming))
         return Step(loss, accuracy, queries.detach(), keys)
 
     @torch.no_grad()
@@ -158,10 +166,18 @@ class MoCo(nn.Module):
         keys: Tensor = self.encoder_k(images)
         return keys
 
-    def contrast(self, queries: Tensor, keys: Tensor, negatives: Tensor) -> tuple[Tensor, Tensor]:
+    def contrast(
+        self, queries: Tensor, keys: Tensor, negatives: Tensor, own: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return loss ``[]`` and accuracy ``[]`` of ``[N, dim]`` twice against ``[K, dim]``.
 
         A tie of the positive with a negative is no hit: a collapsed encoder scores 0, not 1.
+
+        Args:
+            queries: ``[N, dim]``.
+            keys: ``[N, dim]``.
+            negatives: ``[K, dim]``.
+            own: ``[N]``, where among the negatives each query's key is; None if it is not there.
         """
         # bfloat16 can't tell similarities apart once they are divided by T.
         wide = torch.promote_types(queries.dtype, torch.float32)
@@ -169,6 +185,8 @@ class MoCo(nn.Module):
         with torch.autocast(queries.device.type, enabled=False):
             positive = (queries * keys).sum(1, keepdim=True)
             negative = queries @ negatives.T
+            if own is not None:
+                negative = negative.scatter(1, own.unsqueeze(1), -math.inf)
             logits = torch.cat([positive, negative], dim=1) / self.temperature
             target = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
             loss = F.cross_entropy(logits, target)
@@ -196,6 +214,15 @@ class MoCo(nn.Module):
             else:
                 key_buffer.copy_(query_buffer)
 
+    def _negatives(
+        self, everyones: Tensor, queue: Tensor, world: World
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the negatives ``[K, dim]``, and where among them this rank's keys are."""
+        if not self.in_batch:
+            return queue, None
+        positions = torch.arange(len(everyones), device=everyones.device)
+        return everyones, positions.chunk(world.size)[world.rank]
+
     def _gather(self, keys: Tensor, world: World) -> Tensor:
         """Return the keys of all ranks, ``[W * N, dim]``, in rank order."""
         keys = keys.to(self.queue.dtype)
@@ -221,7 +248,7 @@ class MoCo(nn.Module):
         return shuffle_offset(self.encoder_k, next_offset(first.offset, world.size * first.groups))
 
     def _check_batch(self, count: int, world_size: int) -> None:
-        if len(self.queue) < count * world_size:
+        if not self.in_batch and len(self.queue) < count * world_size:
             raise ValueError(
                 f"{CALL}: queue {len(self.queue)} is smaller than the {world_size} ranks x "
                 f"{count} = {count * world_size} keys of a step"

@@ -13,6 +13,7 @@ from moco.comparison.made_up import Record, diverged_record, made_up_record, mad
 from shuffle_batchnorm.moco.comparison import report
 from shuffle_batchnorm.moco.comparison.report import write_report
 from shuffle_batchnorm.moco.comparison.summary import ResultsError
+from shuffle_batchnorm.moco.comparison.tables import IN_BATCH
 
 VOID = {"meta", "img", "br"}
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -147,6 +148,22 @@ def test_page_says_whose_interval_covers_zero(tmp_path: Path) -> None:
     assert "covers zero: no leak was found, but one as large as the upper end" in regroup
     leaky = said([made_up_record("regroup", k, leak=0.2 + k / 100) for k in range(3)], tmp_path)
     assert "covers zero" not in leaky
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_page_says_what_is_special_of_the_rivals(tmp_path: Path) -> None:
+    """Catches a proof that is told as an interval, and numbers compared that mean other things."""
+    runs = made_up_records(("regroup", "eman", "simclr"))
+    for run in runs[1::3]:
+        run.update(leak=0.0, leak_interval=[0.0, 0.0])
+    page = written(tmp_path, runs)
+    text = page.text.replace("\xa0", " ")
+    assert "eman: leak exactly 0, for no key depends on the other samples of its batch;" in text
+    assert text.count("exactly 0, for") == 1
+    assert IN_BATCH in text
+    assert IN_BATCH in (tmp_path / "table.md").read_text("utf-8")
+    for paper in ("2101.08482", "2002.05709"):
+        assert ("a", "href", f"https://arxiv.org/abs/{paper}") in page.attributes
 
 
 @pytest.mark.usefixtures("without_figures")

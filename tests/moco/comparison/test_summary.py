@@ -13,6 +13,7 @@ from shuffle_batchnorm.moco.comparison.summary import (
     check_records,
     combine_leaks,
     diverged,
+    independent,
     mean_over_seeds,
     number,
     on_a_par,
@@ -98,6 +99,14 @@ def test_number_takes_finite_numbers_only(value: object) -> None:
     assert number({"leak": value}, "leak") is None
     assert number({}, "leak") is None
     assert number({"leak": 3}, "leak") == 3.0
+
+
+def test_independent_are_those_whose_every_probe_saw_no_change() -> None:
+    """Catches leaks of 0 by chance, which are no proof, also where their spread is 0."""
+    runs = [made_up_record("eman", seed, leak=0.0, leak_interval=[0.0, 0.0]) for seed in range(3)]
+    runs += [made_up_record("sync", seed, leak=0.0, leak_interval=[-0.1, 0.1]) for seed in range(3)]
+    assert independent([*runs, made_up_record("eman", 3, leak_interval=None)]) == set()
+    assert independent(runs) == {"eman"}
 
 
 def test_on_a_par_are_those_within_two_errors_of_the_best() -> None:

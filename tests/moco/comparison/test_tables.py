@@ -2,6 +2,7 @@
 
 from moco.comparison.made_up import diverged_record, made_up_record, made_up_records
 from shuffle_batchnorm.moco.comparison.tables import (
+    IN_BATCH,
     INTERVALS,
     LEFT_OUT,
     markdown_table,
@@ -55,6 +56,11 @@ def test_notes_say_what_the_numbers_are() -> None:
     assert mixed[:2] == ["Mean over 2 to 3 seeds ± standard error.", INTERVALS]
     assert mixed[2:] == [LEFT_OUT]
     assert notes(made_up_records())[2].startswith("kNN in bold: the highest mean")
+
+
+def test_a_note_tells_other_negatives_where_there_are_two_kinds() -> None:
+    assert IN_BATCH in notes(made_up_records(("sync", "simclr")))
+    assert IN_BATCH not in notes(made_up_records(("simclr",)))
 
 
 def test_line_and_row_of_a_run() -> None:

@@ -12,7 +12,7 @@ from shuffle_batchnorm.moco.checkpoint import write_atomically
 
 from .figures import save_figures
 from .style import PAGE, style_of
-from .summary import Record, check_records, on_a_par, summarise
+from .summary import Record, check_records, independent, on_a_par, summarise
 from .tables import (
     HEADER,
     RUN_HEADER,
@@ -76,6 +76,7 @@ def render(
     return template("report.html.jinja").render(
         summaries=summaries,
         level=on_a_par(summaries),
+        independent=independent(records),
         seeds=count_of_seeds(summaries),
         any_diverged=any(one.diverged for one in summaries),
         facts={key: common(records, key) for key in ("epochs", "world_size", "groups")},

@@ -55,6 +55,7 @@ STYLES = {
     "regroup": Style("#0072b2", "-", "D"),
     "batch-shuffle": Style("#e69f00", (0, (3, 1.2, 1, 1.2, 1, 1.2)), "^"),
     "eman": Style("#882255", (0, (9, 2)), "<"),
+    "simclr": Style("#332288", (0, (2, 1, 2, 3)), ">"),
 }
 OTHERS = (Style("#cc79a7", "-", "v"), Style("#56b4e9", "--", "P"), Style("#8c7a00", "-.", "*"))
 

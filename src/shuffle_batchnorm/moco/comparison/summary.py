@@ -175,6 +175,22 @@ def summarise_one(bn: str, runs: Sequence[Record]) -> Summary:
     return Summary(bn, len(runs), len(runs) - len(good), leak, scale, radius, **means)
 
 
+def independent(records: Sequence[Record]) -> set[str]:
+    """Which `--bn` have keys that depend on no other sample: all their probes gave [0, 0].
+
+    `measure_leak` gives this interval only if no feature of any key changed.
+
+    Example:
+        >>> independent([dict(bn="eman", leak_interval=[0.0, 0.0]), dict(bn="local")])
+        {'eman'}
+    """
+    return {
+        bn
+        for bn, runs in by_bn(records).items()
+        if all(run.get("leak_interval") == [0, 0] for run in runs)
+    }
+
+
 def on_a_par(summaries: Sequence[Summary]) -> set[str]:
     """Which `--bn` have the highest kNN accuracy, or can't be told from it.
 

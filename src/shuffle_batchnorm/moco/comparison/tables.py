@@ -19,6 +19,11 @@ ON_A_PAR = (
     "kNN in bold: the highest mean, and those less than two standard errors of the difference "
     "below it."
 )
+IN_BATCH = (
+    "The negatives of simclr are the other keys of a step, and fewer of them where the leak is "
+    "measured; those of the others are the queue. So its leak, pretext accuracy and loss can't be "
+    "compared with theirs."
+)
 LEFT_OUT = (
     "Diverged runs, whose loss or score is not finite, are left out of the means: their leak says "
     "nothing."
@@ -123,6 +128,8 @@ def notes(records: Sequence[Record]) -> list[str]:
     seeds = count_of_seeds(summaries)
     said = [f"Mean over {seeds} ± standard error." if seeds != "1 seed" else "One seed each."]
     said.append(INTERVALS)
+    if "simclr" in {one.bn for one in summaries} and len(summaries) > 1:
+        said.append(IN_BATCH)
     if on_a_par(summaries):
         said.append(ON_A_PAR)
     if any(one.diverged for one in summaries):
