@@ -24,7 +24,7 @@ def rendered(runs: Runs) -> Page:
 
 def test_the_page_tells_rules_law_and_predictions() -> None:
     text = rendered(made_up_records()).text
-    assert "MoCo was trained 303 times, in 63 settings" in text
+    assert "MoCo was trained 333 times, in 69 settings" in text
     assert "n = 16: leak of local 0." in text
     assert "Law: of 5 families, power of the share predicts left-out cells best" in text
     for name in HELD_OUT:

@@ -18,7 +18,7 @@ from shuffle_batchnorm.moco.comparison.style import INK, OTHERS, PAGE, RC, STYLE
 from shuffle_batchnorm.moco.comparison.summary import Estimate
 
 from .analysis import Analysis
-from .cells import BATCH, GROUP, HELD_OUT
+from .cells import BATCH, GROUP, HELD_OUT, LAYERS
 from .rules import NEGLIGIBLE
 from .summary import CellSummary
 
@@ -159,6 +159,31 @@ def draw_settings(analysis: Analysis) -> Figure | None:
     return figure
 
 
+def draw_layers(analysis: Analysis) -> Figure | None:
+    """The leak and kNN accuracy against the number of layers that are converted."""
+    some = analysis.of("layers")
+    if not some:
+        return None
+    ends = {0: f"n{GROUP}-B1", len(LAYERS): f"n{GROUP}-B{GROUP}"}
+    orders = {"largest": SIZES[32], "smallest": SIZES[4]}
+    figure = Figure(figsize=(PAGE, 2.7), layout="constrained")
+    for axes, key in zip(figure.subplots(1, 2), ("leak", "knn"), strict=True):
+        for order, look in orders.items():
+            cells = {count: analysis.cells.get(name) for count, name in ends.items()}
+            cells |= {
+                str(cell.changes["layers"]).count(",") + 1: cell
+                for cell in some
+                if order in cell.cell
+            }
+            points = [(count, getattr(cells[count], key, None)) for count in sorted(cells)]
+            draw_line(axes, points, look)
+        axes.set_xticks(range(len(LAYERS) + 1))
+        axes.set_xlabel("layers converted")
+        axes.set_title("Leak" if key == "leak" else "kNN accuracy", loc="left")
+    draw_legend(figure, {f"{order} share first": look for order, look in orders.items()})
+    return figure
+
+
 def draw_fashion(analysis: Analysis) -> Figure | None:
     """The leak and kNN accuracy on Fashion-MNIST against the number of blocks."""
     some = analysis.of("fashion")
@@ -214,6 +239,7 @@ DRAWINGS: dict[str, Callable[[Analysis], Figure | None]] = {
     "law": draw_law,
     "size": draw_size,
     "settings": draw_settings,
+    "layers": draw_layers,
     "fashion": draw_fashion,
 }
 

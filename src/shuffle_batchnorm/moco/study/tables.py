@@ -33,7 +33,7 @@ def cell_rows(cells: Iterable[CellSummary]) -> Rows:
             one.cell,
             str(one.n),
             str(one.B),
-            written(float(share(one.n, one.B)), 2),
+            NOTHING if one.part == "layers" else written(float(share(one.n, one.B)), 2),
             f"{len(one.leaks)}{f' + {one.diverged} diverged' if one.diverged else ''}",
             with_error(one.leak),
             ends(one.leak),
