@@ -26,7 +26,7 @@ def test_the_page_tells_rules_law_and_predictions() -> None:
     text = rendered(made_up_records()).text
     assert "MoCo was trained 333 times, in 69 settings" in text
     assert "n = 16: leak of local 0." in text
-    assert "Law: of 5 families, power of the share predicts left-out cells best" in text
+    assert "Law: of 6 families, power of the share predicts left-out cells best" in text
     for name in HELD_OUT:
         assert f"{name} was held out: predicted 0." in text
     assert "a <CPU>" in text

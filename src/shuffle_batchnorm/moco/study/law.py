@@ -66,6 +66,11 @@ def _probit(
     return np.asarray(ndtr(base + signal) - ndtr(base))
 
 
+def _limited(n: ArrayLike, blocks: ArrayLike, base: float, strength: float, limit: float) -> Array:
+    signal = strength * share(n, blocks) / (1 + np.asarray(n, float) / np.abs(limit))
+    return np.asarray(ndtr(base + signal) - ndtr(base))
+
+
 FAMILIES = (
     Family(
         "signal, linear in the share",
@@ -107,5 +112,12 @@ FAMILIES = (
         lambda n, blocks, top, c, gamma: (
             top * np.exp(-c * (np.asarray(blocks, float) - 1)) * _size(n) ** -gamma
         ),
+    ),
+    Family(
+        "signal, limited by its own noise",
+        "Φ(a + k·s / (1 + n / ν)) − Φ(a)",
+        ("a", "k", "ν"),
+        (-1.5, 2.5, 30.0),
+        _limited,
     ),
 )
