@@ -51,6 +51,7 @@ def test_settings_have_the_bases_own_value_too(analysis: Analysis) -> None:
     [local, *_] = [line for line in figure.axes[0].lines if len(line.get_xdata()) == 4]  # type: ignore[arg-type]
     grid = analysis.cells["n8-B1"].leak
     assert grid is not None
+    assert list(local.get_xdata()) == [2, 4, 6, 8]  # type: ignore[arg-type]
     assert list(local.get_ydata())[1] == grid.mean  # type: ignore[arg-type]
 
 

@@ -30,6 +30,19 @@ def test_a_cell_in_words() -> None:
     assert row[:7] == ("n8-B2", "8", "2", "0.43", "5", "0.100 ± 0.007", "[0.080, 0.120]")
 
 
+def test_the_grid_has_a_place_for_each_cell() -> None:
+    """Catches rows and columns that are taken for each other, and a cell that is not measured."""
+    records = [r for r in made_up_records() if r["cell"] in ("n8-B1", "n16-B1", "n16-B4")]
+    for record in records:
+        record["leak"] = record["n"] + record["B"] / 10
+    header, rows = tables.grid(analyse(records).of("grid"))
+    assert header == ("n", "B = 1", "B = 4")
+    assert rows == [
+        ("8", "8.100 ± 0.000", "–"),
+        ("16", "16.100 ± 0.000", "16.400 ± 0.000"),
+    ]
+
+
 def test_a_size_without_a_rule_says_so() -> None:
     records = [r for r in made_up_records() if r["n"] == 8 and r["B"] < 3]
     [row] = tables.rule_rows(analyse(records).rules)

@@ -51,6 +51,8 @@ def write_page(output: Path, records: Records, *, command: str) -> Path:
 def markdown(analysis: Analysis) -> str:
     """All tables, for docs/law.md and the terminal."""
     parts: list[tuple[str, tuple[str, ...], tables.Rows]] = [
+        ("Leak", *tables.grid(analysis.of("grid"))),
+        ("kNN − local", *tables.grid(analysis.of("grid"), "gain")),
         ("Rules", tables.RULES, tables.rule_rows(analysis.rules)),
         ("Families", tables.FAMILIES, tables.family_rows(analysis.fits)),
         ("Predictions", tables.PREDICTIONS, tables.prediction_rows(analysis.predictions)),
@@ -65,7 +67,7 @@ def render(
     analysis: Analysis, records: Records, pictures: Mapping[str, str], *, command: str
 ) -> str:
     """The page as text: `study.html.jinja` has the words, this has the numbers."""
-    base = to_dict(Config())
+    base, (leak_header, leak_rows) = to_dict(Config()), tables.grid(analysis.of("grid"))
     setup: dict[str, Any] = {part: base[part] for part in TOLD}
     for position, one in enumerate(records.environments, start=1):
         setup[f"environment {position}"] = one
@@ -79,6 +81,8 @@ def render(
         fashion_seeds=FASHION_SEEDS,
         pictures=pictures,
         width=PAGE,
+        leak_header=leak_header,
+        leak_rows=leak_rows,
         rule_header=tables.RULES,
         rule_rows=tables.rule_rows(analysis.rules),
         family_header=tables.FAMILIES,

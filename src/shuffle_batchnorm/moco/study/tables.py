@@ -21,6 +21,14 @@ PREDICTIONS = ("cell", "predicted", "95 % interval", "measured", "inside")
 RULES = ("n", "leak of local", "fewest blocks", "samples in a block", "leak", "kNN − local")
 
 
+def grid(cells: Iterable[CellSummary], key: str = "leak") -> tuple[tuple[str, ...], Rows]:
+    """Group sizes as rows and blocks as columns, of an estimate of each cell."""
+    found = {(one.n, one.B): getattr(one, key) for one in cells}
+    sizes, blocks = (sorted({pair[axis] for pair in found}) for axis in (0, 1))
+    header = ("n", *(f"B = {number}" for number in blocks))
+    return header, [(str(n), *(with_error(found.get((n, b))) for b in blocks)) for n in sizes]
+
+
 def ends(estimate: Estimate | None) -> str:
     """The interval of an estimate."""
     return interval(estimate.low, estimate.high) if estimate else NOTHING
