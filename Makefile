@@ -94,7 +94,7 @@ gpu-check: ## both; OUT=folder gets results and logs
 	$(GPU_CHECK) test bench
 
 gpu-study: ## train ResNet-18s with several --bn side by side on a GPU, and say what leaks: 8 minutes
-	PYTHONPATH=src $(GPU_PYTHON) benchmarks/gpu_study.py --out $(OUT) $(ARGS)
+	PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} $(GPU_PYTHON) benchmarks/gpu_study.py --out $(OUT) $(ARGS)
 
 docs: setup ## draw the pictures of docs/ again
 	@set -e; for script in $(sort $(wildcard docs/draw_*.py)); do \

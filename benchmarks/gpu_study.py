@@ -36,16 +36,19 @@ NEEDED = {
     "tqdm": "tqdm",
     "tyro": "tyro",
 }
+# Those of MoCo's notebook for CIFAR-10, which train a ResNet-18 (batch, learning rate, temperature,
+# queue), with the groups of 8 of docs/comparison.md, for as many epochs as there is time.
 SETTINGS = {
     "--network": "resnet18",
     "--epochs": "30",
-    "--batch-size": "256",
-    "--groups": "32",
+    "--batch-size": "512",
+    "--groups": "64",
     "--queue": "4096",
-    "--lr": "0.03",
+    "--lr": "0.06",
     "--temperature": "0.1",
     "--device": "cuda",
     "--precision": "bf16",
+    "--eval-every": "10",
     "--save-every": "500",
 }
 TINY = {
