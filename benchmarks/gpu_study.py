@@ -86,7 +86,7 @@ def run_parts(arguments: argparse.Namespace, runs: Path) -> list[Part]:
             name = f"{bn}-seed{seed}"
             own = ["--bn", bn, "--seed", str(seed), "--output", str(runs / name)]
             command = [sys.executable, "-m", "shuffle_batchnorm", "train", *own, *shared]
-            parts.append(Part(name, command, TOTAL))
+            parts.append(Part(name, command, arguments.patience * TOTAL))
     return parts
 
 
@@ -167,9 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     out, runs = arguments.out.resolve(), arguments.runs.resolve()
     out.mkdir(parents=True, exist_ok=True)
     parts = run_parts(arguments, runs)
-    limit = arguments.patience * TOTAL
-    parts = [part._replace(limit=limit) for part in parts]
-    rows = gpu_check.run(parts, "study", out, limit, jobs=len(parts))
+    rows = gpu_check.run(parts, "study", out, arguments.patience * TOTAL, jobs=len(parts))
     records = read_records(runs)
     differences = paired(records, arguments.baseline)
     print_summary(records, differences)

@@ -4,7 +4,7 @@ python docs/early_steps.py
 
 It takes the first epochs of `train --bn regroup --ranks 1 --groups 32 --device cpu`, as they are
 and with one thing changed, and compares each step's queries and keys with other queues too. All
-steps are in benchmarks/results/early_steps.json.
+seeds are in benchmarks/results/early_steps.json.
 """
 
 import statistics
@@ -35,22 +35,21 @@ FILLING = 10_000  # an epoch that no run comes to; its images and views fill a q
 # What differs from the defaults of `train`; `filled` begins with keys in the queue, not directions.
 CASES: dict[str, dict[str, Any]] = {
     "as in the comparison": {},
-    "queue of 4096": {"queue": 4096},
     "queue filled with keys": {"filled": True},
     "filled, momentum 0.9": {"filled": True, "momentum": 0.9},
-    "filled, momentum 0": {"filled": True, "momentum": 0.0},
     "filled, warm-up of 5 epochs": {"filled": True, "warmup_epochs": 5},
     "filled, learning rate 0.03": {"filled": True, "lr": 0.03},
 }
 COLUMNS = {"step 1": (0, 1), "steps 2 to 5": (1, 5)} | {
     f"epoch {epoch}": (5 * epoch - 5, 5 * epoch) for epoch in (2, 4, 8, 12)
 }
+SHOWN = {step for first, last in COLUMNS.values() for step in range(first, last)}
 SCORES = ("accuracy", "re_encoded", "other_images", "cosine")
 Row = dict[str, float]
 
 
 def watch(rank: Rank, config: Config, filled: bool) -> list[Row]:
-    """Train for the first epochs; return what the queries and keys of each step say."""
+    """Train for the first epochs; return what queries and keys of the steps shown say."""
     rows: list[Row] = []
     with ExitStack() as stack:
         stack.enter_context(own_random_state())
@@ -73,6 +72,13 @@ def watch(rank: Rank, config: Config, filled: bool) -> list[Row]:
 
         def after(_: MoCo, inputs: tuple[Tensor, Tensor], step: Step) -> None:
             batch = torch.tensor(order[trainer.step_in_epoch])
+            if trainer.step in SHOWN:
+                rows.append(measure(batch, step))
+            views.append(inputs[1])
+            end = int(model.queue_pointer)
+            owners[torch.arange(end - len(batch), end) % length] = batch
+
+        def measure(batch: Tensor, step: Step) -> Row:
             positive = (step.queries * step.keys).sum(1)
             similar = step.queries @ queue.T
             others = similar.masked_fill(batch[:, None] == owners, -1.0)
@@ -83,10 +89,8 @@ def watch(rank: Rank, config: Config, filled: bool) -> list[Row]:
                 "other_images": _top_1(positive, others),
                 "cosine": (cosines.sum() - len(batch)) / (len(batch) * (len(batch) - 1)),
             }
-            rows.append({name: float(number) for name, number in numbers.items()})
-            views.append(inputs[1])
-            end = int(model.queue_pointer)
-            owners[torch.arange(end - len(batch), end) % length] = batch
+            figures = {name: float(number) for name, number in numbers.items()}
+            return {"step": trainer.step + 1, **figures}
 
         if filled:
             trainer.batches.set_epoch(FILLING)
@@ -130,7 +134,7 @@ def run(case: dict[str, Any], seed: int) -> list[Row]:
 def line(runs: Sequence[list[Row]], score: str) -> str:
     """Return the cells of one case: means over the seeds, and over the steps of each column."""
     cells = [
-        statistics.fmean(row[score] for rows in runs for row in rows[first:last])
+        statistics.fmean(row[score] for rows in runs for row in rows if first < row["step"] <= last)
         for first, last in COLUMNS.values()
     ]
     return " | ".join(f"{cell:.3f}" for cell in cells)
@@ -144,10 +148,10 @@ def main() -> None:
         for name, runs in results.items():
             print(f"| {name} | {line(runs, score)} |")
     rows = [
-        {"case": name, "seed": seed, "step": number, **row}
+        {"case": name, "seed": seed, **row}
         for name, runs in results.items()
         for seed, steps in zip(SEEDS, runs, strict=True)
-        for number, row in enumerate(steps, 1)
+        for row in steps
     ]
     harness.save("early_steps", rows)
 
