@@ -11,11 +11,11 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup
 # The machine with a GPU may have torch in a Python of its own and no .venv.
 GPU_PYTHON ?= $(if $(wildcard $(STAMP)),$(BIN)/python,$(PYTHON))
-# What gpu-check leaves: results and the log of each part.
+# What gpu-check and gpu-study leave: results and the log of each part.
 OUT ?= benchmarks/results/gpu
 
-.PHONY: help setup demo test lint format bench bench-exchange bench-shuffle bench-trainer compare study study-report gpu-test gpu-bench \
-	gpu-check docs clean
+.PHONY: help setup demo test lint format bench bench-exchange bench-shuffle bench-trainer compare study \
+	study-report gpu-test gpu-bench gpu-check gpu-study docs clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -99,6 +99,9 @@ gpu-bench: ## measure a GPU, the most telling first; print targets: 4 minutes
 
 gpu-check: ## both; OUT=folder gets results and logs
 	$(GPU_CHECK) test bench
+
+gpu-study: ## train ResNet-18s with several --bn side by side on a GPU, and say what leaks: 8 minutes
+	PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} $(GPU_PYTHON) benchmarks/gpu_study.py --out $(OUT) $(ARGS)
 
 docs: setup ## draw the pictures of docs/ again
 	@set -e; for script in $(sort $(wildcard docs/draw_*.py)); do \

@@ -70,8 +70,8 @@ def build_model(config: Config, images: Images, device: torch.device) -> MoCo:
 def begin_averages(model: MoCo, images: Tensor) -> None:
     """Let running statistics begin with those of some images, in place of means 0 and variances 1.
 
-    Averages with a momentum of 0.99 need hundreds of steps to forget these, and keys that are
-    normalised by them are nearly all alike: a short training does not recover (docs/trainer.md).
+    Averages with a momentum of 0.99 need hundreds of steps to forget these, and a short training
+    did not recover from them (docs/trainer.md).
 
     Communication: none; the images are the same on all ranks.
 
