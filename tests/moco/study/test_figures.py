@@ -68,7 +68,9 @@ def test_layers_go_from_none_to_all(analysis: Analysis) -> None:
 
 def test_sizes_show_the_control(analysis: Analysis) -> None:
     left, right = drawn(draw_size(analysis)).axes
-    assert sum(line.get_markerfacecolor() == "white" for line in left.lines) == 3
+    assert sum(line.get_markerfacecolor() == "white" for line in left.lines) == 6
+    dashed = [line for line in left.lines if line.get_linestyle() == "--"]
+    assert [list(line.get_xdata()) for line in dashed] == [[8, 64]] * 3  # type: ignore[arg-type]
     assert right.get_title(loc="left") == "kNN accuracy minus that of local"
 
 

@@ -33,8 +33,8 @@ SIZES: dict[int, Look] = {
 }
 BLOCKS: dict[int, Look] = {
     1: dict(color=STYLES["local"].colour, marker="o"),
-    2: dict(color=OTHERS[1].colour, marker="s"),
-    4: dict(color=STYLES["regroup"].colour, marker="D"),
+    2: dict(color=OTHERS[0].colour, marker="s"),
+    4: dict(color=OTHERS[2].colour, marker="D"),
 }
 MARK: Look = dict(markeredgecolor="white", markeredgewidth=0.5)
 SETTINGS = {"depth": "convolutions", "epochs": "epochs", "temperature": "temperature"}
@@ -82,7 +82,7 @@ def draw_fit(
     if not analysis.fits or not cells:
         return
     blocks = np.arange(1.0, max(cell.B for cell in cells) + 1)
-    seen = all(cell.changes.get("batch_size", BATCH) == BATCH for cell in cells)
+    seen = not any(map(is_large, cells))
     leak = analysis.fits[0].predict(np.full_like(blocks, n), blocks)
     axes.plot(
         blocks, leak, color=look["color"], linewidth=1.1, linestyle="-" if seen else "--", zorder=2
@@ -110,13 +110,13 @@ def draw_size(analysis: Analysis) -> Figure | None:
     figure = Figure(figsize=(PAGE, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     for blocks, look in BLOCKS.items():
-        same = [cell for cell in grid if blocks == cell.B]
-        draw_line(left, [(cell.n, cell.leak) for cell in same], look)
-        for control in (cell for cell in analysis.of("control") if blocks == cell.B):
-            draw_point(left, control.n * 1.06, control.leak, look, hollow=True)
+        same = [cell for cell in [*analysis.of("control"), *grid] if blocks == cell.B]
+        for large in (False, True):
+            points = [(cell.n, cell.leak) for cell in same if is_large(cell) == large]
+            draw_line(left, points, look, hollow=large)
     left.set_xscale("log", base=2)
     left.set_xticks(list(SIZES), [str(n) for n in SIZES])
-    left.set_xlabel("samples in a group n; hollow: batch 512, as n = 64")
+    left.set_xlabel("samples in a group n; hollow: batch 512")
     left.set_title("Leak by group size", loc="left")
     for place, (n, look) in enumerate(SIZES.items()):
         some = [cell for cell in grid if cell.n == n and cell.gain is not None]
@@ -209,15 +209,27 @@ def draw_legend(figure: Figure, looks: dict[str, Look]) -> None:
     figure.legend(handles, list(looks), **where)
 
 
-def draw_line(axes: Axes, points: Iterable[tuple[float, Estimate | None]], look: Look) -> None:
-    """Means with their intervals, joined."""
+def draw_line(
+    axes: Axes,
+    points: Iterable[tuple[float, Estimate | None]],
+    look: Look,
+    *,
+    hollow: bool = False,
+) -> None:
+    """Means with their intervals, joined; hollow points by a dashed line."""
     known = [(x, estimate) for x, estimate in points if estimate is not None]
     if not known:
         return
     for at, estimate in known:
-        draw_point(axes, at, estimate, look)
+        draw_point(axes, at, estimate, look, hollow=hollow)
     x, y = zip(*[(at, estimate.mean) for at, estimate in known], strict=True)
-    axes.plot(x, y, **look, **MARK, linewidth=1.1, zorder=2)
+    line: Look = dict(linewidth=1.1, linestyle="--" if hollow else "-", zorder=2)
+    axes.plot(x, y, color=look["color"], **line)
+
+
+def is_large(cell: CellSummary) -> bool:
+    """Whether a cell has another batch size than the base."""
+    return cell.changes.get("batch_size", BATCH) != BATCH
 
 
 def label_of(blocks: int) -> str:

@@ -13,12 +13,13 @@ import numpy as np
 from scipy.optimize import OptimizeWarning, curve_fit, nnls
 from scipy.special import gammaln, ndtri, stdtrit
 
-from shuffle_batchnorm.moco.comparison.summary import CONFIDENCE, SEEDS_FOR_SPREAD
+from shuffle_batchnorm.moco.comparison.summary import CONFIDENCE
 
 from .law import FAMILIES, Array, Family
 from .summary import CellSummary
 
 REPLICATES = 400
+SEEDS_TO_FIT = 2  # of a cell; their deviation is known from all cells together
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,8 @@ class Prediction:
 
 
 def collect(cells: Sequence[CellSummary]) -> Data | None:
-    """The cells that have seeds enough to know a spread; None if there are too few to fit."""
-    some = [cell for cell in cells if len(cell.leaks) >= SEEDS_FOR_SPREAD]
+    """The cells that have seeds enough; None if these cells are too few to fit."""
+    some = [cell for cell in cells if len(cell.leaks) >= SEEDS_TO_FIT]
     if len(some) <= max(len(family.parameters) for family in FAMILIES) + 1:
         return None
     seeds = sorted({seed for cell in some for seed in cell.leaks})
