@@ -8,7 +8,7 @@ import pytest
 
 from moco.study import fake_runs
 from moco.study.fake_runs import Record
-from shuffle_batchnorm.moco.checkpoint import folder_lock
+from shuffle_batchnorm.moco.checkpoint import CheckpointError, folder_lock
 from shuffle_batchnorm.moco.config import Config, ConfigError
 from shuffle_batchnorm.moco.ranks.spawn import Stopped
 from shuffle_batchnorm.moco.study import run
@@ -142,3 +142,9 @@ def test_a_page_from_committed_records_alone(tmp_path: Path, pages: list[list[Re
     assert not trainer.trained
     assert pages == [records.runs] * 2
     assert {path.name for path in (tmp_path / "b").iterdir()} == {"records.json"}
+
+
+def test_records_that_are_not_there_are_refused(tmp_path: Path) -> None:
+    """Catches a mistyped path, with which everything would be trained again."""
+    with pytest.raises(CheckpointError, match="can't read .*nothing.json"):
+        study(tmp_path, (10,), CELLS, earlier=tmp_path / "nothing.json", train=Trainer())
