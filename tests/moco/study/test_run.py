@@ -146,5 +146,5 @@ def test_a_page_from_committed_records_alone(tmp_path: Path, pages: list[list[Re
 
 def test_records_that_are_not_there_are_refused(tmp_path: Path) -> None:
     """Catches a mistyped path, with which everything would be trained again."""
-    with pytest.raises(CheckpointError, match="can't read .*nothing.json"):
+    with pytest.raises(CheckpointError, match=r"can't read .*nothing\.json"):
         study(tmp_path, (10,), CELLS, earlier=tmp_path / "nothing.json", train=Trainer())
