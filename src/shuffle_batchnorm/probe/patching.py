@@ -10,7 +10,8 @@ import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,8 @@ Calls = dict[nn.Module, list[Leaves]]  # of every module, in order
 Around = Callable[..., Any]  # of (module, its forward, *args, **kwargs)
 
 
-class Rows(NamedTuple):
+@dataclass(frozen=True)
+class Rows:
     """Which rows of a batch are probes.
 
     Attributes:

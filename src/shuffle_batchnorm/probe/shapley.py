@@ -109,7 +109,8 @@ def shapley_values(players: int, orders: Orders, values: Mapping[Coalition, floa
         row[list(order)] = added - weights * (first - last)[list(order)]
         row += weights.mean() * (first - last)
         rows.append(row + (values[everyone] - values[frozenset()] - row.sum()) / players)
-    return torch.stack(rows).unflatten(0, (-1, 2)).mean(dim=1)
+    paired: Tensor = torch.stack(rows).unflatten(0, (-1, 2)).mean(dim=1)
+    return paired
 
 
 def _all_coalitions(players: int, values: Mapping[Coalition, float]) -> Tensor:
