@@ -16,7 +16,8 @@ from torch.utils.data import BatchSampler, Dataset
 
 from shuffle_batchnorm.norm.contexts import synchronize_running_stats
 from shuffle_batchnorm.probe.isolation import isolated
-from shuffle_batchnorm.probe.leak import LeakReport, measure_leak
+from shuffle_batchnorm.probe.leak import measure_leak
+from shuffle_batchnorm.probe.leak_report import LeakReport
 from shuffle_batchnorm.probe.stability import stability
 
 from . import checkpoint
