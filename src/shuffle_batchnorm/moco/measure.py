@@ -6,15 +6,17 @@ All ranks call these together; the model is afterwards what it was.
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, Dataset
 
 from shuffle_batchnorm.norm.contexts import synchronize_running_stats
+from shuffle_batchnorm.probe.audit import audit
+from shuffle_batchnorm.probe.audit_report import AuditReport
 from shuffle_batchnorm.probe.isolation import isolated
 from shuffle_batchnorm.probe.leak import measure_leak
 from shuffle_batchnorm.probe.leak_report import LeakReport
@@ -37,6 +39,7 @@ from .resume import restore_model
 EVALUATION_BATCH = 256
 Features = tuple[Tensor, Tensor]
 Figures = dict[str, Any]
+Encoder = Literal["key", "query"]
 
 
 class Measurements:
@@ -80,26 +83,25 @@ class Measurements:
         """
         return self._classified(lambda train, test: linear_probe(*train, *test))
 
-    def leak(self, batches: int = LEAK_BATCHES, keys: int = LEAK_KEYS) -> LeakReport:
+    def leak(
+        self, batches: int = LEAK_BATCHES, keys: int = LEAK_KEYS, *, by_layer: bool = False
+    ) -> LeakReport:
         """Measure the leak of the model against its queue; see `measure_leak`.
 
         Args:
             batches: how many batches are drawn.
             keys: how many keys are measured in each.
+            by_layer: whether to tell through which modules it comes.
         """
-        config, device = self.config, self.rank.device
+        config = self.config
         keys = min(keys, config.optim.batch_size)
-
-        def augment(pixels: Tensor) -> Tensor:
-            with torch.autocast(device.type, enabled=False):  # as in training
-                return self.views.augmented(pixels.to(device))
 
         with self.views.autocast():
             return measure_leak(
                 self.model.encoder_q,
                 self.model.encode_key,
                 self.images.train,
-                augment,
+                self._augmented,
                 self.model.queue,
                 batch_size=config.optim.batch_size,
                 batches=batches,
@@ -107,7 +109,31 @@ class Measurements:
                 keys_per_pass=keys_per_pass(config, self.rank.world_size, keys),
                 modules=(self.model,),
                 generator=torch.Generator().manual_seed(config.run.seed),
+                by_layer=by_layer,
             )
+
+    def audit(self, encoder: Encoder) -> AuditReport:
+        """Tell through which modules the samples of a training batch see each other; see `audit`.
+
+        The batch are the first training images, the other samples are replaced by the next ones.
+
+        Args:
+            encoder: the key or the query encoder.
+        """
+        size, count = self.config.optim.batch_size, len(self.images.train)  # type: ignore[arg-type]
+        numbers = torch.arange(2 * size) % count
+        batch, pool = numbers[:size].chunk(self.rank.world_size), numbers[size:]
+        with self.views.autocast():
+            inputs, others = (
+                self._augmented(torch.stack([self.images.train[k][0] for k in part.tolist()]))
+                for part in (batch[self.rank.index], pool)
+            )
+            model = self.model.encoder_k if encoder == "key" else self.model.encoder_q
+            return audit(model, inputs, replace=others)
+
+    def _augmented(self, pixels: Tensor) -> Tensor:
+        with torch.autocast(self.rank.device.type, enabled=False):  # as in training
+            return self.views.augmented(pixels.to(self.rank.device))
 
     def stability(self) -> Figures:
         """Compare the scale of the key encoder's layers with mode `local`; see `stability`."""
@@ -228,6 +254,7 @@ def probe_checkpoint(
     *,
     batches: int = LEAK_BATCHES,
     keys: int = LEAK_KEYS,
+    by_layer: bool = False,
 ) -> Figures:
     """Return the leak and the stability of a checkpoint; see `measure_leak`.
 
@@ -238,6 +265,7 @@ def probe_checkpoint(
         data_path: of the data set.
         batches: how many batches are drawn, 2 or more.
         keys: how many keys are measured in each.
+        by_layer: whether to tell through which modules the leak comes.
 
     Raises:
         CheckpointError: there is none, or it is damaged.
@@ -247,8 +275,34 @@ def probe_checkpoint(
     for name, value, least in (("--batches", batches, 2), ("--keys", keys, 1)):
         if value < least:
             raise ConfigError(f"probe: {name} must be at least {least}, got {value}")
-    probe = functools.partial(_probe, batches=batches, keys=keys)
+    probe = functools.partial(_probe, batches=batches, keys=keys, by_layer=by_layer)
     return _launch("probe", probe, path, ranks, device, data_path)
+
+
+def audit_checkpoint(
+    path: Path,
+    ranks: int | None = None,
+    device: Device = "auto",
+    data_path: Path | None = None,
+    *,
+    encoder: Encoder = "key",
+) -> Figures:
+    """Return what `audit` says of an encoder in a checkpoint, for a batch as in training.
+
+    Args:
+        path: see `evaluate_checkpoint`, as for the next three.
+        ranks: processes to start.
+        device: where to compute.
+        data_path: of the data set.
+        encoder: the key or the query encoder.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+        ConfigError: `ranks` does not divide its groups.
+        DataError: no such data set.
+    """
+    what = functools.partial(_audit, encoder=encoder)
+    return _launch("audit", what, path, ranks, device, data_path)
 
 
 def _launch(
@@ -291,12 +345,20 @@ def _evaluate(measurements: Measurements) -> Figures:
     return {"knn": measurements.knn(), "linear": measurements.linear()}
 
 
-def _probe(measurements: Measurements, *, batches: int, keys: int) -> Figures:
+def _audit(measurements: Measurements, *, encoder: Encoder) -> Figures:
+    report = measurements.audit(encoder)
+    return {"encoder": encoder, **asdict(report), "text": str(report)}
+
+
+def _probe(measurements: Measurements, *, batches: int, keys: int, by_layer: bool) -> Figures:
     config = measurements.config
     check_images(config, measurements.images, measurements.rank.world_size, keys)
     if keys > config.optim.batch_size:
         raise ConfigError(f"probe: --keys {keys} is more than the batch, {config.optim.batch_size}")
+    report = measurements.leak(batches, keys, by_layer=by_layer)
+    layers = {"by_layer": report.by_layer, "layer_intervals": report.layer_intervals}
     return {
-        **leak_figures(measurements.leak(batches, keys)),
+        **leak_figures(report),
+        **(layers if by_layer else {}),
         "stability": measurements.stability(),
     }

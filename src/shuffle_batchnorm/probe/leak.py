@@ -4,7 +4,7 @@ import functools
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -175,15 +175,10 @@ def measure_leak(
     trained, fresh, changed = means.unbind(dim=1)
     keys = batches * keys_per_batch
     standard_error, interval = 0.0, (0.0, 0.0)
-    found = functools.partial(
-        batch_interval,
-        keys=keys,
-        confidence=confidence,
-        resamples=resamples,
-        seed=derive_seed(seed, "interval"),
-    )
+    options: dict[str, Any] = dict(keys=keys, confidence=confidence, resamples=resamples)
+    interval_of = functools.partial(batch_interval, **options, seed=derive_seed(seed, "interval"))
     if changed.any():
-        standard_error, interval = found(trained - fresh)
+        standard_error, interval = interval_of(trained - fresh)
         if batches < ENOUGH and world.rank == 0:
             warnings.warn(
                 f"{CALL}: {batches} batches are too few for the interval: below {ENOUGH} it misses "
@@ -193,17 +188,8 @@ def measure_leak(
             )
     as_trained, in_fresh = float(trained.mean()), float(fresh.mean())
     leak = as_trained - in_fresh
-    report = LeakReport(
-        as_trained, in_fresh, leak, standard_error, interval, confidence, keys, batches
-    )
-    if not layers.names:
-        return report
-    columns = dict(zip(layers.names, checks.total(parts, world, CALL).unbind(dim=1), strict=True))
-    return replace(
-        report,
-        by_layer={name: float(column.mean()) for name, column in columns.items()},
-        layer_intervals={name: found(column)[1] for name, column in columns.items()},
-    )
+    found = as_trained, in_fresh, leak, standard_error, interval, confidence, keys, batches
+    return LeakReport(*found, *layers.describe(parts, interval_of))
 
 
 @dataclass(frozen=True)

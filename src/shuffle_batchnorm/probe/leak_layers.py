@@ -1,6 +1,6 @@
 """Through which modules of a key encoder the leak comes: passes with some of them patched."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -61,6 +61,23 @@ class Layers:
         if not count:
             return torch.zeros(0, device="cpu")
         return shapley_values(count, draw_orders(count, seed, pairs=1), lost)[0]
+
+    def describe(
+        self, parts: Tensor, interval_of: Callable[[Tensor], tuple[float, tuple[float, float]]]
+    ) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
+        """Return each module's part of the leak and its interval, from ``[batches, n]`` per rank.
+
+        Communication: one sum over all ranks of so many numbers.
+        """
+        if not self.names:
+            return {}, {}
+        columns = total(parts, self.world, CALL).unbind(dim=1)
+        means = [float(column.mean()) for column in columns]
+        intervals = [interval_of(column)[1] for column in columns]
+        return (
+            dict(zip(self.names, means, strict=True)),
+            dict(zip(self.names, intervals, strict=True)),
+        )
 
     def recording(self) -> AbstractContextManager[Calls]:
         """Record the calls of the modules in a base pass."""
