@@ -113,13 +113,7 @@ class Measurements:
             )
 
     def audit(self, encoder: Encoder) -> AuditReport:
-        """Tell through which modules the samples of a training batch see each other; see `audit`.
-
-        The batch are the first training images, the other samples are replaced by the next ones.
-
-        Args:
-            encoder: the key or the query encoder.
-        """
+        """Audit an encoder with the first training images; the next ones replace them."""
         size, count = self.config.optim.batch_size, len(self.images.train)  # type: ignore[arg-type]
         numbers = torch.arange(2 * size) % count
         batch, pool = numbers[:size].chunk(self.rank.world_size), numbers[size:]
@@ -289,17 +283,7 @@ def audit_checkpoint(
 ) -> Figures:
     """Return what `audit` says of an encoder in a checkpoint, for a batch as in training.
 
-    Args:
-        path: see `evaluate_checkpoint`, as for the next three.
-        ranks: processes to start.
-        device: where to compute.
-        data_path: of the data set.
-        encoder: the key or the query encoder.
-
-    Raises:
-        CheckpointError: there is none, or it is damaged.
-        ConfigError: `ranks` does not divide its groups.
-        DataError: no such data set.
+    Args and errors: see `evaluate_checkpoint`; `encoder` is the key or the query encoder.
     """
     what = functools.partial(_audit, encoder=encoder)
     return _launch("audit", what, path, ranks, device, data_path)
