@@ -15,9 +15,12 @@ FOUND = AuditReport(
 
 
 def test_the_report_reads_well() -> None:
-    assert str(FOUND).splitlines() == [
+    first, *lines = str(FOUND).splitlines()
+    assert first == (
         "dependence 0.432: change of 8 probes' outputs when the other 56 samples are replaced, "
-        "over the spread of outputs",
+        "over the spread of outputs"
+    )
+    assert lines == [
         " 120.0 %  layer1.bn  BatchNorm2d  (110.0 to 130.0)",
         " -20.0 %  head       Centre",
     ]
