@@ -1,6 +1,7 @@
 """The audit finds what mixes samples where it is planted, and nothing where nothing does."""
 
 import re
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 from probe.audited import Centre, planted
 from probe.known_leaks import convolutional, one_thread
 from shuffle_batchnorm import AuditReport, ShuffleBatchNorm, ShuffledEncoder, audit
-from shuffle_batchnorm.probe import audit as module
+from shuffle_batchnorm.probe.patching import patched
 
+module = sys.modules["shuffle_batchnorm.probe.audit"]  # hidden by the function
 __all__ = ["one_thread"]  # a fixture
 
 
@@ -78,23 +80,28 @@ def test_an_autoencoder_that_sees_the_other_of_two() -> None:
     assert report.shares == {"encoder.1": 1}
 
 
-class _Against(nn.Module):
-    """Takes the mean away, and a second module adds most of it again."""
+class _Mean(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(dim=0).expand_as(x)
+
+
+class _Gate(nn.Module):
+    """What one module lets through, a second one shuts out."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second = Centre(), Centre()
+        self.through, self.gate = _Mean(), _Mean()
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.first(x) - 0.75 * self.second(x)
+        y: Tensor = self.through(x[:, :1]) * self.gate(x[:, 1:])
         return y
 
 
 def test_shares_can_be_negative() -> None:
-    report = audit(_Against(), torch.randn(16, 3))
-    # v is the size of the change, 1 and 0.75 alone, 0.25 together: halves of 0.5 and of 0.
-    assert report.shares == pytest.approx({"first": 1, "second": 0}, abs=1e-5) or True
-    assert sum(report.shares.values()) == pytest.approx(1)
+    """Three samples: means go from 0 to 20 / 3 and from 1 to 0.4, so v is 6.67, 0 and 2.67."""
+    x, others = torch.tensor([[0.0, 1.0]] * 3), torch.tensor([[10.0, 0.1]])
+    report = audit(_Gate(), x, replace=others)
+    assert report.shares == pytest.approx({"through": 1.75, "gate": -0.75})
 
 
 def test_dropout_is_the_same_in_all_passes() -> None:
@@ -108,21 +115,25 @@ def test_dropout_is_the_same_in_all_passes() -> None:
 
 def test_stacked_passes_and_whole_ones_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = convolutional("local", groups=4), torch.randn(32, 3, 6, 6)
-    stacked = audit(model, x)
-    passes: list[object] = []
-    whole = module._Audit._pass
-    monkeypatch.setattr(module, "_TOLERANCE", -1)
-    with pytest.raises(RuntimeError, match="passes with patched modules don't reproduce"):
-        audit(model, x)
-    monkeypatch.setattr(module, "_TOLERANCE", 1e-4)
+    stacked, kinds = audit(model, x), []
 
-    def count(self: Any, inputs: Any) -> Any:
-        passes.append(inputs)
-        return whole(self, inputs)
+    def whole(*args: Any) -> Any:
+        kinds.append(args[-1])
+        if args[-1]:
+            raise OverflowError
+        return patched(*args)
 
-    monkeypatch.setattr(module._Audit, "_pass", count)
-    monkeypatch.setattr(module._Audit, "_stacks", lambda *_: False, raising=False)
+    monkeypatch.setattr(module, "patched", whole)
     assert audit(model, x).shares == pytest.approx(stacked.shares, abs=1e-4)
+    assert kinds == [True] + [False] * 16
+
+
+def test_passes_that_do_not_reproduce_the_change_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "_TOLERANCE", -1)
+    with pytest.raises(RuntimeError, match=r"don't reproduce the change \(off by 0 of it\): Batch"):
+        audit(nn.BatchNorm1d(2), torch.randn(8, 2))
 
 
 def test_more_players_have_an_interval() -> None:
@@ -214,13 +225,9 @@ def test_errors_name_the_call(model: Any, error: type[Exception], message: str) 
 
 
 def test_equal_outputs_that_depend_on_the_batch_have_no_scale() -> None:
-    class Mean(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x.mean(dim=0).expand_as(x)
-
-    report = audit(Mean(), torch.randn(8, 2))
+    report = audit(_Mean(), torch.randn(8, 2))
     assert report.dependence == float("inf")
-    assert report.shares == {"Mean": 1}
+    assert report.shares == {"_Mean": 1}
 
 
 def test_the_default_device_does_not_matter() -> None:

@@ -286,10 +286,11 @@ class _Probe:
             for output in self.layers.patched(self._rows(batch, k), calls, *runs, coalitions):
                 keep("encode_key", output)
             keep("encode_key", encode(fresh_view))
-            if coalitions and refused is None:
+            if self.layers.searched and refused is None:
                 of_pass = own // self.sizes.keys_per_pass == k
+                patched = found[-2 if coalitions else 1]
                 try:
-                    check_patched(*(found[i][of_pass] for i in (-2, -1, 1)))
+                    check_patched(*(keys[of_pass] for keys in (patched, found[-1], found[1])))
                 except RuntimeError as caught:
                     refused = caught
         return (torch.empty(0, device="cpu") if refused else torch.stack(found)), refused

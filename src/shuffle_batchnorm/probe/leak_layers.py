@@ -27,11 +27,13 @@ class Layers:
 
     Attributes:
         names: of the modules that mix.
+        searched: whether these have been searched for.
     """
 
     def __init__(self, used: Iterable[nn.Module], worlds: Sequence[World], world: World) -> None:
         self.used, self.worlds, self.world = list(used), worlds, world
         self.names: list[str] = []
+        self.searched = False
         self.players: list[nn.Module] = []
 
     def find(self, modules: Mapping[str, nn.Module], rows: Rows, base: Run, fresh: Run) -> None:
@@ -45,6 +47,7 @@ class Layers:
             fresh()
         with self._kept():
             self.players = find_mixing(base, calls, rows, calls, self.worlds, on_any_rank)
+        self.searched = True
         names = {module: name for name, module in modules.items()}
         self.names = [names[player] for player in self.players]
 
