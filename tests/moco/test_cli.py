@@ -189,6 +189,20 @@ def test_evaluate_and_probe(checkpoint: Path, capsys: pytest.CaptureFixture[str]
     assert probed.startswith(f"probe: {checkpoint}, epoch 1: leak ")
 
 
+def test_audit_and_the_leak_by_layer(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = checkpoint.with_name("figures.json")
+    words = [str(checkpoint), "--ranks", "1", "--device", "cpu", "--json", str(path)]
+    assert main(["audit", *words]) == 0
+    figures = json.loads(path.read_text())
+    assert sum(figures["shares"].values()) == pytest.approx(1)
+    assert main(["probe", *words, "--batches", "8", "--keys", "4", "--by-layer"]) == 0
+    figures = json.loads(path.read_text())
+    assert sum(figures["by_layer"].values()) == pytest.approx(figures["leak"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"audit: {checkpoint}, epoch 1: key encoder: dependence ")
+    assert len(lines) == 2 + 2 * len(figures["by_layer"])
+
+
 def test_all_groups_stay_on_other_ranks(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Config] = []
     monkeypatch.setattr(measure, "launch", lambda _at, _what, config, *_, **__: seen.append(config))

@@ -53,7 +53,7 @@ def _root(players: int, seed: int) -> Game:
 
 
 def test_estimates_are_unbiased_and_sum_to_the_whole() -> None:
-    players, pairs = 9, 2000
+    players, pairs = 9, 400
     game = _root(players, 1)
     rows = _estimate(players, game, pairs=pairs)
     whole = game(frozenset(range(players)))
