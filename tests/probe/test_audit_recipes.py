@@ -45,7 +45,7 @@ def test_retrieval() -> None:
     exec(RECIPES[1], known)
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.BatchNorm1d(8))
     gallery = torch.randn(40, 3, 2, 2)
-    with pytest.raises(ValueError, match="embeddings depend on what else(.|\n)* 2  BatchNorm1d"):
+    with pytest.raises(ValueError, match=r"embeddings depend on what else(.|\n)* 2  BatchNorm1d"):
         known["embed"](model, gallery, 16)
     found = known["embed"](model.eval(), gallery, 16)
     torch.testing.assert_close(found, model(gallery))

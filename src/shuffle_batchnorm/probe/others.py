@@ -64,8 +64,6 @@ def replace_others(call: str, inputs: Any, rows: Rows, pool: Any, seed: int) -> 
     generator = torch.Generator().manual_seed(seed)
 
     def drawn(count: int) -> Tensor:
-        if count >= len(others) and pool is not None:
-            return torch.randperm(count, generator=generator, device="cpu")[: len(others)]
         return torch.randint(count, (len(others),), generator=generator, device="cpu")
 
     if pool is None:
@@ -74,13 +72,17 @@ def replace_others(call: str, inputs: Any, rows: Rows, pool: Any, seed: int) -> 
                 f"{call}: {rows.count} samples with {len(rows.probes)} probes leave 1 other, which "
                 "can't be drawn from itself; pass replace=, inputs to draw from"
             )
-        pool, numbers = inputs, drawn(len(others))
+        source_tree, numbers = inputs, drawn(len(others))
         while len(numbers.unique()) == len(others):  # all of them, in another order at most
             numbers = drawn(len(others))
         numbers = others[numbers]
     else:
         _check_pool(call, inputs, rows, pool)
-        numbers = drawn(count_samples(call, "replace", pool))
+        source_tree, count = pool, count_samples(call, "replace", pool)
+        numbers = drawn(count)
+        if count >= len(others):
+            order = torch.randperm(count, generator=generator, device="cpu")
+            numbers = order[: len(others)]
 
     def replaced(leaf: Any, source: Any) -> Any:
         if not rows.has(leaf):
@@ -89,7 +91,7 @@ def replace_others(call: str, inputs: Any, rows: Rows, pool: Any, seed: int) -> 
         whole[others] = source[numbers].to(leaf)
         return whole
 
-    fresh = pytree.tree_map(replaced, inputs, pool)
+    fresh = pytree.tree_map(replaced, inputs, source_tree)
     pairs = zip(pytree.tree_leaves(inputs), pytree.tree_leaves(fresh), strict=True)
     if all(torch.equal(a, b) for a, b in pairs if isinstance(a, Tensor)):
         raise ValueError(
