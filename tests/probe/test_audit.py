@@ -188,11 +188,11 @@ def test_a_model_that_does_not_repeat_itself_is_refused() -> None:
 def test_everything_is_left_as_it_was() -> None:
     """Also after an error."""
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout())
+    failing = nn.Sequential(model, nn.Linear(5, 4))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     inputs = torch.randn(8, 4)
     kept, state = inputs.clone(), torch.get_rng_state()
     audit(model, inputs)
-    failing = nn.Sequential(model, nn.Linear(5, 4))
     with pytest.raises(RuntimeError):
         audit(failing, inputs)
     assert torch.equal(torch.get_rng_state(), state)

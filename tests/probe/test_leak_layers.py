@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from probe.known_leaks import Signature, convolutional, one_thread, pool_of_ids
+from probe.known_leaks import Signature, convolutional, deep_pairs, one_thread, pool_of_ids
 from ranks import run_on_ranks
 from shuffle_batchnorm import LeakReport, ShuffleBatchNorm, ShuffledEncoder, measure_leak
 from shuffle_batchnorm.probe.shapley import EXACT
@@ -48,7 +48,7 @@ def _report(pair: _Pair, *, queue: bool = True, by_layer: bool = True, **sizes: 
 
 
 @pytest.mark.parametrize("queue", [False, True])
-@pytest.mark.parametrize("per_pass", [2, 6])
+@pytest.mark.parametrize("per_pass", [3, 6])
 def test_parts_sum_to_the_leak(queue: bool, per_pass: int) -> None:
     """And the rest of the report is what it is without them."""
     pair = _Pair(convolutional("local", 6), convolutional("local", 6))
@@ -63,13 +63,18 @@ def test_parts_sum_to_the_leak(queue: bool, per_pass: int) -> None:
     assert (plain.by_layer, plain.layer_intervals, plain.shares) == ({}, {}, {})
 
 
-@pytest.mark.parametrize("place", [1, 7])
+@pytest.mark.parametrize("place", [1, 4, 7])
 def test_all_of_it_is_in_the_one_layer_that_mixes(place: int) -> None:
-    key = convolutional("local", 6)
-    for k in {1, 4, 7, 10} - {place}:
-        key[k] = nn.GroupNorm(4, 16)  # type: ignore[index]
-    report = _report(_Pair(key, key))
-    assert report.by_layer == {f"key.{place}": pytest.approx(report.leak)}
+    layers = [
+        nn.Identity() if isinstance(layer, (nn.ReLU, ShuffleBatchNorm)) and k != place else layer
+        for k, layer in enumerate(deep_pairs(16, depth=3, groups=12).children())
+    ]
+    encoder = nn.Sequential(*layers)
+    images, queue = torch.randn(200, 16).double(), torch.randn(64, 16).double().sign()
+    report = measure_leak(encoder, encoder, images, None, queue, by_layer=True, **SIZES)
+    assert report.leak > 0.5
+    assert report.by_layer == {f"{place}": pytest.approx(report.leak)}
+    assert report.shares == {f"{place}": pytest.approx(1)}
 
 
 def test_many_layers_are_sampled_anew_in_each_batch() -> None:

@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 
 from shuffle_batchnorm.comm import agreement, failures
 from shuffle_batchnorm.comm.world import ProcessGroupLike, World, check_process_group, resolve
+from shuffle_batchnorm.shuffle.state import set_shuffle_state
 
 from .audit_report import AuditReport
 from .checks import total
@@ -245,6 +246,8 @@ class _Audit:
         )
         with isolated(self.isolate, self.worlds):
             seed_all(derive_seed(self.seed, self.world.rank, "pass"))
+            for world in self.worlds:
+                set_shuffle_state((derive_seed(self.seed, "shuffle"), 0), world.group)
             return self.model(*args, **kwargs)
 
     def _outputs(self, inputs: Any, count: int) -> Tensor:
