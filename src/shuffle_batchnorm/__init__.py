@@ -20,26 +20,11 @@ from .shuffle.sampler import ShuffledPairSampler
 from .shuffle.state import get_shuffle_state, set_shuffle_state
 
 __all__ = [
-    "AuditReport",
-    "LeakReport",
-    "ShuffleBatchNorm",
-    "ShuffledEncoder",
-    "ShuffledPairSampler",
-    "StabilityReport",
-    "audit",
-    "batch_shuffle",
-    "batch_unshuffle",
-    "get_shuffle_state",
-    "measure_leak",
-    "mixing_matrix",
-    "node_group",
-    "record_statistics",
-    "set_shuffle_state",
-    "shuffle_batch_norm",
-    "shuffle_offset",
-    "spectral_radius",
-    "stability",
+    "AuditReport", "LeakReport", "ShuffleBatchNorm", "ShuffledEncoder", "ShuffledPairSampler",
+    "StabilityReport", "audit", "batch_shuffle", "batch_unshuffle", "get_shuffle_state",
+    "measure_leak", "mixing_matrix", "node_group", "record_statistics", "set_shuffle_state",
+    "shuffle_batch_norm", "shuffle_offset", "spectral_radius", "stability",
     "synchronize_running_stats",
-]
+]  # fmt: skip
 
 __version__ = "0.1.0"

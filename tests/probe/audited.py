@@ -73,7 +73,7 @@ MIXING: dict[str, tuple[Any, str]] = {
 }
 
 
-def planted(kind: str, place: int) -> tuple[nn.Module, str]:
+def planted(kind: str, place: int) -> tuple[nn.Sequential, str]:
     """A network of six places, one of which mixes, and the name of the player."""
     make, suffix = MIXING[kind]
     layers: list[nn.Module] = []

@@ -164,7 +164,8 @@ def test_trees_in_and_out() -> None:
 def test_wrapped_and_compiled_models() -> None:
     model, x = convolutional("local", groups=4), torch.randn(16, 3, 6, 6)
     plain = audit(model, x)
-    compiled = audit(torch.compile(model, backend="eager"), x)
+    wrapped: Any = torch.compile(model, backend="eager")
+    compiled = audit(wrapped, x)
     assert compiled.dependence == plain.dependence
     assert list(compiled.shares.values()) == pytest.approx(list(plain.shares.values()))
     assert audit(ShuffledEncoder(model), x).shares == {"ShuffledEncoder": 1}

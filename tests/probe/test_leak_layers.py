@@ -121,7 +121,7 @@ def _on_ranks(mode: str) -> LeakReport:
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     query = "sync" if mode == "sync" else "local"
     pair = _Pair(convolutional(query, 6 // ranks), convolutional(mode, 6 // ranks))
-    return _report(pair, keys_per_batch=2, keys_per_pass=1)
+    return _report(pair, keys_per_batch=1, keys_per_pass=1)
 
 
 @pytest.mark.parametrize("mode", ["local", "sync"])

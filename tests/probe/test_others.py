@@ -40,7 +40,11 @@ def test_a_small_pool_is_drawn_from_again_and_again() -> None:
 
 
 def test_all_tensors_of_a_tree_are_replaced_alike_and_the_rest_is_handed_on() -> None:
-    inputs = {"x": torch.arange(8), "y": (-torch.arange(8), 3.0), "mask": torch.ones(2)}
+    inputs: dict[str, Any] = {
+        "x": torch.arange(8),
+        "y": (-torch.arange(8), 3.0),
+        "mask": torch.ones(2),
+    }
     rows = choose_rows("audit", count_samples("audit", "inputs", inputs), [0])
     fresh = replace_others("audit", inputs, rows, None, 0)
     assert torch.equal(fresh["x"], -fresh["y"][0])

@@ -175,8 +175,13 @@ def measure_leak(
     trained, fresh, changed = means.unbind(dim=1)
     keys = batches * keys_per_batch
     standard_error, interval = 0.0, (0.0, 0.0)
-    options: dict[str, Any] = dict(keys=keys, confidence=confidence, resamples=resamples)
-    interval_of = functools.partial(batch_interval, **options, seed=derive_seed(seed, "interval"))
+    interval_of = functools.partial(
+        batch_interval,
+        keys=keys,
+        confidence=confidence,
+        resamples=resamples,
+        seed=derive_seed(seed, "interval"),
+    )
     if changed.any():
         standard_error, interval = interval_of(trained - fresh)
         if batches < ENOUGH and world.rank == 0:
@@ -283,14 +288,14 @@ class _Probe:
         for k in range(self.sizes.passes):
             fresh_view = self._fresh_view(batch, number, k, key_view)
             runs = functools.partial(encode, key_view), functools.partial(encode, fresh_view)
-            for output in self.layers.patched(self._rows(batch, k), calls, *runs, coalitions):
-                keep("encode_key", output)
+            for patched in self.layers.patched(self._rows(batch, k), calls, *runs, coalitions):
+                keep("encode_key", patched)
             keep("encode_key", encode(fresh_view))
             if self.layers.searched and refused is None:
                 of_pass = own // self.sizes.keys_per_pass == k
-                patched = found[-2 if coalitions else 1]
+                compared = found[-2 if coalitions else 1], found[-1], found[1]
                 try:
-                    check_patched(*(keys[of_pass] for keys in (patched, found[-1], found[1])))
+                    check_patched(*(keys[of_pass] for keys in compared))
                 except RuntimeError as caught:
                     refused = caught
         return (torch.empty(0, device="cpu") if refused else torch.stack(found)), refused
