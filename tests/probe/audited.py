@@ -62,6 +62,18 @@ class Twice(nn.Module):
         return y
 
 
+class Both(nn.Module):
+    """Mixes by its own code, and in a layer inside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norm(torch.relu(x - x.mean(dim=0)))
+        return y
+
+
 # What mixes, and the name of the player inside it.
 MIXING: dict[str, tuple[Any, str]] = {
     "batch norm": (lambda: nn.BatchNorm1d(8), ""),

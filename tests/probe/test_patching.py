@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from probe.audited import MIXING, planted
+from probe.audited import MIXING, Both, planted
 from probe.known_leaks import one_thread
 from shuffle_batchnorm import ShuffledEncoder
 from shuffle_batchnorm.probe.patching import (
@@ -56,10 +56,10 @@ def test_the_innermost_module_that_mixes_is_found(kind: str) -> None:
 def test_both_ends_are_real_passes(kind: str, stacked: bool) -> None:
     """Bit for bit where a pass has the shape of the real one."""
     model, _ = planted(kind, 1)
-    model.append(nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3)))
+    model.append(nn.Sequential(Both(), nn.Linear(4, 3)))
     base, fresh = _batches()
     base_calls, fresh_calls = _recorded(model, base, fresh)
-    assert len(base_calls) == 2
+    assert len(base_calls) == 3
     ends: list[list[nn.Module]] = [[], list(base_calls)]
     with torch.no_grad():
         wanted = [model(batch)[ROWS.probes] for batch in (base, fresh)]
