@@ -51,26 +51,26 @@ def test_the_innermost_module_that_mixes_is_found(kind: str) -> None:
     assert [names[player] for player in players] == [name]
 
 
-@pytest.mark.parametrize("stacked", [False, True])
 @pytest.mark.parametrize("kind", MIXING)
-def test_both_ends_are_real_passes(kind: str, stacked: bool) -> None:
-    """Bit for bit where a pass has the shape of the real one."""
+def test_both_ends_are_real_passes_and_stacks_are_many_passes(kind: str) -> None:
+    """The ends bit for bit, for their passes have the shapes of the real ones."""
     model, _ = planted(kind, 1)
     model.append(nn.Sequential(Both(), nn.Linear(4, 3)))
     base, fresh = _batches()
-    base_calls, fresh_calls = _recorded(model, base, fresh)
-    assert len(base_calls) == 3
-    ends: list[list[nn.Module]] = [[], list(base_calls)]
+    calls = _recorded(model, base, fresh)
+    players = list(calls[0])
+    assert len(players) == 3
+    subsets = [[p for k, p in enumerate(players) if n >> k & 1] for n in range(8)]
+    found = []
     with torch.no_grad():
-        wanted = [model(batch)[ROWS.probes] for batch in (base, fresh)]
-        if stacked:
-            with patched(ROWS, base_calls, fresh_calls, ends, stacked=True):
-                found = model(base[ROWS.probes.repeat(2)]).chunk(2)
-            torch.testing.assert_close(list(found), wanted)
-            return
-        for end, want in zip(ends, wanted, strict=True):
-            with patched(ROWS, base_calls, fresh_calls, [end], stacked=False):
-                assert torch.equal(model(base)[ROWS.probes], want)
+        for subset in subsets:
+            with patched(ROWS, *calls, [subset], stacked=False):
+                found.append(model(base)[ROWS.probes])
+        for batch, end in ((base, found[0]), (fresh, found[-1])):
+            assert torch.equal(model(batch)[ROWS.probes], end)
+        with patched(ROWS, *calls, subsets, stacked=True):
+            stack = model(base[ROWS.probes.repeat(8)]).chunk(8)
+    torch.testing.assert_close(list(stack), found)
 
 
 def test_a_shuffled_encoder_is_opaque() -> None:
