@@ -1,5 +1,6 @@
 """The recipes of docs/audit.md run as they are printed."""
 
+import doctest
 import re
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from probe.known_leaks import one_thread
 
 __all__ = ["one_thread"]  # a fixture
 
-PAGE = (Path(__file__).parents[2] / "docs" / "audit.md").read_text()
+PATH = Path(__file__).parents[2] / "docs" / "audit.md"
+PAGE = PATH.read_text()
 RECIPES = [
     code for code in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if ">>>" not in code
 ]
@@ -30,6 +32,11 @@ class _FewShot(nn.Module):
     def forward(self, queries: Tensor, support: Tensor) -> Tensor:
         classes = self.embed(support).unflatten(0, (5, 5)).mean(dim=1)
         return -torch.cdist(self.embed(queries), classes)
+
+
+def test_the_first_example() -> None:
+    found = doctest.testfile(str(PATH), module_relative=False)
+    assert (found.failed, found.attempted) == (0, 6)
 
 
 def test_a_few_shot_model(capsys: pytest.CaptureFixture[str]) -> None:
