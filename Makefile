@@ -14,8 +14,8 @@ GPU_PYTHON ?= $(if $(wildcard $(STAMP)),$(BIN)/python,$(PYTHON))
 # What gpu-check and gpu-study leave: results and the log of each part.
 OUT ?= benchmarks/results/gpu
 
-.PHONY: help setup demo test lint format bench bench-exchange bench-shuffle bench-trainer compare gpu-test gpu-bench \
-	gpu-check gpu-study docs clean
+.PHONY: help setup demo test lint format bench bench-exchange bench-shuffle bench-trainer compare study \
+	study-report gpu-test gpu-bench gpu-check gpu-study docs clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -80,6 +80,13 @@ bench-trainer: setup ## measure what the trainer adds to a step
 compare: setup ## the comparison of docs/comparison.md: 25 runs, about ten minutes on two cores
 	$(BIN)/shuffle-batchnorm compare --bn local,sync,swap,regroup,batch-shuffle --seeds 0,1,2,3,4 \
 		--ranks 2 --groups 16 --device cpu --output runs/digits $(ARGS)
+
+study: setup ## the study of docs/law.md: more than 300 runs, hours; stop and go on; records in runs/study
+	$(BIN)/shuffle-batchnorm study --output runs/study $(ARGS)
+
+study-report: setup ## the study's tables, figures and page from the committed records, in seconds
+	$(BIN)/shuffle-batchnorm study --output runs/study-report --report-only \
+		--records benchmarks/results/study.json $(ARGS)
 
 # No setup: they run with whichever Python has torch and pytest (GPU_PYTHON=...).
 GPU_CHECK = PYTHONPATH=src $(GPU_PYTHON) benchmarks/gpu_check.py --out $(OUT) $(ARGS)

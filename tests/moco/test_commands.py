@@ -38,7 +38,8 @@ def test_study_hands_on_seeds_and_cells(monkeypatch: pytest.MonkeyPatch) -> None
     Study(cells="n8-*", records=Path("r.json")).act()
     (output, seeds, cells), named = called
     assert (output, tuple(seeds), cells) == (Path("runs/study"), SEEDS, chosen("n8-*"))
-    assert named == {"earlier": Path("r.json"), "data_path": None}
+    assert named.pop("command").startswith("shuffle-batchnorm")
+    assert named == {"earlier": Path("r.json"), "data_path": None, "report_only": False}
 
 
 def test_seeds_are_whole_numbers() -> None:

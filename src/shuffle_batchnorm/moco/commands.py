@@ -79,8 +79,7 @@ class Compare(Config):
         seeds = _seeds("compare", self.seeds)
         parts = self.data, self.network, self.norm, self.moco, self.optim, self.run
         config = from_dict(to_dict(Config(*parts)))
-        command = shlex.join(["shuffle-batchnorm", *sys.argv[1:]])
-        compare(config, bns, seeds, config.run.output, command=command)
+        compare(config, bns, seeds, config.run.output, command=_typed())
 
 
 @dataclass(frozen=True)
@@ -180,7 +179,7 @@ class Study:
     """
 
     output: Path = Path("runs/study")
-    """Folder for the runs and records.json."""
+    """Folder for the runs, records.json, the figures and study.html."""
     seeds: Annotated[str, arg(metavar="INT,INT,...")] = "10,11,12,13,14"
     """Seeds of weights, order, views and queue."""
     cells: Annotated[str, arg(metavar="PATTERN,...")] = "*"
@@ -189,19 +188,22 @@ class Study:
     """Records of earlier runs, which are not trained again."""
     data_path: Path | None = None
     """Folder of Fashion-MNIST, if it is not where Debian's package puts it."""
+    report_only: bool = False
+    """Train nothing; write the page from records.json and --records."""
 
     def act(self) -> None:
         """Run the command."""
         from .study.cells import chosen
         from .study.run import study
 
-        seeds = _seeds("study", self.seeds)
         study(
             self.output,
-            seeds,
+            _seeds("study", self.seeds),
             chosen(self.cells),
             earlier=self.records,
             data_path=self.data_path,
+            report_only=self.report_only,
+            command=_typed(),
         )
 
 
@@ -217,6 +219,11 @@ Command = (
 
 def _list(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _typed() -> str:
+    """Return this command as it can be typed again."""
+    return shlex.join(["shuffle-batchnorm", *sys.argv[1:]])
 
 
 def _seeds(call: str, text: str) -> list[int]:

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from shuffle_batchnorm.moco.build import normalise_key
 from shuffle_batchnorm.moco.config import Config, ConfigError, flat
+from shuffle_batchnorm.moco.networks import make_encoder
 from shuffle_batchnorm.moco.study.cells import (
     CELLS,
     HELD_OUT,
@@ -14,6 +16,7 @@ from shuffle_batchnorm.moco.study.cells import (
     configure,
     planned,
 )
+from shuffle_batchnorm.norm.modules import ShuffleBatchNorm
 
 NAMES = [cell.name for cell in CELLS]
 
@@ -26,10 +29,11 @@ def test_there_are_as_many_as_the_plan_says() -> None:
         "depth": 9,
         "epochs": 9,
         "temperature": 8,
+        "layers": 6,
         "fashion": 6,
     }
     plan = planned(CELLS, SEEDS, Path())
-    assert len(plan) == 57 * 5 + 6 * 3
+    assert len(plan) == 63 * 5 + 6 * 3
 
 
 def test_a_folder_belongs_to_one_run() -> None:
@@ -49,6 +53,9 @@ def test_the_grid_is_every_size_with_every_number_of_blocks_that_it_allows() -> 
         blocks = 1 if config.norm.bn == "local" else config.norm.blocks
         n = batch // groups
         assert blocks <= min(n, groups)
+        if cell.part == "layers":
+            assert (n, blocks) == (8, 8)
+            continue
         assert cell.name.endswith((f"-B{blocks}", f"-B{blocks}-batch512"))
         if cell.part == "grid":
             assert cell.name == f"n{n}-B{blocks}"
@@ -59,6 +66,32 @@ def test_the_grid_is_every_size_with_every_number_of_blocks_that_it_allows() -> 
             assert n == 8
     every = [1, 2, 3, 4, 6, 8]
     assert found == {4: [1, 2, 3, 4], **dict.fromkeys((8, 16, 32, 64), every)}
+
+
+def test_layers_are_converted_by_their_share() -> None:
+    """Catches a name that the network does not have, and an order that is not the other's end."""
+    networks = {
+        cell.name: normalise_key(make_encoder(config.network, 1, 16), config.norm)
+        for cell in CELLS
+        if cell.part == "layers"
+        for config in [configure(cell, 10, Path())]
+    }
+    numbers = {
+        name: {
+            int(layer.rpartition(".")[2])
+            for layer, module in network.named_modules()
+            if isinstance(module, ShuffleBatchNorm) and module.mode == "regroup"
+        }
+        for name, network in networks.items()
+    }
+    assert numbers == {
+        "layers-largest1": {10},
+        "layers-largest2": {10, 1},
+        "layers-largest3": {10, 1, 7},
+        "layers-smallest1": {4},
+        "layers-smallest2": {4, 7},
+        "layers-smallest3": {4, 7, 1},
+    }
 
 
 def test_held_out_cells_are_in_the_grid() -> None:

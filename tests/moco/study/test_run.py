@@ -11,10 +11,26 @@ from moco.study.fake_runs import Record
 from shuffle_batchnorm.moco.checkpoint import folder_lock
 from shuffle_batchnorm.moco.config import Config, ConfigError
 from shuffle_batchnorm.moco.ranks.spawn import Stopped
+from shuffle_batchnorm.moco.study import run
 from shuffle_batchnorm.moco.study.cells import chosen
+from shuffle_batchnorm.moco.study.records import Records
 from shuffle_batchnorm.moco.study.run import study
 
 CELLS = chosen("n8-B1,n8-B2,n16-B2")
+
+
+@pytest.fixture(autouse=True)
+def pages(monkeypatch: pytest.MonkeyPatch) -> list[list[Record]]:
+    """Notes what pages were written of: they have tests of their own, and take seconds."""
+    written: list[list[Record]] = []
+
+    def write_page(output: Path, records: Records, *, command: str) -> Path:
+        assert command
+        written.append(records.runs)
+        return output / "study.html"
+
+    monkeypatch.setattr(run, "write_page", write_page)
+    return written
 
 
 class Trainer:
@@ -115,3 +131,14 @@ def test_a_data_set_that_is_missing_is_left_out_with_a_line(
     [line] = [line for line in capsys.readouterr().out.splitlines() if "without" in line]
     assert line.startswith("study: without the cells of fashion-mnist: train: --data-path ")
     assert "dataset-fashion-mnist" in line
+
+
+def test_a_page_from_committed_records_alone(tmp_path: Path, pages: list[list[Record]]) -> None:
+    """Catches runs, and folders for runs, where only the page was asked for."""
+    study(tmp_path / "a", (10,), CELLS[:2], train=Trainer())
+    trainer = Trainer()
+    earlier = tmp_path / "a" / "records.json"
+    records = study(tmp_path / "b", (10,), CELLS, earlier=earlier, report_only=True, train=trainer)
+    assert not trainer.trained
+    assert pages == [records.runs] * 2
+    assert {path.name for path in (tmp_path / "b").iterdir()} == {"records.json"}

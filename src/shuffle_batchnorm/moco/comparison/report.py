@@ -73,14 +73,7 @@ def render(
     """The page as text: `report.html.jinja` has the words, this has the numbers."""
     summaries = summarise(records)
     bns = [one.bn for one in summaries]
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"written": written, "with_error": with_error, "shown": shown}
-    template = environment.from_string(
-        files(__package__).joinpath("report.html.jinja").read_text(encoding="utf-8")
-    )
-    return template.render(
+    return template("report.html.jinja").render(
         summaries=summaries,
         level=on_a_par(summaries),
         independent=independent(records),
@@ -99,6 +92,24 @@ def render(
         run_header=RUN_HEADER,
         runs=[run_row(record) for record in records],
     )
+
+
+def template(name: str, package: str = __package__) -> jinja2.Template:
+    """A page's template, of this package or another; it can include what is in this one."""
+
+    def load(wanted: str) -> str:
+        place = package if wanted == name else __package__
+        return files(place).joinpath(wanted).read_text(encoding="utf-8")
+
+    environment = jinja2.Environment(
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        loader=jinja2.FunctionLoader(load),
+    )
+    environment.filters |= {"written": written, "with_error": with_error, "shown": shown}
+    return environment.get_template(name)
 
 
 def common(records: Sequence[Record], key: str) -> Any:

@@ -21,7 +21,7 @@ FASHION_EPOCHS, FASHION_SEEDS = 5, 3
 # By their share of the leak of `local`, the largest first, as measured in a prototype.
 LAYERS = ("backbone.layers.10", "backbone.layers.1", "backbone.layers.7", "backbone.layers.4")
 # Not fitted but predicted; chosen before any cell was trained.
-HELD_OUT = ("n8-B3", "n32-B2")
+HELD_OUT = ("n16-B3", "n32-B2")
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,14 @@ def others() -> Iterator[Cell]:
                 yield Cell(f"{name}{value}-B{blocks}", name, changes)
 
 
+def layers() -> Iterator[Cell]:
+    """Only some layers converted; none is n8-B1 and all are n8-B8, which the grid has."""
+    for order, names in (("largest", LAYERS), ("smallest", LAYERS[::-1])):
+        for count in range(1, len(names)):
+            changes = {**norm(GROUP, GROUP), "layers": ",".join(names[:count])}
+            yield Cell(f"layers-{order}{count}", "layers", changes)
+
+
 def fashion() -> Iterator[Cell]:
     """Some of the grid on 60,000 images."""
     data = {"dataset": "fashion-mnist", "image_size": 16, "queue": 4096, "epochs": FASHION_EPOCHS}
@@ -101,7 +109,7 @@ def fashion() -> Iterator[Cell]:
             yield Cell(f"fashion-n{n}-B{blocks}", "fashion", changes, FASHION_SEEDS)
 
 
-CELLS = (*grid(), *others(), *fashion())
+CELLS = (*grid(), *others(), *layers(), *fashion())
 
 
 def chosen(pattern: str) -> tuple[Cell, ...]:

@@ -1,7 +1,7 @@
 """The study: its runs one after another, in as many processes as are started on its folder.
 
-The folder holds ``runs/CELL-seedK``, a run each, and ``records.json``, one slim record per run that
-has ended.
+The folder holds ``runs/CELL-seedK``, a run each; ``records.json``, one slim record per run that has
+ended; and what `page.py` writes.
 """
 
 import contextlib
@@ -22,6 +22,7 @@ from shuffle_batchnorm.moco.ranks.launch import under_torchrun
 from shuffle_batchnorm.moco.trainer import train as train_run
 
 from .cells import CALL, CELLS, SEEDS, Cell, Run, planned
+from .page import write_page
 from .records import Records, merged, of_folders, read_records, write_records
 
 RECORDS = "records.json"
@@ -34,9 +35,11 @@ def study(
     *,
     earlier: Path | None = None,
     data_path: Path | None = None,
+    report_only: bool = False,
+    command: str = CALL,
     train: Train = train_run,
 ) -> Records:
-    """Train every cell with every seed, and write `records.json` after each run.
+    """Train every cell with every seed, write `records.json` after each run, and the page.
 
     A run that has ended is not trained again, one that was interrupted goes on, and one that
     another process is training is left to it: several calls with one folder share the work.
@@ -50,6 +53,8 @@ def study(
             where to get it.
         earlier: a file of records; its runs are not trained again.
         data_path: of the data sets that do not come with a package.
+        report_only: train nothing, and write the page from what is there.
+        command: what reproduces it, for the page.
         train: trains one run.
 
     Returns:
@@ -63,7 +68,18 @@ def study(
     """
     if under_torchrun():
         raise ConfigError(f"{CALL}: its runs are of one process each; start it without torchrun")
-    plan = planned(available(cells, data_path), seeds, output, data_path)
+    some = cells if report_only else available(cells, data_path)
+    plan = planned(some, seeds, output, data_path)
+    if not report_only:
+        train_all(plan, output, earlier, train)
+    records = update(output, plan, earlier)
+    if records.runs:
+        print(f"The page: {write_page(output, records, command=command)}", flush=True)
+    return records
+
+
+def train_all(plan: Sequence[Run], output: Path, earlier: Path | None, train: Train) -> None:
+    """Train what is left, until all runs have ended or are other processes'."""
     for run in plan:
         make_folder(run.config.run.output)
     known = {(record["cell"], record["seed"]) for record in update(output, plan, earlier).runs}
@@ -83,7 +99,6 @@ def study(
             names = ", ".join(run.config.run.output.name for run in left)
             print(f"{CALL}: other processes are training {names}", flush=True)
             break
-    return update(output, plan, earlier)
 
 
 def try_run(run: Run, train: Train) -> Record | None:

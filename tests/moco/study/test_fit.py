@@ -1,0 +1,102 @@
+"""Fits: planted parameters are found, and intervals hold them as often as they say."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moco.study.made_up import TRUTH, made_up_records, true_leak
+from shuffle_batchnorm.moco.study.fit import (
+    Data,
+    choose,
+    collect,
+    fit,
+    parameters_of,
+    predict,
+    spread_of,
+    with_intervals,
+)
+from shuffle_batchnorm.moco.study.law import FAMILIES
+from shuffle_batchnorm.moco.study.summary import summarise
+
+PLANTED = FAMILIES[2]
+GRID = [(n, b) for n in (4, 8, 16, 32) for b in (1, 2, 3, 4, 6, 8) if b <= n]
+
+
+def planted(seed: int, noise: float = 1.0) -> Data:
+    random = np.random.default_rng(seed)
+    n, blocks = np.array(GRID, float).T
+    truth = np.array([true_leak(*cell) for cell in GRID])
+    deviation = noise * (0.02 + 0.05 * truth)
+    leaks = truth[:, None] + deviation[:, None] * random.standard_normal((len(GRID), 5))
+    return Data(n, blocks, leaks, spread_of(leaks))
+
+
+def test_the_planted_family_is_chosen() -> None:
+    fits = choose(planted(0, noise=0.3))
+    assert fits[0].family == PLANTED
+    assert [one.score for one in fits] == sorted(one.score for one in fits)
+    assert fits[0].values == pytest.approx(TRUTH, rel=0.1)
+    assert 0.4 < fits[0].chi2 < 2
+    assert fits[-1].chi2 > 3
+    assert len(fits[0].low) == 3
+    assert not len(fits[1].low)
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
+    """Catches intervals for five seeds that are as narrow as for many."""
+    any_fit, held, width = fit(PLANTED, planted(0)), [], []
+    for seed in range(30):
+        data = planted(seed)
+        values = parameters_of(PLANTED, data, data.means)
+        found = with_intervals(replace(any_fit, values=values), data, replicates=40)
+        held.append((found.low < TRUTH) & (np.array(TRUTH) < found.high))
+        width.append(found.high - found.low)
+    assert 0.88 < np.mean(held) <= 1
+    assert np.mean(width) < 0.4
+
+
+def test_predictions_hold_cells_that_were_not_fitted() -> None:
+    """Catches an interval that leaves out the noise of the cell itself."""
+    inside = []
+    for seed in range(30):
+        all_of_it = planted(100 + seed)
+        unseen = [GRID.index(cell) for cell in ((16, 3), (32, 2))]
+        kept = np.array([position not in unseen for position in range(len(GRID))])
+        data = all_of_it.only(kept)
+        found = fit(PLANTED, data)
+        for position in unseen:
+            n, blocks = GRID[position]
+            leaks = dict(enumerate(all_of_it.leaks[position]))
+            cell: Any = SimpleNamespace(cell="x", n=n, B=blocks, leaks=leaks)
+            inside.append(predict(found, data, cell).is_inside)
+    assert 0.88 < np.mean(inside) <= 1
+
+
+def test_the_spread_of_seeds_is_found() -> None:
+    """Catches the bias of a standard deviation of few values, and a negative part."""
+    levels = np.repeat([0.0, 0.1, 0.5], 3000)
+    noise = np.random.default_rng(0).standard_normal((len(levels), 5))
+    leaks = levels[:, None] + (0.02 + 0.05 * levels[:, None]) * noise
+    assert spread_of(leaks) == pytest.approx([0.02, 0.05], rel=0.03)
+    falling = levels[:, None] + (0.05 - 0.09 * levels[:, None]) * noise
+    assert spread_of(falling)[1] == 0
+
+
+def test_cells_with_few_seeds_are_left_out_and_missing_runs_are_not_zero() -> None:
+    records = [
+        record
+        for record in made_up_records()
+        if record["cell"] != "n8-B6" or record["seed"] < 11
+        if (record["cell"], record["seed"]) != ("n8-B1", 10)
+    ]
+    cells = [cell for cell in summarise(records).values() if cell.part == "grid"]
+    data = collect(cells)
+    assert data is not None
+    assert len(data.n) == len(cells) - 1
+    assert np.isnan(data.leaks).sum() == 1
+    assert np.isfinite(data.means).all()
+    assert len(choose(data)[0].low) == 3
+    assert collect(cells[:4]) is None
