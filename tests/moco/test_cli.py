@@ -17,7 +17,7 @@ from PIL import Image
 import shuffle_batchnorm
 from moco.moco_runs import small_config, train_quickly
 from ranks import run_on_ranks
-from shuffle_batchnorm.moco import commands, measure, trainer
+from shuffle_batchnorm.moco import commands, measure_checkpoint, trainer
 from shuffle_batchnorm.moco.checkpoint import PARTS
 from shuffle_batchnorm.moco.cli import main
 from shuffle_batchnorm.moco.comparison import compare
@@ -189,11 +189,27 @@ def test_evaluate_and_probe(checkpoint: Path, capsys: pytest.CaptureFixture[str]
     assert probed.startswith(f"probe: {checkpoint}, epoch 1: leak ")
 
 
+def test_audit_and_the_leak_by_layer(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = checkpoint.with_name("figures.json")
+    words = [str(checkpoint), "--ranks", "1", "--device", "cpu", "--json", str(path)]
+    assert main(["audit", *words]) == 0
+    figures = json.loads(path.read_text())
+    assert sum(figures["shares"].values()) == pytest.approx(1)
+    assert main(["probe", *words, "--batches", "8", "--keys", "4", "--by-layer"]) == 0
+    figures = json.loads(path.read_text())
+    assert sum(figures["by_layer"].values()) == pytest.approx(figures["leak"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"audit: {checkpoint}, epoch 1: key encoder: dependence ")
+    assert len(lines) == 2 + 2 * len(figures["by_layer"])
+
+
 def test_all_groups_stay_on_other_ranks(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Config] = []
-    monkeypatch.setattr(measure, "launch", lambda _at, _what, config, *_, **__: seen.append(config))
+    monkeypatch.setattr(
+        measure_checkpoint, "launch", lambda _at, _what, config, *_, **__: seen.append(config)
+    )
     for ranks in (None, 1, 4):
-        measure.evaluate_checkpoint(checkpoint, ranks)
+        measure_checkpoint.evaluate_checkpoint(checkpoint, ranks)
     assert [(c.run.ranks, c.norm.groups) for c in seen] == [(2, 16), (1, 32), (4, 8)]
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from shuffle_batchnorm.moco import measure
-from shuffle_batchnorm.moco.config import Config, ConfigError, MoCoConfig, Norm, NormConfig
+from shuffle_batchnorm.moco.config import Config, MoCoConfig, Norm, NormConfig
 from shuffle_batchnorm.moco.data.images import ArrayImages
 from shuffle_batchnorm.moco.measure import Measurements, remarks
 from shuffle_batchnorm.moco.ranks.launch import Rank
@@ -64,15 +64,6 @@ def test_negatives_of_the_leak_are_those_of_the_training(monkeypatch: pytest.Mon
         Measurements(config, model, MagicMock(), MagicMock(), rank).leak()
     assert [call["queue"] for call in calls] == [None, *["the queue"] * 3]
     assert [call["keys_per_pass"] for call in calls] == list(kinds.values())
-
-
-def test_one_key_has_no_negatives_without_a_queue() -> None:
-    """Catches the traceback of the probe, which asks for two."""
-    config = Config(norm=NormConfig(bn="simclr"))
-    measurements: Any = MagicMock(config=config, rank=Rank(0, 1, torch.device("cpu")))
-    measurements.images.train = range(1000)
-    with pytest.raises(ConfigError, match=r"^probe: --keys 1 leaves no negative: --bn simcl"):
-        measure._probe(measurements, batches=8, keys=1)
 
 
 @pytest.mark.parametrize("classes", [1, 2])

@@ -34,7 +34,7 @@ from shuffle_batchnorm.moco.checkpoint import CheckpointError
 from shuffle_batchnorm.moco.comparison.summary import check_records, summarise
 from shuffle_batchnorm.moco.config import Config, ConfigError, OptimConfig
 from shuffle_batchnorm.moco.data.loading import EpochBatches
-from shuffle_batchnorm.moco.measure import evaluate_checkpoint, probe_checkpoint
+from shuffle_batchnorm.moco.measure_checkpoint import evaluate_checkpoint, probe_checkpoint
 from shuffle_batchnorm.moco.networks import NetworkError
 from shuffle_batchnorm.moco.ranks.launch import Rank
 from shuffle_batchnorm.moco.ranks.spawn import Stopped

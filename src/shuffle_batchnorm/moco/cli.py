@@ -1,4 +1,4 @@
-"""The command ``shuffle-batchnorm``: train, compare, evaluate, probe, study; see `commands.py`."""
+"""The command ``shuffle-batchnorm``: train, compare, probe and more; see `commands.py`."""
 
 import contextlib
 import io
@@ -25,6 +25,7 @@ usage: {PROGRAM} [--help] [--version] COMMAND [OPTIONS]
   compare    train with several --bn and seeds, in turn, and write one report
   evaluate   tell how good the features in a checkpoint are
   probe      tell how much the keys of a checkpoint leak
+  audit      tell through which modules of a checkpoint samples see each other
   study      train many small runs: how the leak depends on what
 """
 # Packages of the extra `train`; if another one is missing, something else is wrong.

@@ -7,7 +7,7 @@ import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from tyro.conf import Fixed, Positional, Suppress, arg, subcommand
 
@@ -114,7 +114,7 @@ class Evaluate(_Measure):
     def act(self) -> None:
         """Run the command."""
         from .journal import score
-        from .measure import evaluate_checkpoint
+        from .measure_checkpoint import evaluate_checkpoint
 
         figures = evaluate_checkpoint(self.checkpoint, self.ranks, self.device, self.data_path)
         names = {"kNN": "knn", "linear probe": "linear"}
@@ -129,20 +129,46 @@ class Probe(_Measure):
     """Batches that are drawn."""
     keys: int = LEAK_KEYS
     """Keys that are measured in each."""
+    by_layer: bool = False
+    """Also tell through which modules of the key encoder the leak comes."""
 
     def act(self) -> None:
         """Run the command."""
-        from .measure import probe_checkpoint
+        from .measure_checkpoint import probe_checkpoint
 
         where = self.ranks, self.device, self.data_path
-        figures = probe_checkpoint(self.checkpoint, *where, batches=self.batches, keys=self.keys)
+        figures = probe_checkpoint(
+            self.checkpoint, *where, batches=self.batches, keys=self.keys, by_layer=self.by_layer
+        )
         low, high = figures["leak_interval"]
         line = (
             f"leak {figures['leak']:.4f} (95 % interval {low:.4f} to {high:.4f}): top-1 "
             f"{figures['leak_as_trained']:.4f} as trained, {figures['leak_fresh']:.4f} in a fresh "
             f"batch; scale against local {max(figures['stability']['ratio']):.3g} at most"
         )
+        parts = figures.get("by_layer", {})
+        width = max(map(len, parts), default=0)
+        for name, part in parts.items():
+            low, high = figures["layer_intervals"][name]
+            line += f"\n{part:8.3f}  {name:{width}}  ({low:.3f} to {high:.3f})"
         self.report(figures, line)
+
+
+@dataclass(frozen=True)
+class Audit(_Measure):
+    """Tell through which modules of an encoder the samples of a training batch see each other."""
+
+    encoder: Literal["key", "query"] = "key"
+    """Which of the two encoders."""
+
+    def act(self) -> None:
+        """Run the command."""
+        from .measure_checkpoint import audit_checkpoint
+
+        where = self.ranks, self.device, self.data_path
+        figures = audit_checkpoint(self.checkpoint, *where, encoder=self.encoder)
+        text = figures.pop("text")
+        self.report(figures, f"{self.encoder} encoder: {text}")
 
 
 @dataclass(frozen=True)
@@ -186,6 +212,7 @@ Command = (
     | Annotated[Compare, subcommand("compare")]
     | Annotated[Evaluate, subcommand("evaluate")]
     | Annotated[Probe, subcommand("probe")]
+    | Annotated[Audit, subcommand("audit")]
     | Annotated[Study, subcommand("study")]
 )
 

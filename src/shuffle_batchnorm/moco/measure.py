@@ -3,39 +3,35 @@
 All ranks call these together; the model is afterwards what it was.
 """
 
-import functools
 import math
 from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, Dataset
 
 from shuffle_batchnorm.norm.contexts import synchronize_running_stats
+from shuffle_batchnorm.probe.audit import audit
+from shuffle_batchnorm.probe.audit_report import AuditReport
 from shuffle_batchnorm.probe.isolation import isolated
-from shuffle_batchnorm.probe.leak import LeakReport, measure_leak
+from shuffle_batchnorm.probe.leak import measure_leak
+from shuffle_batchnorm.probe.leak_report import LeakReport
 from shuffle_batchnorm.probe.stability import stability
 
-from . import checkpoint
-from .build import Views, build_model
-from .checkpoint import State
-from .config import CALL, LEAK_BATCHES, LEAK_KEYS, Config, ConfigError, Device, from_dict, validate
+from .build import Views
+from .config import CALL, LEAK_BATCHES, LEAK_KEYS, Config, ConfigError
 from .data.images import Images
-from .data.loading import load_data, make_loader
+from .data.loading import make_loader
 from .evaluation import extract_features, knn_accuracy, linear_probe
-from .journal import warn
 from .model import MoCo
-from .random_state import own_random_state
 from .ranks.control import broadcast_object, gather_objects
-from .ranks.launch import Rank, launch, world_size
-from .resume import restore_model
+from .ranks.launch import Rank
 
 EVALUATION_BATCH = 256
 Features = tuple[Tensor, Tensor]
 Figures = dict[str, Any]
+Encoder = Literal["key", "query"]
 
 
 class Measurements:
@@ -79,7 +75,9 @@ class Measurements:
         """
         return self._classified(lambda train, test: linear_probe(*train, *test))
 
-    def leak(self, batches: int = LEAK_BATCHES, keys: int = LEAK_KEYS) -> LeakReport:
+    def leak(
+        self, batches: int = LEAK_BATCHES, keys: int = LEAK_KEYS, *, by_layer: bool = False
+    ) -> LeakReport:
         """Measure the leak of the model against its queue; see `measure_leak`.
 
         Without a queue the negatives are the other keys measured, so fewer than in training.
@@ -87,20 +85,17 @@ class Measurements:
         Args:
             batches: how many batches are drawn.
             keys: how many keys are measured in each.
+            by_layer: whether to tell through which modules it comes.
         """
-        config, device = self.config, self.rank.device
+        config = self.config
         keys = min(keys, config.optim.batch_size)
-
-        def augment(pixels: Tensor) -> Tensor:
-            with torch.autocast(device.type, enabled=False):  # as in training
-                return self.views.augmented(pixels.to(device))
 
         with self.views.autocast():
             return measure_leak(
                 self.model.encoder_q,
                 self.model.encode_key,
                 self.images.train,
-                augment,
+                self._augmented,
                 self.model.queue if config.norm.has_queue else None,
                 batch_size=config.optim.batch_size,
                 batches=batches,
@@ -108,7 +103,25 @@ class Measurements:
                 keys_per_pass=keys_per_pass(config, self.rank.world_size, keys),
                 modules=(self.model,),
                 generator=torch.Generator().manual_seed(config.run.seed),
+                by_layer=by_layer,
             )
+
+    def audit(self, encoder: Encoder) -> AuditReport:
+        """Audit an encoder with the first training images; the next ones replace them."""
+        size, count = self.config.optim.batch_size, len(self.images.train)  # type: ignore[arg-type]
+        numbers = torch.arange(2 * size) % count
+        batch, pool = numbers[:size].chunk(self.rank.world_size), numbers[size:]
+        with self.views.autocast():
+            inputs, others = (
+                self._augmented(torch.stack([self.images.train[k][0] for k in part.tolist()]))
+                for part in (batch[self.rank.index], pool)
+            )
+            model = self.model.encoder_k if encoder == "key" else self.model.encoder_q
+            return audit(model, inputs, replace=others)
+
+    def _augmented(self, pixels: Tensor) -> Tensor:
+        with torch.autocast(self.rank.device.type, enabled=False):  # as in training
+            return self.views.augmented(pixels.to(self.rank.device))
 
     def stability(self) -> Figures:
         """Compare the scale of the key encoder's layers with mode `local`; see `stability`."""
@@ -151,9 +164,6 @@ class Measurements:
             return None
         features, labels = zip(*everyones, strict=True)
         return torch.cat(features).to(rank.device), torch.cat(labels).to(rank.device)
-
-
-Measure = Callable[[Measurements], Figures]
 
 
 def check_images(config: Config, images: Images, world_size: int, keys: int = LEAK_KEYS) -> None:
@@ -199,107 +209,4 @@ def leak_figures(report: LeakReport | None) -> Figures:
         "leak_interval": report and list(report.interval),
         "leak_as_trained": report and report.as_trained,
         "leak_fresh": report and report.fresh,
-    }
-
-
-def evaluate_checkpoint(
-    path: Path, ranks: int | None = None, device: Device = "auto", data_path: Path | None = None
-) -> Figures:
-    """Return kNN and linear-probe accuracy of the query encoder in a checkpoint.
-
-    Args:
-        path: of the checkpoint; the rest of the configuration is in it.
-        ranks: processes to start; as many as trained it, by default.
-        device: where to compute.
-        data_path: of the data set, if it has moved.
-
-    Raises:
-        CheckpointError: there is none, or it is damaged.
-        ConfigError: `ranks` does not divide its groups.
-        DataError: no such data set.
-    """
-    return _launch("evaluate", _evaluate, path, ranks, device, data_path)
-
-
-def probe_checkpoint(
-    path: Path,
-    ranks: int | None = None,
-    device: Device = "auto",
-    data_path: Path | None = None,
-    *,
-    batches: int = LEAK_BATCHES,
-    keys: int = LEAK_KEYS,
-) -> Figures:
-    """Return the leak and the stability of a checkpoint; see `measure_leak`.
-
-    Args:
-        path: see `evaluate_checkpoint`, as for the next three.
-        ranks: processes to start.
-        device: where to compute.
-        data_path: of the data set.
-        batches: how many batches are drawn, 2 or more.
-        keys: how many keys are measured in each.
-
-    Raises:
-        CheckpointError: there is none, or it is damaged.
-        ConfigError: `ranks` does not divide its groups, or a number is out of range.
-        DataError: no such data set.
-    """
-    for name, value, least in (("--batches", batches, 2), ("--keys", keys, 1)):
-        if value < least:
-            raise ConfigError(f"probe: {name} must be at least {least}, got {value}")
-    probe = functools.partial(_probe, batches=batches, keys=keys)
-    return _launch("probe", probe, path, ranks, device, data_path)
-
-
-def _launch(
-    call: str, what: Measure, path: Path, ranks: int | None, device: Device, data_path: Path | None
-) -> Figures:
-    """Measure something of a checkpoint's model, on its ranks; `call` is for messages."""
-    state = checkpoint.load(path)
-    config = from_dict(state["config"])
-    total = state["world_size"] * config.norm.groups
-    size = world_size(state["world_size"] if ranks is None else ranks, device)
-    if size < 1 or total % size:
-        raise ConfigError(f"{call}: --ranks {size} does not divide the {total} groups of the run")
-    config = replace(
-        config,
-        data=replace(config.data, data_path=data_path or config.data.data_path),
-        norm=replace(config.norm, groups=total // size),
-        # Compiling takes longer than measuring.
-        run=replace(config.run, ranks=size, device=device, compile=False),
-    )
-    validate(config, size)
-    figures: Figures = launch(_measure, what, config, state, ranks=size, device=device)
-    return figures
-
-
-def _measure(rank: Rank, what: Measure, config: Config, state: State) -> Figures:
-    with own_random_state():
-        images = load_data(config.data)
-        model = build_model(config, images, rank.device)
-        restore_model(model, state, rank)
-        measurements = Measurements(config, model, images, Views(config, images, rank), rank)
-        if not measurements.is_finite():
-            raise ConfigError("the model has diverged: not all of its numbers are finite")
-        figures = what(measurements)
-    return {"epoch": state["epoch"], "step": state["step"], "bn": config.norm.bn, **figures}
-
-
-def _evaluate(measurements: Measurements) -> Figures:
-    for remark in measurements.images.remarks if measurements.rank.index == 0 else ():
-        warn("evaluate", remark)
-    return {"knn": measurements.knn(), "linear": measurements.linear()}
-
-
-def _probe(measurements: Measurements, *, batches: int, keys: int) -> Figures:
-    config = measurements.config
-    check_images(config, measurements.images, measurements.rank.world_size, keys)
-    if keys > config.optim.batch_size:
-        raise ConfigError(f"probe: --keys {keys} is more than the batch, {config.optim.batch_size}")
-    if keys == 1 and not config.norm.has_queue:
-        raise ConfigError("probe: --keys 1 leaves no negative: --bn simclr has no queue")
-    return {
-        **leak_figures(measurements.leak(batches, keys)),
-        "stability": measurements.stability(),
     }

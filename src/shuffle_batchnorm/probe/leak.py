@@ -1,7 +1,9 @@
 """The leak: how much better a network recognises its keys in the batch they are trained in."""
 
+import functools
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,46 +17,24 @@ from shuffle_batchnorm.shuffle.state import set_shuffle_state
 from . import checks
 from .batches import Batch, Sizes, check_sizes, draw_batch, find_hits, take
 from .intervals import batch_interval
-from .isolation import all_modules, derive_seed, find_roots, isolated, seed_all, shuffle_worlds
+from .isolation import (
+    all_modules,
+    derive_seed,
+    eager,
+    find_roots,
+    isolated,
+    seed_all,
+    shuffle_worlds,
+)
+from .leak_layers import Layers, check_patched
+from .leak_report import LeakReport
+from .patching import Rows, candidates
 from .progress import count_batches
+from .shapley import Coalition
 
 CALL = "measure_leak"
 ENOUGH = 8  # batches for an interval that covers at its rate; measured in docs/leak.md
 Encode = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class LeakReport:
-    """What `measure_leak` found, the same on all ranks; accuracies are between 0 and 1.
-
-    Attributes:
-        as_trained: top-1 pretext accuracy of keys in the batch they are trained in.
-        fresh: that of the same keys in fresh batches.
-        leak: the first minus the second.
-        standard_error: of the leak.
-        interval: bootstrap interval of the leak.
-        confidence: of the interval.
-        keys: how many keys were measured.
-        batches: in how many batches.
-    """
-
-    as_trained: float
-    fresh: float
-    leak: float
-    standard_error: float
-    interval: tuple[float, float]
-    confidence: float
-    keys: int
-    batches: int
-
-    def __str__(self) -> str:
-        """Return the report in one line."""
-        low, high = self.interval
-        return (
-            f"leak {self.leak:.3f} ± {self.standard_error:.3f} ({100 * self.confidence:g} % "
-            f"interval {low:.3f} to {high:.3f}): top-1 {self.as_trained:.3f} as trained, "
-            f"{self.fresh:.3f} in a fresh batch; {self.keys} keys in {self.batches} batches"
-        )
 
 
 def measure_leak(
@@ -73,6 +53,7 @@ def measure_leak(
     resamples: int = 2000,
     generator: torch.Generator | None = None,
     progress: bool | None = None,
+    by_layer: bool = False,
     process_group: ProcessGroupLike = None,
 ) -> LeakReport:
     r"""Measure how much of the pretext accuracy comes from the other samples of a key's batch.
@@ -123,6 +104,9 @@ def measure_leak(
             be compared.
         progress: whether the first rank writes on stderr which batch it is; None for: in a
             terminal only.
+        by_layer: also measure through which modules of the key encoder the leak comes: Shapley
+            values, whose players are found as in `audit`. Each pass in a fresh batch is repeated
+            for 2^n coalitions; beyond 8 modules for about ``4 n``, others in each batch.
         process_group: None for all ranks, a ProcessGroup or a 1-D DeviceMesh.
 
     Returns:
@@ -137,7 +121,8 @@ def measure_leak(
         ValueError: a size out of range or that does not fit the others; too few images; an encoder
             with batch norm layers in eval mode only, for then nothing would be measured; features
             that are not finite or of another shape; ranks that disagree.
-        RuntimeError: on the peers of a rank that rejects its input or whose encoder fails.
+        RuntimeError: on the peers of a rank that rejects its input or whose encoder fails; with
+            `by_layer`, if keys depend on their batch through something outside all modules found.
 
     Source:
         The cheat: He et al. 2019, arXiv 1911.05722, section 3.3 and appendix A.9.
@@ -177,20 +162,28 @@ def measure_leak(
     roots = [root for source in sources for root in find_roots(source)]
     used = all_modules([*roots, *modules]).values()
     fixed = None if queue is None else queue.detach().to("cpu", torch.float64, copy=True)
-    probe = _Probe(encode_query, encode_key, images, augment, fixed, sizes, seed, world)
-    with torch.no_grad(), isolated(used, shuffle_worlds(used, world)):
+    worlds = shuffle_worlds(used, world)
+    layers = Layers(used, worlds, world)
+    probe = _Probe(encode_query, encode_key, images, augment, fixed, sizes, seed, world, layers)
+    with torch.no_grad(), isolated(used, worlds), eager() if by_layer else nullcontext():
         set_shuffle_state((derive_seed(seed, "shuffle"), 0), world.group)
+        if by_layer:
+            probe.find_layers(candidates([*find_roots(encode_key), *modules]))
         numbers = count_batches(CALL, batches, progress if world.rank == 0 else False)
-        outcomes = torch.stack([probe.measure(number) for number in numbers])
+        outcomes, parts = map(torch.stack, zip(*map(probe.measure, numbers), strict=True))
     means = checks.total(outcomes, world, CALL).mean(dim=2)
     trained, fresh, changed = means.unbind(dim=1)
     keys = batches * keys_per_batch
     standard_error, interval = 0.0, (0.0, 0.0)
+    interval_of = functools.partial(
+        batch_interval,
+        keys=keys,
+        confidence=confidence,
+        resamples=resamples,
+        seed=derive_seed(seed, "interval"),
+    )
     if changed.any():
-        drawn = derive_seed(seed, "interval")
-        standard_error, interval = batch_interval(
-            trained - fresh, keys, confidence=confidence, resamples=resamples, seed=drawn
-        )
+        standard_error, interval = interval_of(trained - fresh)
         if batches < ENOUGH and world.rank == 0:
             warnings.warn(
                 f"{CALL}: {batches} batches are too few for the interval: below {ENOUGH} it misses "
@@ -200,9 +193,8 @@ def measure_leak(
             )
     as_trained, in_fresh = float(trained.mean()), float(fresh.mean())
     leak = as_trained - in_fresh
-    return LeakReport(
-        as_trained, in_fresh, leak, standard_error, interval, confidence, keys, batches
-    )
+    found = as_trained, in_fresh, leak, standard_error, interval, confidence, keys, batches
+    return LeakReport(*found, *layers.describe(parts, interval_of))
 
 
 @dataclass(frozen=True)
@@ -217,62 +209,117 @@ class _Probe:
     sizes: Sizes
     seed: int
     world: World
+    layers: Layers
 
-    def measure(self, number: int) -> Tensor:
-        """Return what became of this rank's keys in one batch: ``[3, keys]``, 0 for others' keys.
+    def find_layers(self, modules: dict[str, nn.Module]) -> None:
+        """Find the modules of the key encoder that mix samples, in the first batch."""
+        batch = draw_batch(self.sizes, self.seed, 0)
+        key_view = self._view(batch.images, 0, self.world.rank, "key")
+        fresh_view = self._fresh_view(batch, 0, 0, key_view)
+        encode = self._call(self.encode_key, 0, "encode_key")
+        try:
+            self.layers.find(
+                modules, self._rows(batch, 0), lambda: encode(key_view), lambda: encode(fresh_view)
+            )
+        except Exception as error:
+            failures.announce(self.world, f"{CALL}: {error}")
+            raise
 
-        The rows: hit as trained, hit in a fresh batch, features differ.
+    def measure(self, number: int) -> tuple[Tensor, Tensor]:
+        """Return what became of this rank's keys in one batch.
+
+        That is: ``[3, keys]``, 0 for others' keys: hit as trained, hit in a fresh batch, features
+        differ; and ``[layers]``, the parts of these keys' leak.
         """
         batch = draw_batch(self.sizes, self.seed, number)
+        orders = derive_seed(self.seed, number, "orders")
+        coalitions = self.layers.coalitions(orders)
         rows = batch.positions - self.world.rank * self._each
         own = ((rows >= 0) & (rows < self._each)).nonzero().flatten()
         try:
-            found, refused = self._encode(batch, number, rows[own])
+            found, refused = self._encode(batch, number, own, coalitions)
         except Exception as error:
             failures.announce(self.world, f"{CALL}: {error}")
             raise
         # Not before: the callables of all ranks may have to wait for one another.
         agreement.agree(CALL, {"features": found.shape[-1]}, refused, self.world)
         queries, trained, *passes = found
-        in_fresh = torch.stack(passes)[own // self.sizes.keys_per_pass, range(len(own))]
+        of_own = own // self.sizes.keys_per_pass, slice(None), range(len(own))
+        # [own, coalitions + 1, D]; the last is the fresh batch itself.
+        in_fresh = torch.stack(passes).unflatten(0, (self.sizes.passes, -1))[of_own]
+        hits = [self._hits(queries, trained, own)]
+        hits += [self._hits(queries, keys, own) for keys in in_fresh.unbind(dim=1)]
         outcome = torch.zeros(3, self.sizes.keys, dtype=torch.float64, device="cpu")
-        outcome[0, own] = self._hits(queries, trained, own)
-        outcome[1, own] = self._hits(queries, in_fresh, own)
-        outcome[2, own] = (trained != in_fresh).any(dim=1).double()
-        return outcome
+        outcome[0, own], outcome[1, own] = hits[0], hits[-1]
+        outcome[2, own] = (trained != in_fresh[:, -1]).any(dim=1).double()
+        lost = [float((hits[0] - other).sum()) / self.sizes.keys for other in hits]
+        everyone = coalitions[-1:]  # of which the fresh batch itself has the last word
+        values = dict(zip([frozenset[int](), *coalitions, *everyone], lost, strict=False))
+        return outcome, self.layers.parts(values, orders)
 
-    def _encode(self, batch: Batch, number: int, rows: Tensor) -> tuple[Tensor, Exception | None]:
-        """Return features ``[2 + passes, rows, D]``: queries, keys as trained, keys of each pass.
+    def _encode(
+        self, batch: Batch, number: int, own: Tensor, coalitions: list[Coalition]
+    ) -> tuple[Tensor, Exception | None]:
+        """Return features ``[2 + passes * (coalitions + 1), own, D]`` of this rank's keys.
 
+        Queries, keys as trained, and for each pass: keys with coalitions of layers patched, keys.
         What is wrong with them is returned as well, after all calls, in place of an error.
         """
-        parts = (number, self.world.rank)
+        rows = batch.positions[own] - self.world.rank * self._each
         width = None if self.queue is None else self.queue.shape[1]
         found: list[Tensor] = []
         refused: Exception | None = None
 
-        def call(name: str, encode: Encode, view: Tensor) -> None:
+        def keep(name: str, output: object) -> None:
             nonlocal refused
-            # One seed for all passes: an encoder with dropout drops alike in them.
-            seed_all(derive_seed(self.seed, *parts, name))
-            output = encode(view)
             try:
                 wanted = found[0].shape[1] if found else width
-                features = checks.features(CALL, name, output, self._each, wanted)
-                found.append(features[rows])
+                found.append(checks.features(CALL, name, output, self._each, wanted)[rows])
             except (TypeError, ValueError) as caught:
                 refused = refused or caught
 
-        call("encode_query", self.encode_query, self._view(batch.images, *parts, "query"))
-        key_view = self._view(batch.images, *parts, "key")
-        # A copy, for an encoder may work in place.
-        call("encode_key", self.encode_key, key_view.clone())
-        for k, images in enumerate(batch.fresh):
-            are_keys = (self._local(images) == self._local(batch.images)).to(key_view.device)
-            fresh_view = self._view(images, *parts, k)
-            columns = are_keys.view(-1, *[1] * (key_view.ndim - 1))
-            call("encode_key", self.encode_key, torch.where(columns, key_view, fresh_view))
+        query_view = self._view(batch.images, number, self.world.rank, "query")
+        keep("encode_query", self._call(self.encode_query, number, "encode_query")(query_view))
+        key_view = self._view(batch.images, number, self.world.rank, "key")
+        encode = self._call(self.encode_key, number, "encode_key")
+        with self.layers.recording() as calls:
+            output = encode(key_view)
+        keep("encode_key", output)
+        for k in range(self.sizes.passes):
+            fresh_view = self._fresh_view(batch, number, k, key_view)
+            runs = functools.partial(encode, key_view), functools.partial(encode, fresh_view)
+            for patched in self.layers.patched(self._rows(batch, k), calls, *runs, coalitions):
+                keep("encode_key", patched)
+            keep("encode_key", encode(fresh_view))
+            if self.layers.searched and refused is None:
+                of_pass = own // self.sizes.keys_per_pass == k
+                compared = found[-2 if coalitions else 1], found[-1], found[1]
+                try:
+                    check_patched(*(keys[of_pass] for keys in compared))
+                except RuntimeError as caught:
+                    refused = caught
         return (torch.empty(0, device="cpu") if refused else torch.stack(found)), refused
+
+    def _call(self, encode: Encode, number: int, name: str) -> Encode:
+        """Return the encoder with one seed for all passes: one with dropout drops alike in them."""
+
+        def seeded(view: Tensor) -> Tensor:
+            seed_all(derive_seed(self.seed, number, self.world.rank, name))
+            return encode(view.clone())  # a copy, for an encoder may work in place
+
+        return seeded
+
+    def _fresh_view(self, batch: Batch, number: int, k: int, key_view: Tensor) -> Tensor:
+        images = batch.fresh[k]
+        are_keys = (self._local(images) == self._local(batch.images)).to(key_view.device)
+        view = self._view(images, number, self.world.rank, k)
+        return torch.where(are_keys.view(-1, *[1] * (key_view.ndim - 1)), key_view, view)
+
+    def _rows(self, batch: Batch, k: int) -> Rows:
+        """Return which of this rank's samples are the keys of a pass."""
+        own = batch.positions.unflatten(0, (-1, self.sizes.keys_per_pass))[k]
+        own = own - self.world.rank * self._each
+        return Rows(self._each, own[(own >= 0) & (own < self._each)])
 
     @property
     def _each(self) -> int:

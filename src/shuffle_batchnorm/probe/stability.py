@@ -1,9 +1,8 @@
 """Stability: how large activations grow with depth against the same network in mode `local`."""
 
 import math
-import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +16,7 @@ from shuffle_batchnorm.norm.modules import ShuffleBatchNorm
 from shuffle_batchnorm.shuffle.state import set_shuffle_state
 
 from .checks import total
-from .isolation import all_modules, isolated, seed_all, shuffle_worlds
+from .isolation import all_modules, eager, isolated, seed_all, shuffle_worlds
 
 CALL = "stability"
 
@@ -104,7 +103,7 @@ def stability(
     arguments = inputs if isinstance(inputs, tuple) else (inputs,)
     worlds = shuffle_worlds(found.values(), world)
     runs = []
-    with torch.no_grad(), isolated(found.values(), worlds), _eager():
+    with torch.no_grad(), isolated(found.values(), worlds), eager():
         model.train()
         for mode in (None, "local"):
             if mode is not None:
@@ -196,11 +195,3 @@ def _radius(options: Options, world_size: int, samples: int) -> float:
         return 2 * math.sin(math.pi * (cycle // 2) / cycle)
     together = groups * samples if options.mode == "sync" else samples
     return 1.0 if together > 1 else 0.0
-
-
-def _eager() -> AbstractContextManager[Any]:
-    """Run compiled models as they were written: hooks are not called inside a graph."""
-    if "torch._dynamo" not in sys.modules:
-        return nullcontext()
-    eager: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
-    return eager

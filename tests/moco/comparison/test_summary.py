@@ -17,6 +17,7 @@ from shuffle_batchnorm.moco.comparison.summary import (
     mean_over_seeds,
     number,
     on_a_par,
+    paired,
     read_results,
     summarise,
     tidy,
@@ -47,6 +48,21 @@ def test_the_interval_of_five_seeds_covers_at_its_rate() -> None:
     leaks = [combine_leaks(trial, [None] * 5) for trial in trials]
     covered = [leak.low <= 0 <= leak.high for leak in leaks if leak and leak.low and leak.high]
     assert 0.935 < np.mean(covered) < 0.965
+
+
+def test_pairs_take_what_seeds_do_to_all_out() -> None:
+    """By hand: 0.02, 0.04, 0.03 more; one seed diverged, one has no partner, one kind has one."""
+    gains = {0: 0.02, 1: 0.04, 2: 0.03}
+    runs = [made_up_record("local", seed, knn=0.5 + 0.1 * seed) for seed in range(4)]
+    runs += [made_up_record("regroup", k, knn=0.5 + 0.1 * k + gain) for k, gain in gains.items()]
+    runs += [diverged_record("regroup", 3), made_up_record("regroup", 9, knn=0.1)]
+    runs += [made_up_record("sync", 0, knn=0.9), made_up_record("sync", 9, knn=0.9)]
+    found = paired(runs, "knn")
+    assert list(found) == ["regroup"]
+    gain = found["regroup"]
+    assert gain.mean == pytest.approx(0.03)
+    assert gain.error == pytest.approx(0.01 / math.sqrt(3))
+    assert gain.low == pytest.approx(0.03 - 4.30265 * 0.01 / math.sqrt(3), abs=1e-5)
 
 
 def test_without_errors_there_is_no_interval() -> None:

@@ -54,8 +54,20 @@ def test_notes_say_what_the_numbers_are() -> None:
     assert plain == ["One seed each.", INTERVALS]
     mixed = notes(made_up_records(("local", "swap"), diverged={("swap", 1)}))
     assert mixed[:2] == ["Mean over 2 to 3 seeds ± standard error.", INTERVALS]
-    assert mixed[2:] == [LEFT_OUT]
+    assert mixed[2].startswith("kNN minus that of local, paired by seed: swap −0.0")
+    assert mixed[3:] == [LEFT_OUT]
     assert notes(made_up_records())[2].startswith("kNN in bold: the highest mean")
+
+
+def test_a_linear_probe_has_a_column_where_there_is_one() -> None:
+    """Catches a column of dashes where nobody asked for it, and a bold cell that moved with it."""
+    plain = made_up_records(("local", "regroup"))
+    assert "linear probe" not in markdown_table(plain)
+    probed = [run | {"linear": 0.8 + 0.01 * run["seed"]} for run in plain]
+    header, _, *rows = markdown_table(probed).splitlines()
+    cells = [[cell.strip() for cell in line.split("|")] for line in (header, *rows[:2])]
+    assert [line[5] for line in cells] == ["linear probe", "0.810 ± 0.006", "0.810 ± 0.006"]
+    assert "linear probe minus that of local, paired by seed: regroup +0.0000" in rows[-1]
 
 
 def test_a_note_tells_other_negatives_where_there_are_two_kinds() -> None:

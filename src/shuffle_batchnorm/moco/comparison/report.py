@@ -14,13 +14,12 @@ from .figures import save_figures
 from .style import PAGE, style_of
 from .summary import Record, check_records, independent, on_a_par, summarise
 from .tables import (
-    HEADER,
     RUN_HEADER,
     count_of_seeds,
     markdown_table,
     notes,
-    row,
     run_row,
+    table,
     with_error,
     written,
 )
@@ -73,6 +72,7 @@ def render(
     """The page as text: `report.html.jinja` has the words, this has the numbers."""
     summaries = summarise(records)
     bns = [one.bn for one in summaries]
+    header, rows = table(summaries)
     return template("report.html.jinja").render(
         summaries=summaries,
         level=on_a_par(summaries),
@@ -83,8 +83,8 @@ def render(
         dataset=setup.get("data", {}).get("dataset"),
         pictures=pictures,
         width=PAGE,
-        header=HEADER,
-        rows=[row(one) for one in summaries],
+        header=header,
+        rows=rows,
         colours={bn: style_of(bn, bns).colour for bn in bns},
         notes=notes(records),
         setup=setup,

@@ -22,6 +22,7 @@ Record: TypeAlias = dict[str, Any]
 CONFIDENCE = 0.95
 # With fewer seeds than this a spread says too little; the runs' own errors are joined instead.
 SEEDS_FOR_SPREAD = 3
+BASELINE = "local"  # what the others are compared with, seed by seed
 SCORES = ("loss", "knn", "pretext_accuracy", "leak")
 
 
@@ -58,6 +59,7 @@ class Summary:
     scale: float | None
     radius: float | None
     knn: Estimate | None
+    linear: Estimate | None
     pretext_accuracy: Estimate | None
     loss: Estimate | None
     seconds: Estimate | None
@@ -166,9 +168,8 @@ def summarise_one(bn: str, runs: Sequence[Record]) -> Summary:
         [number(run, "leak_standard_error") for run in measured],
         [run.get("leak_interval") for run in measured],
     )
-    means = {
-        key: mean_over_seeds(values(key)) for key in ("knn", "pretext_accuracy", "loss", "seconds")
-    }
+    keys = ("knn", "linear", "pretext_accuracy", "loss", "seconds")
+    means = {key: mean_over_seeds(values(key)) for key in keys}
     ratios = [ratio for run in good for ratio in (run.get("stability") or {}).get("ratio") or []]
     scale = max(filter(is_number, ratios), default=None)
     radius = max(values("spectral_radius"), default=None)
@@ -189,6 +190,35 @@ def independent(records: Sequence[Record]) -> set[str]:
         for bn, runs in by_bn(records).items()
         if all(run.get("leak_interval") == [0, 0] for run in runs)
     }
+
+
+def paired(records: Sequence[Record], key: str, baseline: str = BASELINE) -> dict[str, Estimate]:
+    """What each `--bn` has more than another under `key`, seed by seed: mean, error and interval.
+
+    A seed gives the same weights at the start, order and views to all, so what it does to all of
+    them is not in the difference. Only seeds that went well with both count, two or more.
+
+    Example:
+        >>> runs = [dict(bn=bn, seed=k, knn=0.1 * k + (bn != "local")) for k in (1, 2) for bn in
+        ...         ("local", "regroup")]
+        >>> round(paired(runs, "knn")["regroup"].mean, 6)
+        1.0
+    """
+    found = {
+        (str(run["bn"]), run["seed"]): value
+        for run in records
+        if not diverged(run) and (value := number(run, key)) is not None
+    }
+    differences = {
+        bn: [
+            value - found[baseline, seed]
+            for (other, seed), value in found.items()
+            if other == bn and (baseline, seed) in found
+        ]
+        for bn in by_bn(records)
+        if bn != baseline
+    }
+    return {bn: from_spread(values) for bn, values in differences.items() if len(values) > 1}
 
 
 def on_a_par(summaries: Sequence[Summary]) -> set[str]:

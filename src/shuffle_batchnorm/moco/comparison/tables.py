@@ -1,14 +1,28 @@
 """The results in words and numbers: cells, notes, and tables for the terminal and for Markdown."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from .summary import Estimate, Record, Summary, diverged, is_number, number, on_a_par, summarise
+from .summary import (
+    BASELINE,
+    Estimate,
+    Record,
+    Summary,
+    diverged,
+    is_number,
+    number,
+    on_a_par,
+    paired,
+    summarise,
+)
 
-HEADER = ("bn", "leak", "95 % interval", "kNN", "pretext accuracy", "loss", "seconds")
+HEADER = (
+    "bn", "leak", "95 % interval", "kNN", "linear probe", "pretext accuracy", "loss", "seconds",
+)  # fmt: skip
 RUN_HEADER = (
     "bn", "seed", "leak", "95 % interval", "as trained", "fresh", "kNN", "pretext accuracy", "loss",
     "seconds", "samples/s",
 )  # fmt: skip
+LINEAR = "linear probe"
 NOTHING = "–"
 DIVERGED = "diverged"
 INTERVALS = (
@@ -50,9 +64,11 @@ def with_error(estimate: Estimate | None, digits: int = 3) -> str:
     return f"{written(estimate.mean, digits)} ± {written(estimate.error, digits)}"
 
 
-def interval(low: float | None, high: float | None) -> str:
+def interval(low: float | None, high: float | None, digits: int = 3) -> str:
     """An interval in brackets."""
-    return NOTHING if low is None or high is None else f"[{written(low)}, {written(high)}]"
+    if low is None or high is None:
+        return NOTHING
+    return f"[{written(low, digits)}, {written(high, digits)}]"
 
 
 def note_of_diverged(one: Summary, form: str = " ({})") -> str:
@@ -63,15 +79,29 @@ def note_of_diverged(one: Summary, form: str = " ({})") -> str:
 def row(one: Summary) -> tuple[str, ...]:
     """The cells of one `--bn`, in the order of HEADER."""
     name, leak = one.bn + note_of_diverged(one), one.leak
+    scores = (one.knn, one.linear, one.pretext_accuracy, one.loss)
     if one.diverged == one.runs:
-        return (name, DIVERGED, NOTHING, *[DIVERGED] * 3, NOTHING)
+        return (name, DIVERGED, NOTHING, *[DIVERGED] * len(scores), NOTHING)
     return (
         name,
         with_error(leak),
         interval(leak.low, leak.high) if leak else NOTHING,
-        *(with_error(score) for score in (one.knn, one.pretext_accuracy, one.loss)),
+        *map(with_error, scores),
         with_error(one.seconds, 1),
     )
+
+
+def table(summaries: Sequence[Summary]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """The header and a row for each `--bn`; without the linear probe where nobody has one."""
+    shown = [
+        position
+        for position, word in enumerate(HEADER)
+        if word != LINEAR or any(one.linear for one in summaries)
+    ]
+    header, *rows = (
+        tuple(cells[position] for position in shown) for cells in (HEADER, *map(row, summaries))
+    )
+    return header, rows
 
 
 def run_row(record: Record) -> tuple[str, ...]:
@@ -132,9 +162,22 @@ def notes(records: Sequence[Record]) -> list[str]:
         said.append(IN_BATCH)
     if on_a_par(summaries):
         said.append(ON_A_PAR)
+    for key, name in (("knn", "kNN"), ("linear", LINEAR)):
+        said += note_of_pairs(name, paired(records, key))
     if any(one.diverged for one in summaries):
         said.append(LEFT_OUT)
     return said
+
+
+def note_of_pairs(name: str, differences: Mapping[str, Estimate]) -> list[str]:
+    """A sentence with the differences of a score to the baseline's, if there are any."""
+    if not differences:
+        return []
+    words = [
+        f"{bn} {'' if one.mean < 0 else '+'}{with_error(one, 4)} {interval(one.low, one.high, 4)}"
+        for bn, one in differences.items()
+    ]
+    return [f"{name} minus that of {BASELINE}, paired by seed: {'; '.join(words)}."]
 
 
 def markdown_table(records: Sequence[Record]) -> str:
@@ -150,12 +193,12 @@ def markdown_table(records: Sequence[Record]) -> str:
     """
     summaries = summarise(records)
     level = on_a_par(summaries)
-    rows: list[tuple[str, ...]] = [HEADER]
-    for one in summaries:
-        words, leak, interval, knn, *others = row(one)
+    header, cells = table(summaries)
+    rows = [header]
+    for one, (words, leak, interval, knn, *others) in zip(summaries, cells, strict=True):
         bn = one.bn.replace("|", "\\|").replace("`", "'")
-        knn = f"**{knn}**" if one.bn in level else knn
-        rows.append((f"`{bn}`{words[len(one.bn) :]}", leak, interval, knn, *others))
+        score = f"**{knn}**" if one.bn in level else knn
+        rows.append((f"`{bn}`{words[len(one.bn) :]}", leak, interval, score, *others))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rows.insert(1, tuple("-" * width for width in widths))
     lines = [f"| {' | '.join(map(str.rjust, cells, widths))} |" for cells in rows]

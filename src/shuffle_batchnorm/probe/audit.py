@@ -1,0 +1,291 @@
+"""Audit: do outputs depend on the other samples of the batch, how much, and through what?"""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from shuffle_batchnorm.comm import agreement, failures
+from shuffle_batchnorm.comm.world import ProcessGroupLike, World, check_process_group, resolve
+from shuffle_batchnorm.shuffle.state import set_shuffle_state
+
+from .audit_report import AuditReport
+from .checks import total
+from .isolation import all_modules, derive_seed, eager, isolated, seed_all, shuffle_worlds
+from .others import arguments, choose_rows, count_samples, replace_others
+from .patching import Calls, Rows, candidates, find_mixing, patched, recording
+from .shapley import Coalition, draw_orders, list_coalitions, mean_intervals, shapley_values
+
+CALL = "audit"
+CONFIDENCE = 0.95
+_TOLERANCE = 1e-4  # of what patched passes may differ from real ones, relative to the change
+
+
+def audit(
+    model: nn.Module,
+    inputs: Any,
+    *,
+    probes: Sequence[int] | Tensor | None = None,
+    replace: Any = None,
+    generator: torch.Generator | None = None,
+    process_group: ProcessGroupLike = None,
+) -> AuditReport:
+    r"""Measure how much outputs depend on the batch's other samples, and through which modules.
+
+    .. math:: \text{dependence} = \frac{\text{rms}_i(f(x)_i - f(x')_i)}{\text{spread}(f(x))}
+
+    i are the probes, x' is the batch with all other samples replaced. The spread is the root mean
+    square distance of outputs from their mean over the samples. Both are taken over all numbers of
+    all floating-point outputs. What does not mix samples gives exactly 0, since all passes have the
+    same shapes, rows and random state.
+
+    The shares are Shapley values. The players are the innermost modules that mix: those whose
+    output for a probe changes when only the other samples in their input do; all calls of one
+    module are one player; a container is one if its own code mixes. v(S) is the change of the
+    probes' outputs when the modules in S see the other samples as in the pass over x', and the
+    other modules as in the pass over x. So v(all) is the change above, which is verified. With up
+    to 8 players all coalitions are valued; beyond, at least 4 pairs of orders in which players
+    join, and twice the number of players.
+
+    The model runs in the mode it is in, without gradients. Afterwards buffers, training flags,
+    shuffle states and random states are what they were, also after an error.
+
+    Cost: 5 passes; as many again as modules are nested, twice; then, for n players, 2^n, or beyond
+    8 about ``10 n`` and at least 160 coalitions. On one rank a pass values N / P of these if that
+    reproduces the change (it doesn't with dropout), else one. Memory: that of a training step, as
+    the inputs of all modules are kept for a time.
+
+    Communication: what the model does, called by all ranks; 2 KiB from every rank to every rank,
+    and some numbers per module and pass.
+
+    Args:
+        model: any module; may be wrapped in a ShuffledEncoder, which is one player,
+            DistributedDataParallel or ``torch.compile``.
+        inputs: this rank's batch ``[N, *]``; a tuple or list of positional arguments; a dict of
+            keyword arguments. Tensors with N rows hold samples, all else is handed on.
+        probes: positions of the samples to watch; by default N / 8 of them, at least 1, evenly
+            spread. Probes still see one another: take few.
+        replace: inputs ``[M, *]`` that the other samples are drawn from, in the structure of
+            `inputs`, without repetition if M is enough. None for the other samples themselves,
+            drawn with repetition. Needed if there is one other sample.
+        generator: gives the seed of all that is drawn, one number per call; seeded alike on all
+            ranks. None for seed 0.
+        process_group: None for all ranks, a ProcessGroup or a 1-D DeviceMesh.
+
+    Returns:
+        An `AuditReport`, the same on all ranks.
+
+    Raises:
+        TypeError: `model` is no module; no tensor in `inputs` or in the output; `replace` of
+            another structure.
+        ValueError: fewer than 2 samples; probes out of range; other samples that can't be replaced
+            or are replaced by equal ones; outputs that are not finite; a model that gives other
+            outputs when it is called again; ranks that disagree.
+        RuntimeError: patched passes don't reproduce the change; on the peers of a rank that fails.
+
+    Source:
+        Shapley values: Shapley 1953; of a model's parts: Ghorbani and Zou 2020, arXiv 2002.09815.
+
+    Example:
+        >>> from shuffle_batchnorm import audit
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
+        >>> audit(model, torch.randn(16, 4)).shares
+        {'1': 1.0}
+        >>> audit(model.eval(), torch.randn(16, 4)).dependence
+        0.0
+    """
+    check_process_group(CALL, process_group)
+    world = resolve(process_group, CALL)
+    seed = 0
+    if generator is not None:
+        # Drawn before anything can fail, so that the ranks' generators stay in step.
+        seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
+    error: Exception | None = None
+    modules: dict[str, nn.Module] = {}
+    try:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"{CALL}: model must be a module, got {type(model).__name__}")
+        modules = candidates([model])
+        rows = choose_rows(CALL, count_samples(CALL, "inputs", inputs), probes)
+        drawn = derive_seed(seed, world.rank, "others")
+        fresh = replace_others(CALL, inputs, rows, replace, drawn)
+    except (TypeError, ValueError) as caught:
+        error = caught
+    agreement.agree(CALL, {"seed": seed, "the number of modules": len(modules)}, error, world)
+    audited = _Audit(model, inputs, fresh, rows, seed, world)
+    with torch.no_grad(), eager():
+        try:
+            return audited.report(modules)
+        except Exception as failure:
+            failures.announce(world, f"{CALL}: {failure}")
+            raise
+
+
+class _Audit:
+    """The passes of one call, on one rank."""
+
+    def __init__(
+        self, model: nn.Module, base: Any, fresh: Any, rows: Rows, seed: int, world: World
+    ) -> None:
+        self.model, self.base, self.fresh, self.rows = model, base, fresh, rows
+        self.seed, self.world = seed, world
+        self.isolate = list(all_modules([model]).values())
+        self.worlds = shuffle_worlds(self.isolate, world)
+
+    def report(self, modules: dict[str, nn.Module]) -> AuditReport:
+        everything = self._outputs(self.base, self.rows.count)
+        trained = everything[self.rows.probes]
+        fresh = self._outputs(self.fresh, self.rows.count)[self.rows.probes]
+        change, spread = self._rms(fresh - trained), self._spread(everything)
+        samples, probes = self._sum(self.rows.count, len(self.rows.probes))
+        shares: dict[str, float] = {}
+        intervals: dict[str, tuple[float, float]] = {}
+        if change:
+            base_calls, fresh_calls = self._record(modules.values(), trained)
+            names = {module: name for name, module in modules.items()}
+            players = list(base_calls)
+            values = self._values(players, base_calls, fresh_calls, trained, fresh, change)
+            found = shapley_values(len(players), self._orders(len(players)), values) / change
+            spans = mean_intervals(found, CONFIDENCE)
+            means = found.mean(dim=0).tolist()
+            shares = dict(zip([names[player] for player in players], means, strict=True))
+            intervals = dict(zip(shares, spans, strict=True))
+        dependence = 0.0 if not change else change / spread if spread else math.inf
+        kinds = {name: type(modules[name]).__name__ for name in shares}
+        return AuditReport(dependence, shares, intervals, kinds, int(samples), int(probes))
+
+    def _record(self, modules: Iterable[nn.Module], trained: Tensor) -> tuple[Calls, Calls]:
+        """Return the base and fresh calls of the modules that mix."""
+        modules = list(modules)
+        with recording(modules) as fresh_calls:
+            self._pass(self.fresh)
+        players = find_mixing(
+            lambda: self._pass(self.base),
+            modules,
+            self.rows,
+            fresh_calls,
+            self.worlds,
+            lambda said: bool(self._sum(float(said))[0]),
+        )
+        with recording(players) as base_calls:
+            again = self._outputs(self.base, self.rows.count)[self.rows.probes]
+        if self._rms(again - trained):
+            raise ValueError(
+                f"{CALL}: {type(self.model).__name__} gives other outputs when it is called "
+                "again with the same inputs, buffers and random state, so a change may be chance"
+            )
+        return base_calls, {player: fresh_calls[player] for player in players}
+
+    def _values(
+        self,
+        players: list[nn.Module],
+        base_calls: Calls,
+        fresh_calls: Calls,
+        trained: Tensor,
+        fresh: Tensor,
+        change: float,
+    ) -> dict[Coalition, float]:
+        """Return v of all coalitions that are asked for."""
+        coalitions = list_coalitions(len(players), self._orders(len(players)))
+        none, everyone = frozenset[int](), frozenset(range(len(players)))
+        inner = [c for c in coalitions if c not in (none, everyone)]
+
+        def run(some: Sequence[Coalition], stacked: bool) -> list[Tensor]:
+            sets = [[players[k] for k in coalition] for coalition in some]
+            with patched(self.rows, base_calls, fresh_calls, sets, stacked):
+                if not stacked:
+                    return [self._outputs(self.base, self.rows.count)[self.rows.probes]]
+                index = self.rows.probes.repeat(len(some))
+                stack = pytree.tree_map(
+                    lambda leaf: leaf[index] if self.rows.has(leaf) else leaf, self.base
+                )
+                return list(self._outputs(stack, len(index)).chunk(len(some)))
+
+        def distance(stacked: bool) -> float:
+            """Return how far patched passes are from the real ones, relative to the change."""
+            if stacked:
+                found = run([none, everyone] * (each // 2), stacked)[:2]
+            else:
+                found = [run([c], stacked)[0] for c in (none, everyone)]
+            apart = map(self._rms, (found[0] - trained, found[1] - fresh))
+            return max(apart) / change
+
+        each, is_stacked = self.rows.count // len(self.rows.probes), False
+        if self.world.size == 1 and each > 1:
+            try:
+                is_stacked = distance(stacked=True) <= _TOLERANCE
+            except Exception:  # a model for batches of one size may say so in any way
+                is_stacked = False
+        if not is_stacked:
+            each = 1
+            if (off := distance(stacked=False)) > _TOLERANCE:
+                raise RuntimeError(
+                    f"{CALL}: passes with patched modules don't reproduce the change (off by "
+                    f"{off:.2g} of it): {type(self.model).__name__} keeps something of a batch "
+                    "outside buffers, or hands samples on in another order than they came"
+                )
+        values = {none: 0.0, everyone: change}
+        for start in range(0, len(inner), each):
+            some = inner[start : start + each]
+            # As many as in all passes: a kernel may add up in another order for other sizes.
+            outputs = run(some + [none] * (each - len(some)), is_stacked)
+            changes = [self._rms(output - trained) for output in outputs]
+            values.update(zip(some, changes, strict=False))
+        return values
+
+    def _orders(self, players: int) -> Sequence[Sequence[int]]:
+        return draw_orders(players, derive_seed(self.seed, "orders"))
+
+    def _pass(self, inputs: Any) -> Any:
+        """Return the model's output for a copy of its inputs, and leave no trace."""
+        args, kwargs = arguments(
+            pytree.tree_map_only(Tensor, lambda tensor: tensor.clone(), inputs)
+        )
+        with isolated(self.isolate, self.worlds):
+            seed_all(derive_seed(self.seed, self.world.rank, "pass"))
+            for world in self.worlds:
+                set_shuffle_state((derive_seed(self.seed, "shuffle"), 0), world.group)
+            return self.model(*args, **kwargs)
+
+    def _outputs(self, inputs: Any, count: int) -> Tensor:
+        """Return all numbers that the model gives for each sample: ``[count, D]``, float64."""
+        output = self._pass(inputs)
+        leaves = [
+            leaf.detach().to("cpu", torch.float64).flatten(1)
+            for leaf in pytree.tree_leaves(output)
+            if isinstance(leaf, Tensor)
+            and leaf.is_floating_point()
+            and leaf.ndim
+            and len(leaf) == count
+        ]
+        if not leaves:
+            kind = (
+                f"shape {tuple(output.shape)}"
+                if isinstance(output, Tensor)
+                else type(output).__name__
+            )
+            raise TypeError(
+                f"{CALL}: the model must return a floating-point tensor [{count}, *] or a tree "
+                f"with one, got {kind}"
+            )
+        found = torch.cat(leaves, dim=1)
+        if not found.isfinite().all():
+            raise ValueError(f"{CALL}: the model returned numbers that are not finite")
+        return found
+
+    def _rms(self, difference: Tensor) -> float:
+        squares, numbers = self._sum(float(difference.square().sum()), difference.numel())
+        return math.sqrt(squares / numbers)
+
+    def _spread(self, outputs: Tensor) -> float:
+        count = outputs.new_full((1,), len(outputs))
+        sums = total(torch.cat([outputs.sum(dim=0), count]), self.world, CALL)
+        return self._rms(outputs - sums[:-1] / sums[-1])
+
+    def _sum(self, *numbers: float) -> list[float]:
+        row = torch.tensor(numbers, dtype=torch.float64, device="cpu")
+        found: list[float] = total(row, self.world, CALL).tolist()
+        return found
