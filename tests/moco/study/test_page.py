@@ -28,7 +28,7 @@ def test_the_page_tells_rules_law_and_predictions() -> None:
     assert "n = 16: leak of local 0." in text
     assert "Law: of 6 families, power of the share predicts left-out cells best" in text
     for name in HELD_OUT:
-        assert f"{name} was held out: predicted 0." in text
+        assert f"{name} was held out: power of the share predicts 0." in text
     assert "a <CPU>" in text
     assert "study --x '<'" in text
 

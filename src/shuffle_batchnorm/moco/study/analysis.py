@@ -18,7 +18,8 @@ class Analysis:
     Attributes:
         cells: by name.
         fits: of all families, the best first; none where there are too few cells.
-        predictions: of the cells that were held out.
+        predictions: of the cells that were held out, by the best fit and, where it is of a family
+            that was added late, by the best of the others.
         beyond: of the cells at the other batch size, which are not fitted either.
         rules: one per group size.
     """
@@ -43,7 +44,10 @@ def analyse(records: Sequence[Record]) -> Analysis:
     fits = choose(data) if data else []
 
     def predicted(some: Sequence[CellSummary]) -> list[Prediction]:
-        return [predict(fits[0], data, cell) for cell in some if cell.leaks] if data else []
+        early = next((one for one in fits if not one.family.is_late), None)
+        used = [one for one in fits if one is fits[0] or one is early]
+        measured = [cell for cell in some if cell.leaks]
+        return [predict(one, data, cell) for one in used for cell in measured] if data else []
 
     return Analysis(
         cells=cells,

@@ -89,9 +89,10 @@ class Fit:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the fit said of a cell that it has not seen, and what was measured."""
+    """What a fit said of a cell that it has not seen, and what was measured."""
 
     cell: str
+    family: Family
     leak: float
     low: float
     high: float
@@ -192,4 +193,5 @@ def predict(found: Fit, data: Data, cell: CellSummary) -> Prediction:
     freedom = len(data.means) - len(found.values)
     half = float(stdtrit(freedom, (1 + CONFIDENCE) / 2) * found.score * error)
     measured = float(np.mean(list(cell.leaks.values())))
-    return Prediction(cell.cell, float(leak), float(leak) - half, float(leak) + half, measured)
+    ends = float(leak) - half, float(leak) + half
+    return Prediction(cell.cell, found.family, float(leak), *ends, measured)

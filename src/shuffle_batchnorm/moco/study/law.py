@@ -32,6 +32,7 @@ class Family:
         parameters: their names.
         start: where a fit begins.
         leak: ``leak(n, B, *parameters)``, element by element.
+        is_late: added when some runs, also of held-out cells, had been seen.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Family:
     parameters: tuple[str, ...]
     start: tuple[float, ...]
     leak: Callable[..., Any]
+    is_late: bool = False
 
 
 def share(n: ArrayLike, blocks: ArrayLike) -> Array:
@@ -119,5 +121,6 @@ FAMILIES = (
         ("a", "k", "ν"),
         (-1.5, 2.5, 30.0),
         _limited,
+        is_late=True,
     ),
 )

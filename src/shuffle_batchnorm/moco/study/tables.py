@@ -17,7 +17,8 @@ CELLS = (
     "kNN − local",
 )  # fmt: skip
 FAMILIES = ("family", "leak", "parameters", "misfit per degree of freedom", "left-out error")
-PREDICTIONS = ("cell", "predicted", "95 % interval", "measured", "inside")
+PREDICTIONS = ("cell", "family", "predicted", "95 % interval", "measured", "inside")
+LATE = " (late)"
 RULES = ("n", "leak of local", "fewest blocks", "samples in a block", "leak", "kNN − local")
 
 
@@ -63,7 +64,8 @@ def family_rows(fits: Sequence[Fit]) -> Rows:
             around = f" {interval(one.low[position], one.high[position])}" if known else ""
             words.append(f"{name} = {written(value, 2)}{around}")
         numbers = written(one.chi2, 2), written(one.score, 2)
-        rows.append((one.family.name, one.family.formula, ", ".join(words), *numbers))
+        title = f"{one.family.name}{LATE if one.family.is_late else ''}"
+        rows.append((title, one.family.formula, ", ".join(words), *numbers))
     return rows
 
 
@@ -72,6 +74,7 @@ def prediction_rows(predictions: Iterable[Prediction]) -> Rows:
     return [
         (
             one.cell,
+            f"{one.family.name}{LATE if one.family.is_late else ''}",
             written(one.leak),
             interval(one.low, one.high),
             written(one.measured),
