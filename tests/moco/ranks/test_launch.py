@@ -1,6 +1,7 @@
 """Where ranks come from, and which devices they get; two nodes of torchrun are in test_main."""
 
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from moco.moco_runs import FLAGS, differences, run, small_config, without_times
 from ranks import run_on_ranks
 from shuffle_batchnorm.moco.config import ConfigError
 from shuffle_batchnorm.moco.ranks.launch import Rank, find_device, launch, world_size
+from shuffle_batchnorm.moco.ranks.spawn import Stopped
 from shuffle_batchnorm.moco.trainer import train
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
@@ -41,6 +43,15 @@ def test_one_rank_has_no_process_group() -> None:
     rank: Rank = launch(lambda rank: rank, ranks=1, device="cpu")
     assert (rank.index, rank.world_size, rank.control) == (0, 1, None)
     assert not dist.is_initialized()
+
+
+def test_one_rank_heeds_a_late_signal() -> None:
+    """Catches a comparison that goes on with its next run; without a signal there is a result."""
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Stopped, match="SIGTERM, which came when the run was at its end"):
+        launch(lambda _: signal.raise_signal(signal.SIGTERM), ranks=1, device="cpu", graceful=True)
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert launch(lambda _: 7, ranks=1, device="cpu", graceful=True) == 7
 
 
 def test_number_of_ranks(monkeypatch: pytest.MonkeyPatch) -> None:

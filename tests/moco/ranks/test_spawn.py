@@ -68,6 +68,13 @@ def wait_for_stop(rank: int, stop: StopRequest, folder: str) -> None:
     raise Stopped(stop.signum, f"train: stopped by SIGTERM on rank {rank}")
 
 
+def end_with_stop(_rank: int, stop: StopRequest, folder: str) -> int:
+    """Come to the end as if no signal had come: one that came during the last measurement."""
+    with contextlib.suppress(Stopped):
+        wait_for_stop(0, stop, folder)
+    return 1
+
+
 def ignore_stop(_rank: int, _stop: StopRequest, folder: str) -> None:
     Path(folder, f"{os.getpid()}.pid").touch()
     time.sleep(600)
@@ -141,6 +148,15 @@ def test_signal_reaches_the_ranks(tmp_path: Path) -> None:
     thread.join()
     assert alive(tmp_path) == []
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_signal_that_no_rank_heeds(tmp_path: Path) -> None:
+    """Catches a comparison that goes on with its next run."""
+    thread = when_all_run(tmp_path, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Stopped, match="SIGTERM, which came when the run was at its end") as stopped:
+        spawn_ranks(end_with_stop, 2, str(tmp_path), graceful=True)
+    assert stopped.value.signum == signal.SIGTERM
+    thread.join()
 
 
 def started_here() -> int:

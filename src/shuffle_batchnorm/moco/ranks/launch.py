@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from shuffle_batchnorm.moco.config import CALL, ConfigError
 
-from .spawn import StopRequest, noting_signals, spawn_ranks
+from .spawn import StopRequest, noting_signals, spawn_ranks, stop_late
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,13 @@ def launch(
         with noting() as stop:
             rank = Rank(index, size, found, stop)
             if is_grouped:
-                return _with_control(function, args, rank)
-            return _meet(function, args, rank, "env://", local_size)
+                result = _with_control(function, args, rank)
+            else:
+                result = _meet(function, args, rank, "env://", local_size)
+        # Ranks of torchrun agree on it themselves: not all of them may have the signal.
+        if size == 1:
+            stop_late(stop.signum)
+        return result
     # All of them here: what is refused is refused before a process starts.
     devices = [find_device(device, index, size, gpus) for index in range(size)]
     # They meet at a file in a folder of their own, not at a port: nobody else can have taken it.

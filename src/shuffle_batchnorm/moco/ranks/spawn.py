@@ -222,7 +222,22 @@ def _judge(outcomes: dict[int, _Outcome], asked: Sequence[int]) -> Any:
         # What a rank says of a peer that died is no more than an echo.
         is_echo = type(first) is RuntimeError or isinstance(first, dist.DistError)
         raise deaths[0] if deaths and is_echo else first
+    stop_late(*asked[:1])
     return outcomes[0].result
+
+
+def stop_late(signum: int = 0) -> None:
+    """Heed a signal that came after the last time that the run looked for one.
+
+    Without it a signal during the measurements at the end would be forgotten, and a comparison
+    would go on with its next run.
+
+    Raises:
+        Stopped: `signum` is not 0.
+    """
+    if signum:
+        name = signal.Signals(signum).name
+        raise Stopped(signum, f"stopped by {name}, which came when the run was at its end")
 
 
 def leave(code: int) -> NoReturn:
