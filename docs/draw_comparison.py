@@ -1,4 +1,4 @@
-"""Draw docs/leak_and_cure.png and docs/comparison_curves.png from the records of `make compare`.
+"""Draw docs/leak_and_cure.png and docs/comparison_*.png from the records of both comparisons.
 
 python docs/draw_comparison.py
 """
@@ -11,12 +11,18 @@ from shuffle_batchnorm.moco.comparison.figures import DRAWINGS
 from shuffle_batchnorm.moco.comparison.style import RC
 from shuffle_batchnorm.moco.comparison.summary import read_results
 
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "comparison.json"
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+# Picture: the file of records that it is of, and the drawing.
+PICTURES = {
+    "leak_and_cure": ("comparison_fashion", "leak_and_cure"),
+    "comparison_digits": ("comparison", "leak_and_cure"),
+    "comparison_curves": ("comparison", "curves"),
+}
 
 
 def main() -> None:
-    records = read_results(RESULTS)
-    for drawing, name in {"leak_and_cure": "leak_and_cure", "curves": "comparison_curves"}.items():
+    for name, (results, drawing) in PICTURES.items():
+        records = read_results(RESULTS / f"{results}.json")
         with mpl.rc_context(RC):
             figure = DRAWINGS[drawing](records)
             if figure is not None:
