@@ -63,7 +63,7 @@ def study(
     Raises:
         ConfigError: a run that can't be trained, or no seed (before any is).
         CheckpointError: a file that can't be read or written.
-        ResultsError: records of other cells than these.
+        ResultsError: records of other cells than these; none at all for the page.
         Stopped: a signal came; the run is saved.
     """
     if under_torchrun():
@@ -73,7 +73,7 @@ def study(
     if not report_only:
         train_all(plan, output, earlier, train)
     records = update(output, plan, earlier)
-    if records.runs:
+    if records.runs or report_only:
         print(f"The page: {write_page(output, records, command=command)}", flush=True)
     return records
 
@@ -121,8 +121,8 @@ def update(output: Path, plan: Sequence[Run], earlier: Path | None) -> Records:
     """Bring `records.json` up to date with the folders of the runs, and return what it holds."""
     path = output / RECORDS
     with folder_lock(output):
-        files = [read_records(one) for one in (earlier, path) if one is not None and one.exists()]
-        records = merged(*files, of_folders(plan))
+        paths = [earlier] * (earlier is not None) + [path] * path.exists()
+        records = merged(*map(read_records, paths), of_folders(plan))
         write_records(path, records)
     return records
 
