@@ -121,8 +121,9 @@ def update(output: Path, plan: Sequence[Run], earlier: Path | None) -> Records:
     """Bring `records.json` up to date with the folders of the runs, and return what it holds."""
     path = output / RECORDS
     with folder_lock(output):
-        paths = [earlier] * (earlier is not None) + [path] * path.exists()
-        records = merged(*map(read_records, paths), of_folders(plan))
+        files = [] if earlier is None else [read_records(earlier)]
+        files += [read_records(path)] if path.exists() else []
+        records = merged(*files, of_folders(plan))
         write_records(path, records)
     return records
 
