@@ -96,8 +96,11 @@ def read_records(runs: Path) -> list[Record]:
 
 
 def paired(records: Sequence[Record], baseline: str) -> list[Record]:
-    """Return each score of a `--bn` minus the baseline's: mean and standard error over seeds."""
-    found = {(one["bn"], one["seed"]): one for one in records}
+    """Return each score of a `--bn` minus the baseline's: mean and standard error over seeds.
+
+    A run that diverged has none: what is left of its scores would read as harm done by its `--bn`.
+    """
+    found = {(one["bn"], one["seed"]): one for one in records if not one.get("diverged")}
     rows = []
     for bn in sorted({bn for bn, _ in found} - {baseline}):
         for score in SCORES:
@@ -106,7 +109,7 @@ def paired(records: Sequence[Record], baseline: str) -> list[Record]:
                 for (other, seed), one in sorted(found.items())
                 if other == bn
                 and (baseline, seed) in found
-                and None not in (one[score], found[baseline, seed][score])
+                and None not in (one.get(score), found[baseline, seed].get(score))
             ]
             if differences:
                 rows.append({"bn": bn, "minus": baseline, "score": score, **_mean(differences)})
@@ -125,7 +128,7 @@ def print_summary(records: Sequence[Record], differences: Sequence[Record]) -> N
     print(f"\n{'--bn':>14}{'seed':>5}{heads}{'95 % of the leak':>20}{'images/s':>10}")
     for one in records:
         low, high = one["leak_interval"] or (None, None)
-        scores = "".join(f"{_written(one[name]):>9}" for name in SCORES)
+        scores = "".join(f"{_written(one.get(name)):>9}" for name in SCORES)
         interval = f"{_written(low)} to {_written(high)}"
         speed = f"{one['samples_per_second']:.0f}"
         print(f"{one['bn']:>14}{one['seed']:>5}{scores}{interval:>20}{speed:>10}")

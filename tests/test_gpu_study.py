@@ -53,7 +53,7 @@ def test_a_run_ends_in_the_table_beside_those_of_earlier_calls(
 
 
 def test_differences_are_paired_by_seed() -> None:
-    """Catches a mean over seeds that only one of the two has, and a diverged run taken for 0."""
+    """Catches a mean over seeds that only one of the two has, and scores of a diverged run."""
     records = [
         *(_record("local", seed, leak, 0.9) for seed, leak in enumerate((0.5, 0.7, 0.9))),
         *(_record("regroup", seed, leak, None) for seed, leak in enumerate((0.1, 0.1, None, 9.0))),
@@ -63,6 +63,12 @@ def test_differences_are_paired_by_seed() -> None:
     assert rows["leak"]["mean"] == pytest.approx(-0.5)
     assert rows["leak"]["standard_error"] == pytest.approx(0.1)
     assert "knn" not in rows
+    chance = _record("regroup", 0, None, 0.1) | {"diverged": True, "linear": None}
+    found = {row["score"]: row for row in gpu_study.paired([*records[:3], chance], "local")}
+    assert not found
+    older = {name: value for name, value in records[3].items() if name != "linear"}
+    rest = {row["score"] for row in gpu_study.paired([*records[:3], older], "local")}
+    assert rest == {"leak", "pretext_accuracy"}
 
 
 def test_a_run_that_fails_is_told_and_the_others_count(

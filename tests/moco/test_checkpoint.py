@@ -1,6 +1,7 @@
 """Checkpoints: whole or not there, and an error that says what to do."""
 
 import errno
+import fcntl
 import os
 import pickle
 import resource
@@ -18,6 +19,7 @@ from shuffle_batchnorm.moco.checkpoint import (
     PARTS,
     CheckpointError,
     DamagedError,
+    HeldError,
     State,
     folder_lock,
     load,
@@ -221,6 +223,26 @@ def test_one_run_per_folder(tmp_path: Path) -> None:
         assert (tmp_path / ".lock").exists()
     with folder_lock(tmp_path):
         pass
+
+
+def test_a_lock_that_is_removed_while_it_is_taken_is_taken_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches two in one folder: one holds the file, the other what was a file when it came."""
+    flock, calls = fcntl.flock, 0
+
+    def slow(file: Any, how: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 1:  # the one before is leaving just now
+            (tmp_path / ".lock").unlink()
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", slow)
+    with folder_lock(tmp_path):
+        assert (tmp_path / ".lock").exists()
+        with pytest.raises(HeldError), folder_lock(tmp_path, patience=0):
+            pass
 
 
 def test_a_run_that_is_refused_leaves_no_folder(tmp_path: Path) -> None:

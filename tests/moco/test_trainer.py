@@ -246,6 +246,13 @@ def test_a_linear_probe_at_the_end(tmp_path: Path) -> None:
     assert record["linear"] == evaluate_checkpoint(tmp_path / "last.pt")["linear"]
 
 
+def test_a_run_that_diverged_has_a_record_without_a_linear_probe(tmp_path: Path) -> None:
+    """Catches a classifier that is trained with NaN, which it refuses."""
+    record = train_quickly(small_config(tmp_path, epochs=1, linear=True, lr=1e30))
+    assert record["diverged"]
+    assert record["linear"] is None
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -284,4 +284,11 @@ def _locked(lock: Path) -> IO[str] | None:
         return None
     except OSError:  # a file system without locks
         pass
+    try:
+        is_there = os.path.samestat(os.fstat(file.fileno()), lock.stat())
+    except FileNotFoundError:
+        is_there = False
+    if not is_there:  # who had it has removed it meanwhile: it keeps nobody out
+        file.close()
+        return None
     return file

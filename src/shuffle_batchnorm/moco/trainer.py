@@ -199,8 +199,7 @@ class Trainer:
         # What has no finite features has no leak that could be measured.
         leak = None if diverged else self.measurements.leak()
         scales = {} if diverged else self.measurements.stability()
-        # Records without it are what they were before there was a flag.
-        linear = {"linear": self.measurements.linear()} if config.run.linear else {}
+        linear = self.measurements.linear() if config.run.linear and not diverged else None
         record: Record = {
             "seed": config.run.seed,
             "epochs": config.optim.epochs,
@@ -208,7 +207,8 @@ class Trainer:
             **asdict(config.norm),
             **leak_figures(leak),
             "knn": last["knn"],
-            **linear,
+            # Records without it are what they were before there was a flag.
+            **({"linear": linear} if config.run.linear else {}),
             "pretext_accuracy": last["pretext_accuracy"],
             "loss": last["loss"],
             "seconds": self.seconds,

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from moco.comparison.made_up import diverged_record, made_up_record, made_up_records
+from shuffle_batchnorm.moco.checkpoint import CheckpointError
 from shuffle_batchnorm.moco.comparison.figures import (
     DRAWINGS,
     draw_curves,
@@ -141,3 +142,10 @@ def test_files_are_those_that_could_be_drawn(tmp_path: Path) -> None:
         assert image.format == "PNG"
         assert image.width == round(6.9 * 200)
     assert saved["leak"].with_suffix(".pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_a_figure_that_cannot_be_written_is_a_users_matter(tmp_path: Path) -> None:
+    """Catches a full disk, say, that ends as a mistake of the program's."""
+    (tmp_path / "leak.png" / "in the way").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=r"can't write .*leak\.png: Is a directory"):
+        save_figures(tmp_path, made_up_records())

@@ -102,6 +102,7 @@ def test_a_missing_file(name: str, tmp_path: Path) -> None:
         (_idx(_IMAGES)[:-1], "damaged or no IDX file"),
         (_idx(_IMAGES) + b"\0", "damaged or no IDX file"),
         (_idx(_IMAGES)[:9], "damaged or no IDX file"),
+        (_idx(_IMAGES[:0]), "16 bytes, which begin with 00 00 08 03"),
         (_idx(_LABELS), r"images \[5\] and labels \[5\], not \[M, H, H\] and \[M\]"),
         (_idx(_IMAGES[:4]), r"images \[4, 28, 28\] and labels \[5\]"),
         (_idx(_IMAGES[:, :, :14]), "28 x 14"),

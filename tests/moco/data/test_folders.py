@@ -176,6 +176,18 @@ def test_what_should_be_known_is_said(tmp_path: Path) -> None:
     assert everything == ()
 
 
+def test_test_images_are_not_spoken_of_where_they_are_not_used(tmp_path: Path) -> None:
+    """Catches a warning of classes that kNN lacks, where it is measured on training images."""
+    _make(tmp_path)
+    assert load_data(DataConfig("imagefolder", tmp_path, image_size=8)).remarks
+    assert not load_data(DataConfig("imagefolder", tmp_path, 8, validation=True)).remarks
+    for part in ("train", "val"):
+        for name in ("b", "c"):
+            shutil.rmtree(tmp_path / part / name, ignore_errors=True)
+    [remark] = load_data(DataConfig("imagefolder", tmp_path, 8, validation=True)).remarks
+    assert "one class" in remark
+
+
 def test_many_missing_classes_are_counted(tmp_path: Path) -> None:
     for name in "abcdefgh":
         _save(tmp_path / "train" / name / "0.png", np.zeros((8, 8, 3), np.uint8))

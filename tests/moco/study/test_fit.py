@@ -100,3 +100,39 @@ def test_cells_with_few_seeds_are_left_out_and_missing_runs_are_not_zero() -> No
     assert np.isfinite(data.means).all()
     assert len(choose(data)[0].low) == 3
     assert collect(cells[:4]) is None
+
+
+def test_one_size_is_too_few_to_fit() -> None:
+    """Catches a γ that nothing was measured of, given with an interval of width 0."""
+    cells = [c for c in summarise(made_up_records()).values() if c.part == "grid" and c.n == 8]
+    assert len(cells) == 6
+    assert collect(cells) is None
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.01])
+def test_any_leaks_are_fitted(noise: float) -> None:
+    """Catches a search without end where only `local` leaks, and errors of zero."""
+    random = np.random.default_rng(0)
+    n, blocks = np.array(GRID, float).T
+    leaks = np.where(blocks == 1, 0.5, 0.0)[:, None] + noise * random.standard_normal(
+        (len(GRID), 5)
+    )
+    data = Data(n, blocks, leaks, spread_of(leaks))
+    assert (data.errors > 0).all()
+    fits = choose(data)
+    assert len(fits) == len(FAMILIES)
+    for one in fits:
+        assert np.isfinite([*one.values, one.chi2, one.score]).all()
+    assert fits[0].predict(8, 1) == pytest.approx(0.5, abs=0.02)
+    assert fits[0].predict(8, 4) == pytest.approx(0, abs=0.02)
+
+
+def test_seeds_that_cells_have_not_in_common_give_no_interval() -> None:
+    """Catches quantiles of no draw."""
+    data = planted(0)
+    pairs = np.full((len(GRID), 2 * len(GRID)), np.nan)
+    for cell, leaks in enumerate(data.leaks):
+        pairs[cell, 2 * cell : 2 * cell + 2] = leaks[:2]
+    best = choose(replace(data, leaks=pairs))[0]
+    assert not len(best.low)
+    assert not len(best.high)

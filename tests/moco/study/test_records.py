@@ -83,10 +83,23 @@ def test_a_file_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert len(path.read_text().splitlines()) == 3 + len(records.environments) + len(records.runs)
 
 
-@pytest.mark.parametrize("change", [{"cell": "n7-B1"}, {"changes": {"groups": 16}}])
-def test_records_of_other_cells_are_refused(change: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"cell": "n7-B1"}, "cell n7-B1 is not one of this version"),
+        ({"cell": ["n8-B1"]}, r"cell \['n8-B1'\] is not one of this version"),
+        ({"changes": {"groups": 16}}, "cell n8-B1 is not one of this version, or has other"),
+        ({"n": None}, "cell n8-B1 is not one of this version, or has other"),
+        ({"part": "control"}, "cell n8-B1 is not one of this version, or has other"),
+        ({"seed": "10"}, "the seed must be a whole number, got '10'"),
+    ],
+)
+def test_records_of_other_cells_are_refused(
+    change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    """Catches a file, written by hand or damaged, that ends as a mistake of the program's."""
     [run] = plan_of("n8-B1", tmp_path, (10,))
     path = tmp_path / "records.json"
     path.write_text(json.dumps({"records": [slim(run, {}) | change], "environments": []}))
-    with pytest.raises(ResultsError, match=r"^study: record 0 of .*records.json: cell n[78]-B1 "):
+    with pytest.raises(ResultsError, match=f"^study: record 0 of .*records.json: {message}"):
         read_records(path)

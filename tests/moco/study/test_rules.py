@@ -1,5 +1,6 @@
 """Rules from planted cells."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -42,3 +43,10 @@ def test_the_fewest_blocks_from_which_on_all_suffice() -> None:
 def test_local_may_suffice() -> None:
     [rule] = rules([cell(64, 1, 0.02), cell(64, 2, 0.01)])
     assert rule.cell is rule.local
+
+
+def test_what_diverges_does_not_suffice() -> None:
+    """Catches a rule from those seeds that were lucky."""
+    good = cell(8, 4, 0.02)
+    assert suffices(good)
+    assert not suffices(replace(good, diverged=1))

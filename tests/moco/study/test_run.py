@@ -9,10 +9,12 @@ import pytest
 from moco.study import fake_runs
 from moco.study.fake_runs import Record
 from shuffle_batchnorm.moco.checkpoint import CheckpointError, folder_lock
+from shuffle_batchnorm.moco.comparison.summary import ResultsError
 from shuffle_batchnorm.moco.config import Config, ConfigError
 from shuffle_batchnorm.moco.ranks.spawn import Stopped
 from shuffle_batchnorm.moco.study import run
 from shuffle_batchnorm.moco.study.cells import chosen
+from shuffle_batchnorm.moco.study.page import write_page
 from shuffle_batchnorm.moco.study.records import Records
 from shuffle_batchnorm.moco.study.run import study
 
@@ -144,7 +146,17 @@ def test_a_page_from_committed_records_alone(tmp_path: Path, pages: list[list[Re
     assert {path.name for path in (tmp_path / "b").iterdir()} == {"records.json"}
 
 
-def test_records_that_are_not_there_are_refused(tmp_path: Path) -> None:
-    """Catches a mistyped path, with which everything would be trained again."""
-    with pytest.raises(CheckpointError, match=r"can't read .*nothing\.json"):
-        study(tmp_path, (10,), CELLS, earlier=tmp_path / "nothing.json", train=Trainer())
+@pytest.mark.parametrize("report_only", [True, False])
+def test_records_that_are_not_there_are_an_error(report_only: bool, tmp_path: Path) -> None:
+    """Catches a wrong path after which all is trained again."""
+    trainer, nowhere = Trainer(), tmp_path / "none.json"
+    with pytest.raises(CheckpointError, match=r"can't read .*none\.json: No such file"):
+        study(tmp_path, (10,), CELLS, earlier=nowhere, report_only=report_only, train=trainer)
+    assert not trainer.trained
+
+
+def test_a_page_of_nothing_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a wrong --output that ends as if there were a page."""
+    monkeypatch.setattr(run, "write_page", write_page)
+    with pytest.raises(ResultsError, match="holds no record"):
+        study(tmp_path, (10,), CELLS, report_only=True)

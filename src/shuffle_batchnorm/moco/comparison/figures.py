@@ -4,6 +4,7 @@ Every `draw_...` returns a Figure, or None where the records lack what it shows.
 same colour, line and marker in all of them.
 """
 
+import io
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -15,6 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
+
+from shuffle_batchnorm.moco.checkpoint import write_atomically
 
 from .style import INK, PAGE, RC, Style, style_of, wrapped
 from .summary import Record, Summary, by_bn, diverged, number, summarise
@@ -100,7 +103,11 @@ DRAWINGS: dict[str, Callable[[Sequence[Record]], Figure | None]] = {
 
 
 def save_figures(folder: Path, records: Sequence[Record]) -> dict[str, Path]:
-    """Draw all figures that the records allow, as PNG and PDF; name to the path of the PNG."""
+    """Draw all figures that the records allow, as PNG and PDF; name to the path of the PNG.
+
+    Raises:
+        CheckpointError: see `save_figure`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     saved = {}
     for name, draw in DRAWINGS.items():
@@ -109,10 +116,21 @@ def save_figures(folder: Path, records: Sequence[Record]) -> dict[str, Path]:
             if figure is None:
                 continue
             saved[name] = folder / f"{name}.png"
-            figure.savefig(saved[name])
+            save_figure(figure, saved[name])
             # Without a date, so that the same records give the same file.
-            figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
+            save_figure(figure, folder / f"{name}.pdf", metadata={"CreationDate": None})
     return saved
+
+
+def save_figure(figure: Figure, path: Path, **options: Any) -> None:
+    """Write a figure as what its file's name says, in one step.
+
+    Raises:
+        CheckpointError: the disk is full, say; the old file is as it was.
+    """
+    content = io.BytesIO()
+    figure.savefig(content, format=path.suffix.removeprefix("."), **options)
+    write_atomically(path, content.getvalue())
 
 
 def draw_band(axes: Axes, drawn: Band, style: Style) -> None:

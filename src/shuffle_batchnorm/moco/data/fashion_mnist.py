@@ -87,7 +87,7 @@ def _read_idx(folder: Path, name: str, call: str) -> Tensor:
     axes = content[3] if content[:3] == b"\0\0\x08" and len(content) > 3 else 0
     begin = 4 + 4 * axes
     shape = [int.from_bytes(content[at : at + 4]) for at in range(4, begin, 4)]
-    if not axes or len(content) != begin + math.prod(shape):
+    if not axes or not math.prod(shape) or len(content) != begin + math.prod(shape):
         raise DataError(
             f"{call}: {path.name} is damaged or no IDX file of bytes: {len(content)} bytes, which "
             f"begin with {content[:4].hex(' ') or 'nothing'}"

@@ -52,6 +52,8 @@ def load_data(config: DataConfig) -> Images:
         images,
         train=Subset(images.train, kept),
         test=Subset(images.train, numbers[::_VALIDATION]),
+        # What is said of several classes is of those among the test images.
+        remarks=images.remarks if images.classes < 2 else (),
     )
 
 

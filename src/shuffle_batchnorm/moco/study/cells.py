@@ -116,18 +116,18 @@ def chosen(pattern: str) -> tuple[Cell, ...]:
     """The cells whose names match one of the patterns, which commas separate.
 
     Raises:
-        ConfigError: none does.
+        ConfigError: a pattern that matches none.
 
     Example:
         >>> [cell.name for cell in chosen("n4-*,n8-B[12]")]
         ['n4-B1', 'n4-B2', 'n4-B3', 'n4-B4', 'n8-B1', 'n8-B2']
     """
     patterns = [one.strip() for one in pattern.split(",")]
-    found = tuple(cell for cell in CELLS if any(fnmatchcase(cell.name, one) for one in patterns))
-    if not found:
-        names = ", ".join(cell.name for cell in CELLS)
-        raise ConfigError(f"{CALL}: --cells {pattern} matches none of {names}")
-    return found
+    names = [cell.name for cell in CELLS]
+    for one in patterns:
+        if not any(fnmatchcase(name, one) for name in names):
+            raise ConfigError(f"{CALL}: --cells {one} matches none of {', '.join(names)}")
+    return tuple(cell for cell in CELLS if any(fnmatchcase(cell.name, one) for one in patterns))
 
 
 def configure(cell: Cell, seed: int, output: Path, data_path: Path | None = None) -> Config:

@@ -5,21 +5,23 @@ the root of their number; as few seeds know a deviation badly, it is taken as a 
 over all cells.
 """
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy.optimize import OptimizeWarning, curve_fit, nnls
+from scipy.optimize import least_squares, nnls
 from scipy.special import gammaln, ndtri, stdtrit
 
 from shuffle_batchnorm.moco.comparison.summary import CONFIDENCE
+from shuffle_batchnorm.moco.config import LEAK_BATCHES, LEAK_KEYS
 
 from .law import FAMILIES, Array, Family
 from .summary import CellSummary
 
 REPLICATES = 400
 SEEDS_TO_FIT = 2  # of a cell; their deviation is known from all cells together
+# One key of those that a leak is counted with: no leak is known better than that.
+RESOLUTION = 1 / (LEAK_BATCHES * LEAK_KEYS)
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Data:
     def error(self, leak: Array, seeds: Array) -> Array:
         """The standard error of a mean of so many seeds about a leak."""
         deviation = self.spread[0] + self.spread[1] * np.maximum(leak, 0)
-        return np.asarray(deviation / np.sqrt(seeds))
+        return np.asarray(np.maximum(deviation, RESOLUTION) / np.sqrt(seeds))
 
     def only(self, kept: Array) -> "Data":
         """Some of the cells."""
@@ -67,7 +69,8 @@ class Fit:
         values: its parameters.
         chi2: squared misfit in standard errors, per degree of freedom; 1 if nothing but noise.
         left_out: of each cell, by how many standard errors a fit without it misses it.
-        low, high: the 95 % interval of each parameter, over seeds; empty if not asked for.
+        low, high: the 95 % interval of each parameter, over seeds; empty if not asked for, or if
+            the cells have too few seeds in common.
     """
 
     family: Family
@@ -105,9 +108,10 @@ class Prediction:
 
 
 def collect(cells: Sequence[CellSummary]) -> Data | None:
-    """The cells that have seeds enough; None if these cells are too few to fit."""
+    """The cells that have seeds enough; None if these are too few to fit, or all of one size."""
     some = [cell for cell in cells if len(cell.leaks) >= SEEDS_TO_FIT]
-    if len(some) <= max(len(family.parameters) for family in FAMILIES) + 1:
+    too_few = len(some) <= max(len(family.parameters) for family in FAMILIES) + 1
+    if too_few or len({cell.n for cell in some}) < 2:
         return None
     seeds = sorted({seed for cell in some for seed in cell.leaks})
     leaks = np.array([[cell.leaks.get(seed, np.nan) for seed in seeds] for cell in some])
@@ -126,18 +130,19 @@ def spread_of(leaks: Array) -> Array:
 
 
 def parameters_of(family: Family, data: Data, means: Array, start: Array | None = None) -> Array:
-    """The parameters with the least squares, weighted by the cells' errors."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", OptimizeWarning)
-        found, _ = curve_fit(
-            lambda cells, *values: family.leak(*cells, *values),
-            np.stack([data.n, data.blocks]),
-            means,
-            p0=family.start if start is None else start,
-            sigma=data.errors,
-            maxfev=20_000,
+    """The parameters with the least squares, weighted by the cells' errors.
+
+    Where the cells leave a parameter open, it ends wherever the search is given up.
+    """
+
+    def misses(values: Array) -> Array:
+        return np.asarray((family.leak(data.n, data.blocks, *values) - means) / data.errors)
+
+    with np.errstate(over="ignore", invalid="ignore"):  # steps too far, which are taken back
+        found = least_squares(
+            misses, family.start if start is None else start, method="lm", x_scale="jac"
         )
-    return np.asarray(found)
+    return np.asarray(found.x)
 
 
 def fit(family: Family, data: Data) -> Fit:
@@ -159,7 +164,8 @@ def with_intervals(found: Fit, data: Data, replicates: int, seed: int = 0) -> Fi
     """Draw the seeds again, all cells together, and take the parameters' quantiles.
 
     As in `measure_leak`, their distances from the estimate are multiplied by √(k / (k − 1)) · t / z
-    for k seeds, without which few seeds cover too rarely.
+    for k seeds, without which few seeds cover too rarely. Draws that leave a cell without a seed
+    don't count.
     """
     k, random = data.leaks.shape[1], np.random.default_rng(seed)
     drawn = []
@@ -168,6 +174,8 @@ def with_intervals(found: Fit, data: Data, replicates: int, seed: int = 0) -> Fi
         if np.isfinite(leaks).any(axis=1).all():
             means = np.nanmean(leaks, axis=1)
             drawn.append(parameters_of(found.family, data, means, found.values))
+    if len(drawn) < replicates / 2:
+        return found
     tail = (1 + CONFIDENCE) / 2
     wider = np.sqrt(k / (k - 1)) * stdtrit(k - 1, tail) / ndtri(tail)
     low, high = np.quantile(drawn, [1 - tail, tail], axis=0)

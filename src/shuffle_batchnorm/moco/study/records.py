@@ -14,7 +14,7 @@ from shuffle_batchnorm.moco.comparison.summary import Record, ResultsError, chec
 from shuffle_batchnorm.moco.config import to_dict
 from shuffle_batchnorm.moco.journal import CONFIG
 
-from .cells import BATCH, CALL, CELLS, Run
+from .cells import BATCH, CALL, CELLS, Cell, Run
 
 CELL_BY_NAME = {cell.name: cell for cell in CELLS}
 _ORDER = {name: position for position, name in enumerate(CELL_BY_NAME)}
@@ -34,17 +34,22 @@ class Records(NamedTuple):
 
 def slim(run: Run, record: Record) -> Record:
     """What the study keeps of a run: its cell, n, B and G, and what was measured."""
-    norm = run.config.norm
+    measured = {key: record[key] for key in KEPT if key in record}
+    return {**described(run.cell, run.seed), **measured}
+
+
+def described(cell: Cell, seed: int) -> Record:
+    """What the record of a run says before it is trained."""
+    groups, bn = cell.changes["groups"], cell.changes["bn"]
     return {
-        "cell": run.cell.name,
-        "seed": run.seed,
-        "part": run.cell.part,
-        "n": run.cell.changes.get("batch_size", BATCH) // norm.groups,
-        "B": 1 if norm.bn == "local" else norm.blocks,
-        "G": norm.groups,
-        "bn": norm.bn,
-        "changes": run.cell.changes,
-        **{key: record[key] for key in KEPT if key in record},
+        "cell": cell.name,
+        "seed": seed,
+        "part": cell.part,
+        "n": cell.changes.get("batch_size", BATCH) // groups,
+        "B": 1 if bn == "local" else cell.changes["blocks"],
+        "G": groups,
+        "bn": bn,
+        "changes": cell.changes,
     }
 
 
@@ -90,8 +95,10 @@ def read_records(path: Path) -> Records:
     for position, record in enumerate(held["records"]):
         source = f"record {position} of {path}"
         check_record(record, source)
-        cell = CELL_BY_NAME.get(record.get("cell"))
-        if cell is None or record.get("changes") != cell.changes:
+        seed, cell = record["seed"], CELL_BY_NAME.get(str(record.get("cell")))
+        if not isinstance(seed, int):
+            raise ResultsError(f"{CALL}: {source}: the seed must be a whole number, got {seed!r}")
+        if cell is None or not described(cell, seed).items() <= record.items():
             raise ResultsError(
                 f"{CALL}: {source}: cell {record.get('cell')} is not one of this version, or has "
                 "other settings there"

@@ -27,9 +27,9 @@ class Rule:
 
 
 def suffices(cell: CellSummary) -> bool:
-    """Whether the upper end of the leak's interval over seeds is negligible."""
+    """Whether the upper end of the leak's interval over seeds is negligible, and none diverged."""
     high = cell.leak.high if cell.leak and len(cell.leaks) >= SEEDS_FOR_SPREAD else None
-    return high is not None and high < NEGLIGIBLE
+    return not cell.diverged and high is not None and high < NEGLIGIBLE
 
 
 def rules(cells: Iterable[CellSummary]) -> list[Rule]:

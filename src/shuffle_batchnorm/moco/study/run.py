@@ -63,7 +63,7 @@ def study(
     Raises:
         ConfigError: a run that can't be trained, or no seed (before any is).
         CheckpointError: a file that can't be read or written.
-        ResultsError: records of other cells than these, or none to report.
+        ResultsError: records of other cells than these; none at all for the page.
         Stopped: a signal came; the run is saved.
     """
     if under_torchrun():
@@ -121,8 +121,9 @@ def update(output: Path, plan: Sequence[Run], earlier: Path | None) -> Records:
     """Bring `records.json` up to date with the folders of the runs, and return what it holds."""
     path = output / RECORDS
     with folder_lock(output):
-        files = [one for one in (earlier, path if path.exists() else None) if one is not None]
-        records = merged(*map(read_records, files), of_folders(plan))
+        files = [] if earlier is None else [read_records(earlier)]
+        files += [read_records(path)] if path.exists() else []
+        records = merged(*files, of_folders(plan))
         write_records(path, records)
     return records
 
