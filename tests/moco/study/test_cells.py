@@ -1,6 +1,7 @@
 """The cells: how many, which, and that each can be trained."""
 
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from shuffle_batchnorm.moco.build import normalise_key
 from shuffle_batchnorm.moco.config import Config, ConfigError, flat
 from shuffle_batchnorm.moco.networks import make_encoder
 from shuffle_batchnorm.moco.study.cells import (
+    BASE,
     CELLS,
     HELD_OUT,
     SEEDS,
@@ -115,6 +117,18 @@ def test_a_run_is_the_base_with_the_changes_of_its_cell() -> None:
         assert {name: run[name] for name in cell.changes} == cell.changes
         changed = {name for name in run if run[name] != base[name]} - {"output"}
         assert changed <= cell.changes.keys(), cell.name
+
+
+def test_later_defaults_change_no_cell() -> None:
+    """Catches a setting of `train` that the study leaves to its default of the day."""
+    config = Config()
+    parts = [asdict(part) for part in (config.network, config.moco, config.optim)]
+    assert BASE.keys() == {name for part in parts for name in part} | {"offset"}
+    for cell in CELLS:
+        run = flat(configure(cell, 10, Path()))
+        assert {name: run[name] for name in BASE} == {
+            name: cell.changes.get(name, value) for name, value in BASE.items()
+        }
 
 
 def test_runs_are_seed_by_seed(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """What the study trains: cells, each a name and what differs from the base, and their runs.
 
-The base is `train` as it comes, on one process. n is the number of samples in a group, G the number
-of groups and B the number of blocks that each is cut into; B = 1 is mode ``local``.
+The base is `train` on one process, with settings that later defaults don't change. n is the number
+of samples in a group, G the number of groups and B the number of blocks that each is cut into;
+B = 1 is mode ``local``.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,14 @@ from shuffle_batchnorm.moco.config import Config, ConfigError, Dataset, RunConfi
 CALL = "study"
 # Not 0 to 4, with which the defaults of `train` were chosen.
 SEEDS = (10, 11, 12, 13, 14)
-BATCH = Config().optim.batch_size
+BATCH = 256
+# The defaults of `train` when the study was made: the rules that come of it may change them.
+BASE: dict[str, Any] = {
+    "network": "small", "depth": 4, "stem": "auto", "dim": 128, "mlp": True, "offset": 1,
+    "queue": 1024, "momentum": 0.99, "temperature": 0.07, "symmetric": False, "buffers": "own",
+    "epochs": 60, "batch_size": BATCH, "lr": 0.12, "sgd_momentum": 0.9, "weight_decay": 5e-4,
+    "warmup_epochs": 0, "accumulate": 1,
+}  # fmt: skip
 GROUP = 8  # samples, wherever it is not the group that differs
 FASHION_EPOCHS, FASHION_SEEDS = 5, 3
 # By their share of the leak of `local`, the largest first, as measured in a prototype.
@@ -144,7 +152,7 @@ def configure(cell: Cell, seed: int, output: Path, data_path: Path | None = None
         )
     )
     moved = {"data_path": data_path} if "dataset" in cell.changes else {}
-    for name, value in (cell.changes | moved).items():
+    for name, value in (BASE | cell.changes | moved).items():
         [part] = [one for one, values in asdict(config).items() if name in values]
         config = replace(config, **{part: replace(getattr(config, part), **{name: value})})
     return config

@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from shuffle_batchnorm.moco.comparison.figures import save_figure
 from shuffle_batchnorm.moco.comparison.style import INK, OTHERS, PAGE, RC, STYLES
 from shuffle_batchnorm.moco.comparison.summary import Estimate
 
@@ -265,5 +266,5 @@ def save_figures(folder: Path, analysis: Analysis) -> dict[str, Path]:
             figure = draw(analysis)
             if figure is not None:
                 saved[name] = folder / f"{name}.png"
-                figure.savefig(saved[name])
+                save_figure(figure, saved[name])
     return saved
