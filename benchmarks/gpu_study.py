@@ -5,15 +5,15 @@
 What `make gpu-study` runs, with any Python that has what `NEEDED` lists. Each run is the trainer's
 own command, in a process with a time limit, all of them at once, within 8 minutes; its checkpoints
 and its record are in RUNS/BN-seedK. OUT gets its log; study.json, what became of each; and
-summary.json: all records in RUNS, and differences paired by seed. The same command goes on with
-what was cut off and doesn't repeat what has ended, so other --bn or --seeds are added by another
-call. Exit status 1 if a run did not end. `--tiny` tries the program on any device, with digits.
+summary.json: all records in RUNS, of which a table is printed, with differences paired by seed. The
+same command goes on with what was cut off and doesn't repeat what has ended, so other --bn or
+--seeds are added by another call. Exit status 1 if a run did not end. `--tiny` tries the program on
+any device, with digits.
 """
 
 import argparse
 import json
 import signal
-import statistics
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -60,7 +60,6 @@ TINY = {
     "--lr": "0.03",
     "--device": "cpu",
 }
-SCORES = {"leak": "leak", "knn": "kNN", "linear": "linear", "pretext_accuracy": "pretext"}
 Record = dict[str, Any]
 
 
@@ -95,60 +94,11 @@ def read_records(runs: Path) -> list[Record]:
     return [json.loads(path.read_text()) for path in sorted(runs.glob("*/record.json"))]
 
 
-def paired(records: Sequence[Record], baseline: str) -> list[Record]:
-    """Return each score of a `--bn` minus the baseline's: mean and standard error over seeds.
-
-    A run that diverged has none: what is left of its scores would read as harm done by its `--bn`.
-    """
-    found = {(one["bn"], one["seed"]): one for one in records if not one.get("diverged")}
-    rows = []
-    for bn in sorted({bn for bn, _ in found} - {baseline}):
-        for score in SCORES:
-            differences = [
-                one[score] - found[baseline, seed][score]
-                for (other, seed), one in sorted(found.items())
-                if other == bn
-                and (baseline, seed) in found
-                and None not in (one.get(score), found[baseline, seed].get(score))
-            ]
-            if differences:
-                rows.append({"bn": bn, "minus": baseline, "score": score, **_mean(differences)})
-    return rows
-
-
-def _mean(values: list[float]) -> Record:
-    count = len(values)
-    error = statistics.stdev(values) / count**0.5 if count > 1 else None
-    return {"mean": statistics.fmean(values), "standard_error": error, "seeds": count}
-
-
-def print_summary(records: Sequence[Record], differences: Sequence[Record]) -> None:
-    """Print a line for each run, and one for each paired difference."""
-    heads = "".join(f"{name:>9}" for name in SCORES.values())
-    print(f"\n{'--bn':>14}{'seed':>5}{heads}{'95 % of the leak':>20}{'images/s':>10}")
-    for one in records:
-        low, high = one["leak_interval"] or (None, None)
-        scores = "".join(f"{_written(one.get(name)):>9}" for name in SCORES)
-        interval = f"{_written(low)} to {_written(high)}"
-        speed = f"{one['samples_per_second']:.0f}"
-        print(f"{one['bn']:>14}{one['seed']:>5}{scores}{interval:>20}{speed:>10}")
-    for row in differences:
-        error = f" ± {_written(row['standard_error'])}" if row["seeds"] > 1 else ""
-        which = f"{row['bn']} - {row['minus']}, {SCORES[row['score']]}"
-        seeds = f"{row['seeds']} seed{'s' if row['seeds'] > 1 else ''}, paired"
-        print(f"{which}: {_written(row['mean'])}{error} ({seeds})")
-
-
-def _written(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
-
-
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--dataset", default="fashion-mnist", choices=("fashion-mnist", "cifar10"))
     parser.add_argument("--data-path", type=Path, metavar="FOLDER", help="as the trainer's")
     parser.add_argument("--bn", nargs="+", default=["local", "regroup"])
-    parser.add_argument("--baseline", default="local", help="what the others are compared with")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--out", type=Path, default=RESULTS / "gpu", metavar="FOLDER")
@@ -167,15 +117,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         need = " ".join(packages)
         print(f"gpu-study: {sys.executable} lacks {need}: {sys.executable} -m pip install {need}")
         return 1
+    # Not at the top: scipy may be missing.
+    from shuffle_batchnorm.moco.comparison.tables import markdown_table
+
     out, runs = arguments.out.resolve(), arguments.runs.resolve()
     out.mkdir(parents=True, exist_ok=True)
     parts = run_parts(arguments, runs)
     rows = gpu_check.run(parts, "study", out, arguments.patience * TOTAL, jobs=len(parts))
     records = read_records(runs)
-    differences = paired(records, arguments.baseline)
-    print_summary(records, differences)
+    if records:
+        print(f"\n{markdown_table(records)}", flush=True)
     commands = {part.name: part.command[1:] for part in parts}
-    harness.save("summary", records, folder=out, commands=commands, paired=differences)
+    harness.save("summary", records, folder=out, commands=commands)
     return 0 if rows and all(row["outcome"] == "passed" for row in rows) else 1
 
 
