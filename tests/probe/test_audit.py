@@ -227,8 +227,19 @@ def test_errors_name_the_call(model: Any, error: type[Exception], message: str) 
         audit(model, torch.randn(4, 2))
 
 
+class _Scores(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return (x - x.mean(dim=0)).sum(dim=1), x[:, :0]
+
+
+def test_one_number_a_sample_is_enough() -> None:
+    """Beside a tensor that has none."""
+    assert audit(_Scores(), torch.randn(8, 2)).shares == {"_Scores": 1}
+
+
 def test_equal_outputs_that_depend_on_the_batch_have_no_scale() -> None:
-    report = audit(_Mean(), torch.randn(8, 2))
+    """Seven equal numbers have a mean that differs from them by rounding."""
+    report = audit(_Mean(), torch.randn(7, 2).double())
     assert report.dependence == float("inf")
     assert report.shares == {"_Mean": 1}
 

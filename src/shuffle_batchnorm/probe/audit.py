@@ -153,7 +153,9 @@ class _Audit:
             means = found.mean(dim=0).tolist()
             shares = dict(zip([names[player] for player in players], means, strict=True))
             intervals = dict(zip(shares, spans, strict=True))
-        dependence = 0.0 if not change else change / spread if spread else math.inf
+        # What differs by the rounding of a mean alone is the same.
+        is_spread = spread > 1e-12 * self._rms(everything)
+        dependence = 0.0 if not change else change / spread if is_spread else math.inf
         kinds = {name: type(modules[name]).__name__ for name in shares}
         return AuditReport(dependence, shares, intervals, kinds, int(samples), int(probes))
 
@@ -254,12 +256,13 @@ class _Audit:
         """Return all numbers that the model gives for each sample: ``[count, D]``, float64."""
         output = self._pass(inputs)
         leaves = [
-            leaf.detach().to("cpu", torch.float64).flatten(1)
+            leaf.detach().to("cpu", torch.float64).reshape(count, -1)
             for leaf in pytree.tree_leaves(output)
             if isinstance(leaf, Tensor)
             and leaf.is_floating_point()
             and leaf.ndim
             and len(leaf) == count
+            and leaf.numel()
         ]
         if not leaves:
             kind = (
