@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from probe.audited import Centre, planted
+from probe.audited import After, Centre, planted
 from probe.known_leaks import convolutional, one_thread
 from shuffle_batchnorm import AuditReport, ShuffleBatchNorm, ShuffledEncoder, audit
 from shuffle_batchnorm.probe.patching import patched
@@ -102,6 +102,25 @@ def test_shares_can_be_negative() -> None:
     x, others = torch.tensor([[0.0, 1.0]] * 3), torch.tensor([[10.0, 0.1]])
     report = audit(_Gate(), x, replace=others)
     assert report.shares == pytest.approx({"through": 1.75, "gate": -0.75})
+
+
+def test_both_a_container_and_the_layer_in_it_have_a_share() -> None:
+    """Catches a search that ends at the layer."""
+    report = audit(nn.Sequential(nn.Linear(4, 4), After()), torch.randn(32, 4))
+    assert list(report.kinds.values()) == ["BatchNorm1d", "After"]
+    assert sum(report.shares.values()) == pytest.approx(1, abs=1e-9)
+    assert all(abs(share) > 0.01 for share in report.shares.values())
+
+
+@pytest.mark.parametrize("depth", [0, 4])
+def test_nesting_costs_nothing_where_containers_do_not_mix(depth: int) -> None:
+    model: nn.Module = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
+    calls: list[None] = []
+    model[0].register_forward_hook(lambda *_: calls.append(None))  # type: ignore[index]
+    for _ in range(depth):
+        model = nn.Sequential(model)
+    audit(model, torch.randn(16, 8))
+    assert len(calls) == 6
 
 
 def test_dropout_is_the_same_in_all_passes() -> None:
