@@ -190,6 +190,15 @@ def test_wrapped_and_compiled_models() -> None:
     assert audit(ShuffledEncoder(model), x).shares == {"ShuffledEncoder": 1}
 
 
+@pytest.mark.filterwarnings("ignore")  # of torch.jit, that it is deprecated
+def test_a_scripted_module_is_one_player() -> None:
+    model: Any = torch.jit.trace(nn.BatchNorm1d(4), torch.randn(3, 4), check_trace=False)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    report = audit(nn.Sequential(nn.Linear(4, 4), model), torch.randn(16, 4))
+    assert list(report.shares) == ["1"]
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
 class _Counting(nn.Module):
     def __init__(self) -> None:
         super().__init__()
