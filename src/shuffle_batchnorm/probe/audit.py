@@ -60,7 +60,7 @@ def audit(
     if that reproduces the change (it doesn't with dropout), else one. Memory: twice that of a
     training step, as inputs and outputs of all modules are kept for a time.
 
-    Communication: what the model does, called by all ranks; 2 KiB from every rank to every rank,
+    Communication: what the model does, called by all ranks; 4 KiB from every rank to every rank,
     and some numbers per module and pass.
 
     Args:
@@ -139,6 +139,8 @@ class _Audit:
 
     def report(self, modules: dict[str, nn.Module]) -> AuditReport:
         everything = self._outputs(self.base, self.rows.count)
+        terms = {"the numbers in a sample's outputs": everything.shape[1]}
+        agreement.agree(CALL, terms, None, self.world)
         trained = everything[self.rows.probes]
         fresh = self._outputs(self.fresh, self.rows.count)[self.rows.probes]
         change, spread = self._rms(fresh - trained), self._spread(everything)
