@@ -112,6 +112,25 @@ def test_both_a_container_and_the_layer_in_it_have_a_share() -> None:
     assert all(abs(share) > 0.01 for share in report.shares.values())
 
 
+class _Reordering(nn.Module):
+    """Shows a layer its samples in another order, as MoCo's shuffle does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norm(x.flip(0))
+        return y.flip(0)
+
+
+def test_a_container_that_reorders_has_the_share_of_what_it_hides() -> None:
+    """Catches a share for the layer inside, whose rows are not those of the batch."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Sigmoid(), _Reordering())
+    shares = audit(model, torch.randn(16, 4)).shares
+    assert shares == pytest.approx({"1": 0, "3.norm": 0, "3": 1})
+
+
 @pytest.mark.parametrize("depth", [0, 4])
 def test_nesting_costs_nothing_where_containers_do_not_mix(depth: int) -> None:
     model: nn.Module = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))

@@ -81,8 +81,8 @@ def audit(
         An `AuditReport`, the same on all ranks.
 
     Raises:
-        TypeError: `model` is no module; no tensor in `inputs` or in the output; `replace` of
-            another structure.
+        TypeError: `model` is no module; no tensor in `inputs` or in the output; probes that are no
+            ints; `replace` of another structure or with numbers that `inputs` can't hold.
         ValueError: fewer than 2 samples; probes out of range; other samples that can't be replaced
             or are replaced by equal ones; outputs that are not finite; a model that gives other
             outputs when it is called again; ranks that disagree.
