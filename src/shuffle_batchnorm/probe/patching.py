@@ -163,6 +163,7 @@ class _Patch:
     ) -> None:
         self.rows, self.base, self.fresh, self.coalitions = rows, base, fresh, coalitions
         self.counts: Counter[nn.Module] = Counter()
+        self.stacked = stacked
         # Inside a call of a whole batch: its coalition, and the innermost module patched.
         self.active = None if stacked else coalitions[0]
         self.inside: nn.Module | None = None
@@ -194,8 +195,11 @@ class _Patch:
         returned = _call(self.fresh if outside in coalition else self.base, module, number)
         args, kwargs = pytree.tree_unflatten(self.rows.complete(leaves, given.inputs), spec)
         self.inside = module
-        outputs, spec = pytree.tree_flatten(forward(*args, **kwargs))
+        output = forward(*args, **kwargs)
         self.inside = outside
+        if outside is None and self.stacked:  # only the probes go on
+            return output
+        outputs, spec = pytree.tree_flatten(output)
         return pytree.tree_unflatten(self.rows.complete(outputs, returned.outputs), spec)
 
     def _part(self, leaf: Any, k: int) -> Any:
