@@ -74,6 +74,18 @@ class Both(nn.Module):
         return y
 
 
+class After(nn.Module):
+    """Mixes in a layer, and by its own code behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norm(x).sigmoid()
+        return y / y.mean(dim=0)
+
+
 # What mixes, and the name of the player inside it.
 MIXING: dict[str, tuple[Any, str]] = {
     "batch norm": (lambda: nn.BatchNorm1d(8), ""),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from probe.audited import Centre, planted
+from probe.audited import After, Centre, planted
 from probe.known_leaks import convolutional, one_thread
 from shuffle_batchnorm import AuditReport, ShuffleBatchNorm, ShuffledEncoder, audit
 from shuffle_batchnorm.probe.patching import patched
@@ -104,6 +104,44 @@ def test_shares_can_be_negative() -> None:
     assert report.shares == pytest.approx({"through": 1.75, "gate": -0.75})
 
 
+def test_both_a_container_and_the_layer_in_it_have_a_share() -> None:
+    """Catches a search that ends at the layer."""
+    report = audit(nn.Sequential(nn.Linear(4, 4), After()), torch.randn(32, 4))
+    assert list(report.kinds.values()) == ["BatchNorm1d", "After"]
+    assert sum(report.shares.values()) == pytest.approx(1, abs=1e-9)
+    assert all(abs(share) > 0.01 for share in report.shares.values())
+
+
+class _Reordering(nn.Module):
+    """Shows a layer its samples in another order, as MoCo's shuffle does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norm(x.flip(0))
+        return y.flip(0)
+
+
+def test_a_container_that_reorders_has_the_share_of_what_it_hides() -> None:
+    """Catches a share for the layer inside, whose rows are not those of the batch."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Sigmoid(), _Reordering())
+    shares = audit(model, torch.randn(16, 4)).shares
+    assert shares == pytest.approx({"1": 0, "3.norm": 0, "3": 1})
+
+
+@pytest.mark.parametrize("depth", [0, 4])
+def test_nesting_costs_nothing_where_containers_do_not_mix(depth: int) -> None:
+    model: nn.Module = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
+    calls: list[None] = []
+    model[0].register_forward_hook(lambda *_: calls.append(None))  # type: ignore[index]
+    for _ in range(depth):
+        model = nn.Sequential(model)
+    audit(model, torch.randn(16, 8))
+    assert len(calls) == 6
+
+
 def test_dropout_is_the_same_in_all_passes() -> None:
     """Catches stacked passes that are trusted where rows drop otherwise."""
     layers = [nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(0.5)]
@@ -171,6 +209,15 @@ def test_wrapped_and_compiled_models() -> None:
     assert audit(ShuffledEncoder(model), x).shares == {"ShuffledEncoder": 1}
 
 
+@pytest.mark.filterwarnings("ignore")  # of torch.jit, that it is deprecated
+def test_a_scripted_module_is_one_player() -> None:
+    model: Any = torch.jit.trace(nn.BatchNorm1d(4), torch.randn(3, 4), check_trace=False)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    report = audit(nn.Sequential(nn.Linear(4, 4), model), torch.randn(16, 4))
+    assert list(report.shares) == ["1"]
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
 class _Counting(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -227,8 +274,19 @@ def test_errors_name_the_call(model: Any, error: type[Exception], message: str) 
         audit(model, torch.randn(4, 2))
 
 
+class _Scores(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return (x - x.mean(dim=0)).sum(dim=1), x[:, :0]
+
+
+def test_one_number_a_sample_is_enough() -> None:
+    """Beside a tensor that has none."""
+    assert audit(_Scores(), torch.randn(8, 2)).shares == {"_Scores": 1}
+
+
 def test_equal_outputs_that_depend_on_the_batch_have_no_scale() -> None:
-    report = audit(_Mean(), torch.randn(8, 2))
+    """Seven equal numbers have a mean that differs from them by rounding."""
+    report = audit(_Mean(), torch.randn(7, 2).double())
     assert report.dependence == float("inf")
     assert report.shares == {"_Mean": 1}
 

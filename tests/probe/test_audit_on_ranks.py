@@ -57,6 +57,8 @@ class _Failing(nn.Module):
 def _bad(kind: str) -> Any:
     model: nn.Module = convolutional("sync", groups=1).double()
     bad = dist.get_rank() == 1
+    if kind == "widths":
+        model = nn.Sequential(model, nn.ConstantPad1d((0, int(bad)), 0.0))
     if kind == "failing":
         model = nn.Sequential(_Failing(), model)
     return audit(model, _images(8), probes=[8] if bad and kind == "probes" else None)
@@ -66,6 +68,7 @@ def _bad(kind: str) -> Any:
     ("kind", "first", "second"),
     [
         ("probes", "rank 1 rejected its input: audit: probes must be", "audit: probes must be"),
+        ("widths", "ranks disagree on the numbers in", "ranks disagree on the numbers in"),
         ("failing", "rank 1 stopped: audit: too large", "too large"),
     ],
 )

@@ -72,6 +72,10 @@ def _refused(x: Tensor, probes: Any = None, replace: Any = None) -> None:
         (4, {"probes": [1, 1]}, "probes must be different positions from 0 to 3, got [1, 1]"),
         (2, {"probes": [0, 1]}, "probes must be at least 1 and fewer than the 2 samples, got 2"),
         (2, {"probes": []}, "probes must be at least 1 and fewer than the 2 samples, got 0"),
+        (4, {"probes": 2}, "probes must be positions, a list of ints, got 2"),
+        (4, {"probes": [0.5]}, "probes must be positions, a list of ints, got [0.5]"),
+        (4, {"probes": torch.eye(4)[0] > 0}, "probes must be positions, a list of ints, got tens"),
+        (4, {"probes": [[1]]}, "probes must be positions, a list of ints, got [[1]]"),
         (2, {}, "2 samples with 1 probes leave 1 other, which can't be drawn from itself; pass"),
         (4, {"replace": (torch.ones(3, 2),)}, "replace must have the structure of inputs"),
         (4, {"replace": torch.ones(3, 1)}, "of inputs, [M, 2] with M from 1, got shape (3, 1)"),
@@ -82,6 +86,11 @@ def _refused(x: Tensor, probes: Any = None, replace: Any = None) -> None:
 def test_errors_name_the_rule(count: int, options: Any, message: str) -> None:
     with pytest.raises((ValueError, TypeError), match="^audit: .*" + re.escape(message)):
         _refused(torch.zeros(count, 2), **options)
+
+
+def test_a_pool_is_not_rounded() -> None:
+    with pytest.raises(TypeError, match=r"^audit: replace must have .* torch.int64, got torch.flo"):
+        _refused(torch.arange(4), None, torch.rand(3))
 
 
 def test_inputs_need_a_tensor() -> None:

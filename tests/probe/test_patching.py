@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from probe.audited import MIXING, Both, planted
+from probe.audited import MIXING, After, Both, planted
 from probe.known_leaks import one_thread
 from shuffle_batchnorm import ShuffledEncoder
 from shuffle_batchnorm.probe.patching import (
@@ -55,12 +55,12 @@ def test_the_innermost_module_that_mixes_is_found(kind: str) -> None:
 def test_both_ends_are_real_passes_and_stacks_are_many_passes(kind: str) -> None:
     """The ends bit for bit, for their passes have the shapes of the real ones."""
     model, _ = planted(kind, 1)
-    model.append(nn.Sequential(Both(), nn.Linear(4, 3)))
+    model.append(nn.Sequential(Both(), After(), nn.Linear(4, 3)))
     base, fresh = _batches()
     calls = _recorded(model, base, fresh)
     players = list(calls[0])
-    assert len(players) == 3
-    subsets = [[p for k, p in enumerate(players) if n >> k & 1] for n in range(8)]
+    assert len(players) == 5
+    subsets = [[p for k, p in enumerate(players) if n >> k & 1] for n in range(32)]
     found = []
     with torch.no_grad():
         for subset in subsets:
@@ -69,8 +69,15 @@ def test_both_ends_are_real_passes_and_stacks_are_many_passes(kind: str) -> None
         for batch, end in ((base, found[0]), (fresh, found[-1])):
             assert torch.equal(model(batch)[ROWS.probes], end)
         with patched(ROWS, *calls, subsets, stacked=True):
-            stack = model(base[ROWS.probes.repeat(8)]).chunk(8)
+            stack = model(base[ROWS.probes.repeat(32)]).chunk(32)
     torch.testing.assert_close(list(stack), found)
+
+
+def test_a_container_that_mixes_behind_a_layer_is_found() -> None:
+    """Catches one whose own mixing is taken for that of the layer inside it."""
+    model = After()
+    players, _ = _recorded(nn.Sequential(nn.Linear(8, 4), model), *_batches())
+    assert list(players) == [model.norm, model]
 
 
 def test_a_shuffled_encoder_is_opaque() -> None:
@@ -103,4 +110,4 @@ def test_arguments_without_rows_stay() -> None:
     assert first.tolist() == [10, 1, 12]
     assert others[0] is new[1]
     assert others[1] == "text"
-    assert rows.complete(new, None) is new
+    assert rows.complete(new, []) is new

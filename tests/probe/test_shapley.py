@@ -41,7 +41,7 @@ def test_an_additive_game_gives_each_player_its_own(players: int) -> None:
     """Catches a control variate whose mean is not taken out again."""
     worth = torch.randn(players, dtype=torch.float64)
     rows = _estimate(players, lambda c: float(worth[list(c)].sum()))
-    assert len(rows) == (1 if players <= EXACT else max(4, 80 // (players - 1)))
+    assert len(rows) == (1 if players <= EXACT else max(4, 64 // (players - 1)))
     torch.testing.assert_close(rows, worth.expand_as(rows))
 
 
@@ -75,6 +75,22 @@ def test_the_interval_covers_at_its_rate() -> None:
             covered += sum(low <= t <= high for (low, high), t in zip(spans, truth, strict=True))
             number += players
     assert 0.91 < covered / number < 0.985, covered / number
+
+
+def test_the_interval_covers_where_two_players_are_all() -> None:
+    """Catches four orders drawn by themselves: they often agree by chance (coverage 0.85)."""
+    players, covered = 12, 0
+
+    def game(c: Coalition) -> float:
+        return (0 in c) * (1.0 if 1 in c else 0.3)
+
+    for draw in range(100):
+        orders = draw_orders(players, draw)
+        needed = {c: game(c) for c in list_coalitions(players, orders)}
+        spans = mean_intervals(shapley_values(players, orders, needed), 0.95)
+        pairs = zip(spans[:2], (0.65, 0.35), strict=True)
+        covered += sum(low <= truth <= high for (low, high), truth in pairs)
+    assert covered / 200 > 0.94, covered / 200
 
 
 def test_one_row_has_no_width() -> None:

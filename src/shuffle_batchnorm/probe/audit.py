@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from .shapley import Coalition, draw_orders, list_coalitions, mean_intervals, sh
 
 CALL = "audit"
 CONFIDENCE = 0.95
+_Recorded = tuple[Calls, Calls]  # of the modules that mix: in the base and in the fresh pass
 _TOLERANCE = 1e-4  # of what patched passes may differ from real ones, relative to the change
 
 
@@ -53,12 +55,12 @@ def audit(
     The model runs in the mode it is in, without gradients. Afterwards buffers, training flags,
     shuffle states and random states are what they were, also after an error.
 
-    Cost: 5 passes; as many again as modules are nested, twice; then, for n players, 2^n, or beyond
-    8 about ``10 n`` and at least 160 coalitions. On one rank a pass values N / P of these if that
-    reproduces the change (it doesn't with dropout), else one. Memory: that of a training step, as
-    the inputs of all modules are kept for a time.
+    Cost: 8 passes (2 more for each level of nesting, if containers mix); then, for n players, 2^n,
+    or beyond 8 about ``10 n`` and at least 128 coalitions. On one rank a pass values N / P of these
+    if that reproduces the change (it doesn't with dropout), else one. Memory: twice that of a
+    training step, as inputs and outputs of all modules are kept for a time.
 
-    Communication: what the model does, called by all ranks; 2 KiB from every rank to every rank,
+    Communication: what the model does, called by all ranks; 4 KiB from every rank to every rank,
     and some numbers per module and pass.
 
     Args:
@@ -79,8 +81,8 @@ def audit(
         An `AuditReport`, the same on all ranks.
 
     Raises:
-        TypeError: `model` is no module; no tensor in `inputs` or in the output; `replace` of
-            another structure.
+        TypeError: `model` is no module; no tensor in `inputs` or in the output; probes that are no
+            ints; `replace` of another structure or with numbers that `inputs` can't hold.
         ValueError: fewer than 2 samples; probes out of range; other samples that can't be replaced
             or are replaced by equal ones; outputs that are not finite; a model that gives other
             outputs when it is called again; ranks that disagree.
@@ -137,6 +139,8 @@ class _Audit:
 
     def report(self, modules: dict[str, nn.Module]) -> AuditReport:
         everything = self._outputs(self.base, self.rows.count)
+        terms = {"the numbers in a sample's outputs": everything.shape[1]}
+        agreement.agree(CALL, terms, None, self.world)
         trained = everything[self.rows.probes]
         fresh = self._outputs(self.fresh, self.rows.count)[self.rows.probes]
         change, spread = self._rms(fresh - trained), self._spread(everything)
@@ -144,22 +148,48 @@ class _Audit:
         shares: dict[str, float] = {}
         intervals: dict[str, tuple[float, float]] = {}
         if change:
-            base_calls, fresh_calls = self._record(modules.values(), trained)
+            calls, each = self._find(modules.values(), trained, fresh, change)
             names = {module: name for name, module in modules.items()}
-            players = list(base_calls)
-            values = self._values(players, base_calls, fresh_calls, trained, fresh, change)
+            players = list(calls[0])
+            values = self._values(calls, each, trained, change)
             found = shapley_values(len(players), self._orders(len(players)), values) / change
             spans = mean_intervals(found, CONFIDENCE)
             means = found.mean(dim=0).tolist()
             shares = dict(zip([names[player] for player in players], means, strict=True))
             intervals = dict(zip(shares, spans, strict=True))
-        dependence = 0.0 if not change else change / spread if spread else math.inf
+        # What differs by the rounding of a mean alone is the same.
+        is_spread = spread > 1e-12 * self._rms(everything)
+        dependence = 0.0 if not change else change / spread if is_spread else math.inf
         kinds = {name: type(modules[name]).__name__ for name in shares}
         return AuditReport(dependence, shares, intervals, kinds, int(samples), int(probes))
 
-    def _record(self, modules: Iterable[nn.Module], trained: Tensor) -> tuple[Calls, Calls]:
-        """Return the base and fresh calls of the modules that mix."""
+    def _find(
+        self, modules: Iterable[nn.Module], trained: Tensor, fresh: Tensor, change: float
+    ) -> tuple[_Recorded, int]:
+        """Return the calls of the modules that mix, and how many coalitions to value in a pass.
+
+        Modules that contain others are tried only if those that don't are not all that mix.
+        """
         modules = list(modules)
+        innermost = [module for module in modules if not list(module.children())]
+        for some in (innermost, modules):
+            calls = self._record(some, trained)
+            stack = self.rows.count // len(self.rows.probes)
+            if self.world.size == 1 and stack > 1:
+                with suppress(Exception):  # a model for batches of one size may raise anything
+                    if self._distance(calls, stack, trained, fresh) <= _TOLERANCE * change:
+                        return calls, stack
+            off = self._distance(calls, 1, trained, fresh) / change
+            if off <= _TOLERANCE:
+                return calls, 1
+        raise RuntimeError(
+            f"{CALL}: passes with patched modules don't reproduce the change (off by {off:.2g} of "
+            f"it): {type(self.model).__name__} keeps something of a batch outside buffers, hands "
+            "samples on in another order than they came, or mixes them in a hook of its own"
+        )
+
+    def _record(self, modules: list[nn.Module], trained: Tensor) -> _Recorded:
+        """Return the base and fresh calls of those modules that mix."""
         with recording(modules) as fresh_calls:
             self._pass(self.fresh)
         players = find_mixing(
@@ -179,59 +209,42 @@ class _Audit:
             )
         return base_calls, {player: fresh_calls[player] for player in players}
 
+    def _distance(self, calls: _Recorded, each: int, trained: Tensor, fresh: Tensor) -> float:
+        """Return how far the two passes that can be checked are from the real ones."""
+        ends = [[], list(calls[0])]
+        if each > 1:
+            found = self._patched(calls, ends * (each // 2), each)[:2]
+        else:
+            found = [self._patched(calls, [end], 1)[0] for end in ends]
+        return max(self._rms(found[0] - trained), self._rms(found[1] - fresh))
+
+    def _patched(
+        self, calls: _Recorded, coalitions: Sequence[Sequence[nn.Module]], each: int
+    ) -> list[Tensor]:
+        """Return the probes' outputs for each coalition: one, or some in one pass."""
+        with patched(self.rows, *calls, coalitions, each > 1):
+            if each == 1:
+                return [self._outputs(self.base, self.rows.count)[self.rows.probes]]
+            index = self.rows.probes.repeat(len(coalitions))
+            stack = pytree.tree_map(
+                lambda leaf: leaf[index] if self.rows.has(leaf) else leaf, self.base
+            )
+            return list(self._outputs(stack, len(index)).chunk(len(coalitions)))
+
     def _values(
-        self,
-        players: list[nn.Module],
-        base_calls: Calls,
-        fresh_calls: Calls,
-        trained: Tensor,
-        fresh: Tensor,
-        change: float,
+        self, calls: _Recorded, each: int, trained: Tensor, change: float
     ) -> dict[Coalition, float]:
-        """Return v of all coalitions that are asked for."""
-        coalitions = list_coalitions(len(players), self._orders(len(players)))
+        """Return v of all coalitions that are asked for, valued so many in a pass."""
+        players = list(calls[0])
         none, everyone = frozenset[int](), frozenset(range(len(players)))
-        inner = [c for c in coalitions if c not in (none, everyone)]
-
-        def run(some: Sequence[Coalition], stacked: bool) -> list[Tensor]:
-            sets = [[players[k] for k in coalition] for coalition in some]
-            with patched(self.rows, base_calls, fresh_calls, sets, stacked):
-                if not stacked:
-                    return [self._outputs(self.base, self.rows.count)[self.rows.probes]]
-                index = self.rows.probes.repeat(len(some))
-                stack = pytree.tree_map(
-                    lambda leaf: leaf[index] if self.rows.has(leaf) else leaf, self.base
-                )
-                return list(self._outputs(stack, len(index)).chunk(len(some)))
-
-        def distance(stacked: bool) -> float:
-            """Return how far patched passes are from the real ones, relative to the change."""
-            if stacked:
-                found = run([none, everyone] * (each // 2), stacked)[:2]
-            else:
-                found = [run([c], stacked)[0] for c in (none, everyone)]
-            apart = map(self._rms, (found[0] - trained, found[1] - fresh))
-            return max(apart) / change
-
-        each, is_stacked = self.rows.count // len(self.rows.probes), False
-        if self.world.size == 1 and each > 1:
-            try:
-                is_stacked = distance(stacked=True) <= _TOLERANCE
-            except Exception:  # a model for batches of one size may say so in any way
-                is_stacked = False
-        if not is_stacked:
-            each = 1
-            if (off := distance(stacked=False)) > _TOLERANCE:
-                raise RuntimeError(
-                    f"{CALL}: passes with patched modules don't reproduce the change (off by "
-                    f"{off:.2g} of it): {type(self.model).__name__} keeps something of a batch "
-                    "outside buffers, or hands samples on in another order than they came"
-                )
         values = {none: 0.0, everyone: change}
+        coalitions = list_coalitions(len(players), self._orders(len(players)))
+        inner = [coalition for coalition in coalitions if coalition not in values]
         for start in range(0, len(inner), each):
             some = inner[start : start + each]
             # As many as in all passes: a kernel may add up in another order for other sizes.
-            outputs = run(some + [none] * (each - len(some)), is_stacked)
+            filled = some + [none] * (each - len(some))
+            outputs = self._patched(calls, [[players[k] for k in c] for c in filled], each)
             changes = [self._rms(output - trained) for output in outputs]
             values.update(zip(some, changes, strict=False))
         return values
@@ -254,12 +267,13 @@ class _Audit:
         """Return all numbers that the model gives for each sample: ``[count, D]``, float64."""
         output = self._pass(inputs)
         leaves = [
-            leaf.detach().to("cpu", torch.float64).flatten(1)
+            leaf.detach().to("cpu", torch.float64).reshape(count, -1)
             for leaf in pytree.tree_leaves(output)
             if isinstance(leaf, Tensor)
             and leaf.is_floating_point()
             and leaf.ndim
             and len(leaf) == count
+            and leaf.numel()
         ]
         if not leaves:
             kind = (

@@ -11,8 +11,9 @@ class AuditReport:
     Attributes:
         dependence: root mean square change of the probes' outputs when all other samples are
             replaced, over the root mean square spread of outputs across samples. Exactly 0 if no
-            output depends on the others; about 1.4 if they are all that matters; inf if outputs
-            depend on them and are the same for all samples.
+            output depends on the others; about 1.4, or √2, if a probe's two outputs differ as
+            those of two samples do; more if the batch moves all outputs together; inf if they
+            depend on it and are the same for all samples.
         shares: module name to its share of `dependence`, in the order of calls; the sum is 1. A
             share is negative if the change is larger without the module. Empty if nothing mixes.
         intervals: module name to the 95 % interval of its share; a point where it is exact.

@@ -116,8 +116,10 @@ def isolated(modules: Iterable[nn.Module], worlds: Iterable[World]) -> Iterator[
             vars(module).update(values)
         for module, named in buffers:
             # The dict itself stays: a ShuffledEncoder shares it with its encoder.
-            module._buffers.clear()
-            module._buffers.update(named)
+            # A scripted module has no dict, and can't gain or lose buffers.
+            if isinstance(module._buffers, dict):
+                module._buffers.clear()
+                module._buffers.update(named)
         with torch.no_grad():
             for tensor, copy in copies:
                 tensor.copy_(copy)

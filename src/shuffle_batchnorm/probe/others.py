@@ -1,6 +1,7 @@
 """What the samples around the probes are replaced by."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -25,11 +26,15 @@ def choose_rows(call: str, count: int, probes: Sequence[int] | Tensor | None) ->
     """Return which rows are probes: those given, or an eighth of all, evenly spread."""
     if count < 2:
         raise ValueError(f"{call}: inputs must have at least 2 samples, got {count}")
+    chosen: list[Any]
     if probes is None:
         number = max(count // 8, 1)
         chosen = [k * count // number for k in range(number)]
     else:
-        chosen = [int(k) for k in probes]
+        given: Any = probes.tolist() if isinstance(probes, Tensor) else probes
+        chosen = list(given) if isinstance(given, Iterable) else [None]
+        if not all(isinstance(k, Integral) and not isinstance(k, bool) for k in chosen):
+            raise TypeError(f"{call}: probes must be positions, a list of ints, got {probes!r}")
     if not all(0 <= k < count for k in chosen) or len(set(chosen)) != len(chosen):
         raise ValueError(
             f"{call}: probes must be different positions from 0 to {count - 1}, got {chosen}"
@@ -55,7 +60,7 @@ def replace_others(call: str, inputs: Any, rows: Rows, pool: Any, seed: int) -> 
         seed: of the draw.
 
     Raises:
-        TypeError: `pool` has another structure than `inputs`.
+        TypeError: `pool` has another structure than `inputs`, or numbers of another kind.
         ValueError: it has other shapes, or too few samples; nothing would change.
     """
     mask = torch.ones(rows.count, dtype=torch.bool, device="cpu")
@@ -115,6 +120,11 @@ def _check_pool(call: str, inputs: Any, rows: Rows, pool: Any) -> None:
             raise ValueError(
                 f"{call}: replace must have samples like those of inputs, [M, "
                 f"{', '.join(map(str, leaf.shape[1:]))}] with M from 1, got shape {shape}"
+            )
+        if not torch.can_cast(source.dtype, leaf.dtype):
+            raise TypeError(
+                f"{call}: replace must have numbers that inputs can hold, {leaf.dtype}, "
+                f"got {source.dtype}"
             )
 
 

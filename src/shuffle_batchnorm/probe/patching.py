@@ -3,7 +3,8 @@
 The probes are some rows of a batch; the others are all other rows. Two passes are recorded: one
 over the batch as it is (*base*), one with all others replaced (*fresh*). In a patched pass, at each
 call of a module that mixes samples, the probes' rows are those of the moment and the others' rows
-are the recorded ones, base or fresh. So the others never depend on what was patched before.
+are the recorded ones, base or fresh: in its input those of this module, in its output those of the
+module around it that mixes as well. So the others never depend on what was patched before.
 """
 
 import functools
@@ -11,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +24,18 @@ from shuffle_batchnorm.shuffle.encoder import ShuffledEncoder
 from .isolation import all_modules, isolated
 
 Run = Callable[[], Any]
-Leaves = list[Any]  # the arguments of a call, flattened
-Calls = dict[nn.Module, list[Leaves]]  # of every module, in order
+Leaves = list[Any]  # a tree of arguments or of what is returned, flattened
 Around = Callable[..., Any]  # of (module, its forward, *args, **kwargs)
+
+
+class Call(NamedTuple):
+    """Copies of what a module was given and has returned."""
+
+    inputs: Leaves
+    outputs: Leaves
+
+
+Calls = dict[nn.Module, list[Call]]  # of every module, in order
 
 
 @dataclass(frozen=True)
@@ -48,13 +58,13 @@ class Rows:
         """Return the probes' rows of all tensors with a row for each sample."""
         return [leaf[self.probes] for leaf in pytree.tree_leaves(tree) if self.has(leaf)]
 
-    def complete(self, leaves: Leaves, recorded: Leaves | None) -> Leaves:
-        """Return recorded arguments with the probes' rows of the present ones.
+    def complete(self, leaves: Leaves, recorded: Leaves) -> Leaves:
+        """Return recorded leaves with the probes' rows of the present ones.
 
         The present ones may have all rows or those of the probes. What has no row for each sample
         stays.
         """
-        if recorded is None or len(recorded) != len(leaves):
+        if len(recorded) != len(leaves):
             return leaves
         return [self._complete(*pair) for pair in zip(leaves, recorded, strict=True)]
 
@@ -107,12 +117,15 @@ def interposed(modules: Iterable[nn.Module], around: Around) -> Iterator[None]:
 
 @contextmanager
 def recording(modules: Iterable[nn.Module]) -> Iterator[Calls]:
-    """Record copies of the arguments of all calls of modules inside a ``with`` block."""
+    """Record all calls of modules inside a ``with`` block."""
     calls: Calls = {module: [] for module in modules}
 
     def around(module: nn.Module, forward: Around, *args: Any, **kwargs: Any) -> Any:
-        calls[module].append(_copies(pytree.tree_leaves((args, kwargs))))
-        return forward(*args, **kwargs)
+        call = Call(_copies((args, kwargs)), [])
+        calls[module].append(call)
+        output = forward(*args, **kwargs)
+        call.outputs.extend(_copies(output))
+        return output
 
     with interposed(calls, around):
         yield calls
@@ -150,28 +163,44 @@ class _Patch:
     ) -> None:
         self.rows, self.base, self.fresh, self.coalitions = rows, base, fresh, coalitions
         self.counts: Counter[nn.Module] = Counter()
-        # Inside a call of a whole batch: its coalition.
+        self.stacked = stacked
+        # Inside a call of a whole batch: its coalition, and the innermost module patched.
         self.active = None if stacked else coalitions[0]
+        self.inside: nn.Module | None = None
 
     def __call__(self, module: nn.Module, forward: Around, *args: Any, **kwargs: Any) -> Any:
-        number = self.counts[module]
-        self.counts[module] += 1
         leaves, spec = pytree.tree_flatten((args, kwargs))
-
-        def call(leaves: Leaves, coalition: set[nn.Module]) -> Any:
-            recorded = _call(self.fresh if module in coalition else self.base, module, number)
-            args, kwargs = pytree.tree_unflatten(self.rows.complete(leaves, recorded), spec)
-            return forward(*args, **kwargs)
-
         if self.active is not None:
-            return call(leaves, self.active)
+            return self._call(self.active, module, forward, leaves, spec)
         before, outputs = self.counts.copy(), []
         for k, coalition in enumerate(self.coalitions):
             self.counts, self.active = before.copy(), coalition
-            outputs.append(call([self._part(leaf, k) for leaf in leaves], coalition))
+            parts = [self._part(leaf, k) for leaf in leaves]
+            outputs.append(self._call(coalition, module, forward, parts, spec))
         self.active = None
         flat, specs = zip(*map(pytree.tree_flatten, outputs), strict=True)
         return pytree.tree_unflatten(list(map(self._stack, zip(*flat, strict=True))), specs[0])
+
+    def _call(
+        self,
+        coalition: set[nn.Module],
+        module: nn.Module,
+        forward: Around,
+        leaves: Leaves,
+        spec: Any,
+    ) -> Any:
+        number, outside = self.counts[module], self.inside
+        self.counts[module] += 1
+        given = _call(self.fresh if module in coalition else self.base, module, number)
+        returned = _call(self.fresh if outside in coalition else self.base, module, number)
+        args, kwargs = pytree.tree_unflatten(self.rows.complete(leaves, given.inputs), spec)
+        self.inside = module
+        output = forward(*args, **kwargs)
+        self.inside = outside
+        if outside is None and self.stacked:  # only the probes go on
+            return output
+        outputs, spec = pytree.tree_flatten(output)
+        return pytree.tree_unflatten(self.rows.complete(outputs, returned.outputs), spec)
 
     def _part(self, leaf: Any, k: int) -> Any:
         each = len(self.rows.probes)
@@ -214,7 +243,7 @@ def find_mixing(
     search = _Search(rows, fresh, list(worlds), on_any_rank)
     with interposed(modules, search):
         run()
-    return list(search.found)
+    return list(search.base)
 
 
 class _Search:
@@ -229,43 +258,44 @@ class _Search:
     ) -> None:
         self.rows, self.fresh, self.worlds, self.on_any_rank = rows, fresh, worlds, on_any_rank
         self.counts: Counter[nn.Module] = Counter()
-        self.found: dict[nn.Module, dict[int, Leaves]] = {}  # base arguments, by number of call
-        self.holding = False
+        self.base: Calls = {}  # of the modules found
+        self.patch: _Patch | None = None  # while a module is called again
 
     def __call__(self, module: nn.Module, forward: Around, *args: Any, **kwargs: Any) -> Any:
+        if self.patch is not None:
+            around = functools.partial(self.patch, module, forward)
+            return (around if module in self.base else forward)(*args, **kwargs)
         number = self.counts[module]
         self.counts[module] += 1
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        if self.holding:
-            held = self.found.get(module, {}).get(number)
-            args, kwargs = pytree.tree_unflatten(self.rows.complete(leaves, held), spec)
-            return forward(*args, **kwargs)
-        base, before = _copies(leaves), self.counts.copy()
+        before, inputs = self.counts.copy(), _copies((args, kwargs))
         output = forward(*args, **kwargs)
-        if module in self.found or self._mixes(module, forward, base, spec, number, before):
-            self.found.setdefault(module, {})[number] = base
+        is_known = module in self.base
+        calls = self.base.setdefault(module, [])
+        calls += [_NONE] * (number - len(calls)) + [Call(inputs, _copies(output))]
+        if not is_known and not self._mixes(module, forward, (args, kwargs), number, before):
+            del self.base[module]
         return output
 
     def _mixes(
         self,
         module: nn.Module,
         forward: Around,
-        base: Leaves,
-        spec: Any,
+        arguments: Any,
         number: int,
         before: "Counter[nn.Module]",
     ) -> bool:
-        others = _call(self.fresh, module, number)
-        if self.on_any_rank(others is None or not self._comparable(base, others)):
+        inputs, outputs = self.base[module][number].inputs, []
+        others = _call(self.fresh, module, number).inputs
+        if self.on_any_rank(not self._comparable(inputs, others)):
             return False
-        after, outputs = self.counts, []
-        self.holding = True
-        for recorded in (base, others):
-            self.counts = before.copy()
-            args, kwargs = pytree.tree_unflatten(self.rows.complete(base, recorded), spec)
+        args, kwargs = pytree.tree_unflatten(inputs, pytree.tree_structure(arguments))
+        for coalition in (set[nn.Module](), {module}):
+            self.patch = _Patch(self.rows, self.base, self.fresh, [coalition], stacked=False)
+            self.patch.counts = before.copy()
+            self.patch.counts[module] = number
             with isolated(all_modules([module]).values(), self.worlds):
-                outputs.append(self.rows.of(forward(*args, **kwargs)))
-        self.holding, self.counts = False, after
+                outputs.append(self.rows.of(self.patch(module, forward, *args, **kwargs)))
+        self.patch = None
         return self.on_any_rank(not all(map(torch.equal, *outputs)))
 
     def _comparable(self, base: Leaves, others: Leaves) -> bool:
@@ -281,12 +311,16 @@ class _Search:
         )
 
 
-def _call(calls: Mapping[nn.Module, list[Leaves]], module: nn.Module, number: int) -> Leaves | None:
-    """Return what was recorded of one call; None if there was no such call."""
+def _call(calls: Mapping[nn.Module, list[Call]], module: nn.Module, number: int) -> Call:
+    """Return what was recorded of one call; nothing if there was no such call."""
     found = calls.get(module, [])
-    return found[number] if number < len(found) else None
+    return found[number] if number < len(found) else _NONE
 
 
-def _copies(leaves: Leaves) -> Leaves:
-    """Return copies, since a module may work in place."""
+_NONE = Call([], [])
+
+
+def _copies(tree: Any) -> Leaves:
+    """Return copies of a tree's leaves, since a module may work in place."""
+    leaves = pytree.tree_leaves(tree)
     return [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]

@@ -10,7 +10,7 @@ from torch import Tensor
 from .intervals import student_quantile
 
 EXACT = 8  # players up to which all coalitions are valued
-_SAMPLED = 160  # coalitions of all orders together, with more players
+_SAMPLED = 128  # coalitions of all orders together, with more players
 _PAIRS = 4  # but no fewer pairs of orders than this
 Coalition = frozenset[int]
 Orders = Sequence[Sequence[int]]
@@ -20,12 +20,13 @@ def draw_orders(players: int, seed: int, pairs: int | None = None) -> Orders:
     """Draw orders in which players join a coalition: pairs of an order and its reverse.
 
     What a player adds depends on how early it joins; in a pair it is once as early as it is late
-    the other time.
+    the other time. Four pairs are turns of one order, by a quarter each: with few strong players,
+    four orders drawn by themselves often let these join in the same way, and then agree by chance.
 
     Args:
         players: n.
         seed: of the draw.
-        pairs: how many; None for 160 coalitions in all, but at least 4 pairs.
+        pairs: how many; None for 128 coalitions in all, but at least 4 pairs.
 
     Returns:
         ``2 * pairs`` orders; none for up to 8 players, whose coalitions are all valued.
@@ -39,9 +40,11 @@ def draw_orders(players: int, seed: int, pairs: int | None = None) -> Orders:
     if pairs is None:
         pairs = max(_PAIRS, _SAMPLED // (2 * (players - 1)))
     generator = torch.Generator().manual_seed(seed)
-    orders = []
-    for _ in range(pairs):
-        order = torch.randperm(players, generator=generator, device="cpu").tolist()
+    orders: list[list[int]] = []
+    for k in range(pairs):
+        if k % _PAIRS == 0:
+            drawn = torch.randperm(players, generator=generator, device="cpu")
+        order = drawn.roll(k % _PAIRS * players // _PAIRS).tolist()
         orders += [order, order[::-1]]
     return orders
 
