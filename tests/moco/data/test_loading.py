@@ -54,6 +54,8 @@ def test_validation_takes_from_the_training_images() -> None:
     assert torch.equal(parts[1], train.images[::6])
     assert [len(part) for part in parts] == [1438 - 240, 240]
     assert images.mean == whole.mean
+    assert whole.remarks == ()
+    assert "not of test images" in images.remarks[-1]  # `train` and `evaluate` print it
 
 
 def test_a_part_of_images_that_come_one_by_one() -> None:

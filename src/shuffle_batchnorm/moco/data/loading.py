@@ -17,6 +17,7 @@ from .folders import read_folders
 from .images import ArrayImages, DataError, Images, resized
 
 _VALIDATION = 6  # of so many training images, one is held out to choose settings by
+_VALIDATING = "--validation: scores are of training images that are held out, not of test images"
 _MEAN_AND_STD = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
@@ -53,7 +54,7 @@ def load_data(config: DataConfig) -> Images:
         train=Subset(images.train, kept),
         test=Subset(images.train, numbers[::_VALIDATION]),
         # What is said of several classes is of those among the test images.
-        remarks=images.remarks if images.classes < 2 else (),
+        remarks=(*(images.remarks if images.classes < 2 else ()), _VALIDATING),
     )
 
 
