@@ -77,9 +77,9 @@ bench-shuffle: setup ## measure batch_shuffle against an all_gather of all sampl
 bench-trainer: setup ## measure what the trainer adds to a step
 	$(BIN)/python benchmarks/bench_trainer.py $(ARGS)
 
-compare: setup ## the comparison of docs/comparison.md: 25 runs, about ten minutes on two cores
-	$(BIN)/shuffle-batchnorm compare --bn local,sync,swap,regroup,batch-shuffle --seeds 0,1,2,3,4 \
-		--ranks 2 --groups 16 --device cpu --output runs/digits $(ARGS)
+compare: setup ## the comparison of docs/comparison.md: 35 runs, about 15 minutes on one core
+	OMP_NUM_THREADS=1 $(BIN)/shuffle-batchnorm compare --bn local,sync,swap,regroup,batch-shuffle,eman,simclr \
+		--seeds 10,11,12,13,14 --ranks 1 --groups 32 --linear --device cpu --output runs/digits $(ARGS)
 
 compare-fashion: setup ## the same question on 60,000 images; 15 runs of five minutes, on one core
 	OMP_NUM_THREADS=1 $(BIN)/shuffle-batchnorm compare --dataset fashion-mnist --image-size 16 --bn local,regroup,eman \
