@@ -9,7 +9,7 @@ from moco.study.made_up import made_up_records
 from shuffle_batchnorm.moco.comparison.summary import ResultsError
 from shuffle_batchnorm.moco.study import page
 from shuffle_batchnorm.moco.study.analysis import analyse
-from shuffle_batchnorm.moco.study.cells import HELD_OUT
+from shuffle_batchnorm.moco.study.cells import BASE, HELD_OUT
 from shuffle_batchnorm.moco.study.page import render, write_page
 from shuffle_batchnorm.moco.study.records import Records
 
@@ -43,6 +43,12 @@ def test_a_miss_is_called_one() -> None:
 def test_a_bad_fit_is_called_one() -> None:
     runs = [r | {"leak": r["leak"] + 0.3 * (r["B"] == 4)} for r in made_up_records()]
     assert "so it is not the whole truth" in rendered(runs).text
+
+
+def test_the_page_tells_the_base_of_the_study(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches the defaults of the day, with which the records were not made."""
+    monkeypatch.setitem(BASE, "lr", 0.7654)
+    assert "0.7654" in rendered(made_up_records()).text
 
 
 def test_few_runs_are_no_law() -> None:

@@ -9,18 +9,16 @@ from shuffle_batchnorm.moco.checkpoint import write_atomically
 from shuffle_batchnorm.moco.comparison.report import template
 from shuffle_batchnorm.moco.comparison.style import PAGE
 from shuffle_batchnorm.moco.comparison.summary import check_records
-from shuffle_batchnorm.moco.config import Config, to_dict
+from shuffle_batchnorm.moco.config import DataConfig
 
 from . import tables
 from .analysis import Analysis, analyse
-from .cells import FASHION_SEEDS
+from .cells import BASE, FASHION_SEEDS
 from .figures import save_figures
 from .records import Records
 from .rules import NEGLIGIBLE
 
 PAGE_NAME, TABLES = "study.html", "tables.md"
-# Parts of the base that the page tells, beside the environments.
-TOLD = ("data", "network", "moco", "optim")
 
 
 def write_page(output: Path, records: Records, *, command: str) -> Path:
@@ -67,8 +65,9 @@ def render(
     analysis: Analysis, records: Records, pictures: Mapping[str, str], *, command: str
 ) -> str:
     """The page as text: `study.html.jinja` has the words, this has the numbers."""
-    base, (leak_header, leak_rows) = to_dict(Config()), tables.grid(analysis.of("grid"))
-    setup: dict[str, Any] = {part: base[part] for part in TOLD}
+    leak_header, leak_rows = tables.grid(analysis.of("grid"))
+    # Not the defaults of the day, which may have followed the study.
+    setup: dict[str, Any] = {"dataset": DataConfig().dataset, "base": BASE}
     for position, one in enumerate(records.environments, start=1):
         setup[f"environment {position}"] = one
     return template("study.html.jinja", str(__package__)).render(
