@@ -17,13 +17,12 @@ from .audit_report import AuditReport
 from .checks import total
 from .isolation import all_modules, derive_seed, eager, isolated, seed_all, shuffle_worlds
 from .others import arguments, choose_rows, count_samples, replace_others
-from .patching import Calls, Rows, candidates, find_mixing, patched, recording
+from .patching import TOLERANCE, Calls, Rows, candidates, find_mixing, patched, recording
 from .shapley import Coalition, draw_orders, list_coalitions, mean_intervals, shapley_values
 
 CALL = "audit"
 CONFIDENCE = 0.95
 _Recorded = tuple[Calls, Calls]  # of the modules that mix: in the base and in the fresh pass
-_TOLERANCE = 1e-4  # of what patched passes may differ from real ones, relative to the change
 
 
 def audit(
@@ -177,10 +176,10 @@ class _Audit:
             stack = self.rows.count // len(self.rows.probes)
             if self.world.size == 1 and stack > 1:
                 with suppress(Exception):  # a model for batches of one size may raise anything
-                    if self._distance(calls, stack, trained, fresh) <= _TOLERANCE * change:
+                    if self._distance(calls, stack, trained, fresh) <= TOLERANCE * change:
                         return calls, stack
             off = self._distance(calls, 1, trained, fresh) / change
-            if off <= _TOLERANCE:
+            if off <= TOLERANCE:
                 return calls, 1
         raise RuntimeError(
             f"{CALL}: passes with patched modules don't reproduce the change (off by {off:.2g} of "

@@ -10,11 +10,10 @@ from shuffle_batchnorm.comm.world import World
 
 from .checks import total
 from .isolation import isolated
-from .patching import Calls, Rows, Run, find_mixing, patched, recording
+from .patching import TOLERANCE, Calls, Rows, Run, find_mixing, patched, recording
 from .shapley import Coalition, draw_orders, list_coalitions, shapley_values
 
 CALL = "measure_leak"
-_TOLERANCE = 1e-4  # of what a patched pass may differ from a fresh one, relative to the change
 
 
 class Layers:
@@ -110,7 +109,7 @@ class Layers:
 def check_patched(patched: Tensor, fresh: Tensor, trained: Tensor) -> None:
     """Raise a RuntimeError unless keys with all modules patched are those of the fresh batch."""
     off, change = ((fresh - other).norm() for other in (patched, trained))
-    if off > _TOLERANCE * change:
+    if off > TOLERANCE * change:
         raise RuntimeError(
             f"{CALL}: with by_layer=True keys must depend on their batch through modules that can "
             f"be found in encode_key; passes with these patched don't reproduce the fresh batch "

@@ -23,6 +23,7 @@ from shuffle_batchnorm.shuffle.encoder import ShuffledEncoder
 
 from .isolation import all_modules, isolated
 
+TOLERANCE = 1e-4  # of what patched passes may differ from real ones, relative to the change
 Run = Callable[[], Any]
 Leaves = list[Any]  # a tree of arguments or of what is returned, flattened
 Around = Callable[..., Any]  # of (module, its forward, *args, **kwargs)

@@ -142,6 +142,16 @@ def combine_leaks(
     return Estimate(mean, error, mean - below, mean + above)
 
 
+def leak_over_seeds(runs: Sequence[Record]) -> Estimate | None:
+    """The leak of those runs that have one; see `combine_leaks`."""
+    measured = [run for run in runs if number(run, "leak") is not None]
+    return combine_leaks(
+        [float(run["leak"]) for run in measured],
+        [number(run, "leak_standard_error") for run in measured],
+        [run.get("leak_interval") for run in measured],
+    )
+
+
 def by_bn(records: Sequence[Record]) -> dict[str, list[Record]]:
     """The runs of each `--bn`, in the order in which they first come."""
     found: dict[str, list[Record]] = {}
@@ -162,17 +172,12 @@ def summarise_one(bn: str, runs: Sequence[Record]) -> Summary:
     def values(key: str) -> list[float]:
         return [value for run in good if (value := number(run, key)) is not None]
 
-    measured = [run for run in good if number(run, "leak") is not None]
-    leak = combine_leaks(
-        [float(run["leak"]) for run in measured],
-        [number(run, "leak_standard_error") for run in measured],
-        [run.get("leak_interval") for run in measured],
-    )
     keys = ("knn", "linear", "pretext_accuracy", "loss", "seconds")
     means = {key: mean_over_seeds(values(key)) for key in keys}
     ratios = [ratio for run in good for ratio in (run.get("stability") or {}).get("ratio") or []]
     scale = max(filter(is_number, ratios), default=None)
     radius = max(values("spectral_radius"), default=None)
+    leak = leak_over_seeds(good)
     return Summary(bn, len(runs), len(runs) - len(good), leak, scale, radius, **means)
 
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from shuffle_batchnorm.moco.comparison.summary import (
     Estimate,
     Record,
-    combine_leaks,
     diverged,
+    leak_over_seeds,
     mean_over_seeds,
     number,
 )
@@ -50,11 +50,6 @@ def summarise(records: Sequence[Record]) -> dict[str, CellSummary]:
 def _summarise(runs: Sequence[Record], local: dict[str, float | None]) -> CellSummary:
     good = [run for run in runs if not diverged(run)]
     measured = [run for run in good if number(run, "leak") is not None]
-    leak = combine_leaks(
-        [run["leak"] for run in measured],
-        [number(run, "leak_standard_error") for run in measured],
-        [run.get("leak_interval") for run in measured],
-    )
 
     def mean(values: Iterable[float | None]) -> Estimate | None:
         return mean_over_seeds([value for value in values if value is not None])
@@ -72,7 +67,7 @@ def _summarise(runs: Sequence[Record], local: dict[str, float | None]) -> CellSu
         changes=first["changes"],
         leaks={run["seed"]: run["leak"] for run in measured},
         diverged=len(runs) - len(good),
-        leak=leak,
+        leak=leak_over_seeds(good),
         as_trained=mean(number(run, "leak_as_trained") for run in measured),
         fresh=mean(number(run, "leak_fresh") for run in measured),
         knn=mean(number(run, "knn") for run in good),

@@ -6,7 +6,7 @@ from shuffle_batchnorm.moco.comparison.summary import Estimate
 from shuffle_batchnorm.moco.comparison.tables import NOTHING, interval, with_error, written
 
 from .fit import Fit, Prediction
-from .law import share
+from .law import Family, share
 from .rules import Rule
 from .summary import CellSummary
 
@@ -52,6 +52,11 @@ def cell_rows(cells: Iterable[CellSummary]) -> Rows:
     ]
 
 
+def titled(family: Family) -> str:
+    """The name of a family, and whether it was added late."""
+    return f"{family.name}{LATE if family.is_late else ''}"
+
+
 def family_rows(fits: Sequence[Fit]) -> Rows:
     """One row per family, the best first, whose parameters have intervals."""
     rows: Rows = []
@@ -64,8 +69,7 @@ def family_rows(fits: Sequence[Fit]) -> Rows:
             around = f" {interval(one.low[position], one.high[position])}" if known else ""
             words.append(f"{name} = {written(value, 2)}{around}")
         numbers = written(one.chi2, 2), written(one.score, 2)
-        title = f"{one.family.name}{LATE if one.family.is_late else ''}"
-        rows.append((title, one.family.formula, ", ".join(words), *numbers))
+        rows.append((titled(one.family), one.family.formula, ", ".join(words), *numbers))
     return rows
 
 
@@ -74,7 +78,7 @@ def prediction_rows(predictions: Iterable[Prediction]) -> Rows:
     return [
         (
             one.cell,
-            f"{one.family.name}{LATE if one.family.is_late else ''}",
+            titled(one.family),
             written(one.leak),
             interval(one.low, one.high),
             written(one.measured),
