@@ -77,6 +77,34 @@ def test_all_of_it_is_in_the_one_layer_that_mixes(place: int) -> None:
     assert report.shares == {f"{place}": pytest.approx(1)}
 
 
+class _Branches(nn.Module):
+    """Two encoders that mix samples alike; what one of them says hardly counts."""
+
+    def __init__(self, strong: int) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(deep_pairs(16, depth=1, groups=12) for _ in range(2))
+        self.strong = strong
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = (branch(x) for branch in self.branches)
+        weights = (1.0, 1e-9) if self.strong == 0 else (1e-9, 1.0)
+        mixed: Tensor = weights[0] * first + weights[1] * second
+        return mixed
+
+
+@pytest.mark.parametrize("strong", [0, 1])
+def test_each_layer_gets_its_own_part(strong: int) -> None:
+    """Catches coalitions of the right size with the wrong layers in them."""
+    encoder = _Branches(strong)
+    images, queue = torch.randn(200, 16).double(), torch.randn(64, 16).double().sign()
+    report = measure_leak(encoder, encoder, images, None, queue, by_layer=True, **SIZES)
+    assert report.leak > 0.3
+    assert len(report.by_layer) == 2
+    parts = list(report.by_layer.values())
+    assert parts[strong] == pytest.approx(report.leak)
+    assert parts[1 - strong] == pytest.approx(0, abs=1e-9)
+
+
 def test_many_layers_are_sampled_anew_in_each_batch() -> None:
     layers: list[nn.Module] = [nn.Flatten(), nn.Linear(108, 16)]
     for _ in range(EXACT + 1):
