@@ -10,6 +10,7 @@ import pytest
 from moco.study.made_up import TRUTH, made_up_records, true_leak
 from shuffle_batchnorm.moco.study.fit import (
     Data,
+    Prediction,
     choose,
     collect,
     fit,
@@ -73,6 +74,26 @@ def test_predictions_hold_cells_that_were_not_fitted() -> None:
             cell: Any = SimpleNamespace(cell="x", n=n, B=blocks, leaks=leaks)
             inside.append(predict(found, data, cell).is_inside)
     assert 0.88 < np.mean(inside) <= 1
+
+
+@pytest.mark.parametrize(
+    ("measured", "inside"), [(0.04, False), (0.05, True), (0.15, True), (0.16, False)]
+)
+def test_a_mean_is_inside_between_both_ends(measured: float, inside: bool) -> None:
+    assert Prediction("n8-B2", PLANTED, 0.1, 0.05, 0.15, measured).is_inside is inside
+
+
+def test_a_left_out_cell_has_no_part_in_its_prediction() -> None:
+    """Catches an error of prediction that is only the misfit."""
+    data = planted(0)
+    cell = GRID.index((8, 2))
+    kept = np.arange(len(GRID)) != cell
+    values = parameters_of(PLANTED, data.only(kept), data.means[kept])
+    missed = (data.means[cell] - PLANTED.leak(8.0, 2.0, *values)) / data.errors[cell]
+    found = fit(PLANTED, data)
+    assert found.left_out[cell] == pytest.approx(float(missed), abs=1e-3)
+    misfit = (data.means[cell] - found.predict(8, 2)) / data.errors[cell]
+    assert abs(missed) > 1.05 * abs(misfit)
 
 
 def test_the_spread_of_seeds_is_found() -> None:
