@@ -75,7 +75,7 @@ def test_an_old_comparison_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert ended_at["step"] == 22
     assert ended_at["best_knn"] == expected["curve"][0]["knn"]  # before the checkpoint
     assert_close(resumed, expected)
-    assert json.loads((run / "record.json").read_text()) == resumed
+    assert json.loads((run / "record.json").read_text()).items() <= resumed.items()
     steps, old_steps = (
         timeless_rows(path) for path in (run / "steps.csv", OLD / "uninterrupted.csv")
     )
