@@ -49,25 +49,26 @@ def test_readmes_code_is_found_and_excerpts_are_not() -> None:
         code_blocks("```sh\nmake\n```\n")
 
 
-def test_examples_are_run_and_missing_extras_are_named(
+def test_examples_are_run_and_missing_packages_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Catches a module that is missing in what is built, passed over as a missing extra."""
+    """Catches a module that what is built lacks, or its dependencies do, passed over."""
     package = tmp_path / "made_up_package"
-    package.mkdir()
-    (package / "__init__.py").touch()
+    for folder in (package, package / "integrations", package / "moco"):
+        folder.mkdir()
+        (folder / "__init__.py").touch()
     (package / "good.py").write_text('"""\n>>> 1 + 1\n2\n"""\n')
-    (package / "extra.py").write_text("import no_such_package\n")
+    (package / "integrations" / "other.py").write_text("import no_such_package\n")
     monkeypatch.syspath_prepend(tmp_path)
     assert not run_doctests("made_up_package")
     out = capsys.readouterr().out
-    assert "1 examples, 0 failed; 1 modules left out" in out
-    assert "made_up_package.extra: No module named 'no_such_package'" in out
-    (package / "bad.py").write_text('"""\n>>> 1 + 1\n3\n"""\n')
-    assert run_doctests("made_up_package")
-    (package / "broken.py").write_text("import made_up_package.missing\n")
-    with pytest.raises(ModuleNotFoundError, match=r"made_up_package\.missing"):
+    assert "1 examples, 0 failed; 1 modules left out made_up_package.integrations.other" in out
+    (package / "moco" / "trainer.py").write_text("import no_such_package\n")
+    with pytest.raises(ModuleNotFoundError, match="no_such_package"):
         run_doctests("made_up_package")
+    assert not run_doctests("made_up_package", "moco")
+    (package / "bad.py").write_text('"""\n>>> 1 + 1\n3\n"""\n')
+    assert run_doctests("made_up_package", "moco")
 
 
 def test_a_command_that_fails_ends_the_check(tmp_path: Path) -> None:

@@ -74,12 +74,12 @@ def test_text_holds_no_command() -> None:
 
 def test_bibtex_cites_the_code_that_was_run() -> None:
     run = made_up_record(
-        versions={"shuffle_batchnorm": ["0.1.0rc1"]},
+        versions={"shuffle_batchnorm": ["0.1.0+gAB"]},
         commits=["8fd9b07c57ab59f3d36e3dd5140fa23b14776dbf+", None],
         begun="2026-11-28T20:49:44+00:00",
     )
     text = bibtex([run, run | {"commits": []}])
-    assert "note   = {Version 0.1.0rc1, commit 8fd9b07c57ab with uncommitted changes}," in text
+    assert "note   = {Version 0.1.0+gAB, commit 8fd9b07c57ab with uncommitted changes}," in text
     assert "year   = {2026}," in text
     assert r"author = {{shuffle\_batchnorm contributors}}," in text
     assert "eprint        = {1911.05722}," in text

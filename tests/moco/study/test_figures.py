@@ -83,7 +83,9 @@ def test_a_phone_has_figures_of_its_width(name: str, analysis: Analysis) -> None
     assert figure.get_figwidth() == NARROW
     for legend in figure.legends:
         assert figure.bbox.padded(1).containsx(legend.get_window_extent().x1)
+    columns = 2 if name == "settings" else 1
     for axes in figure.axes:
+        assert axes.get_position().width > 0.6 / columns
         extents = [label.get_window_extent() for label in axes.get_xticklabels()]
         assert not any(a.overlaps(b) for a, b in pairwise(extents)), axes
 

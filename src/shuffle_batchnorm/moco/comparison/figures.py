@@ -226,7 +226,10 @@ def draw_legend(figure: Figure, records: Sequence[Record]) -> None:
     labels = [f"{wrapped(one.bn)}{note_of_diverged(one)}" for one in summaries]
     widths = [9 + max(map(len, label.splitlines())) for label in labels]  # 9 for the line's piece
     room = 15 * figure.get_figwidth() * 0.95  # letters in a line
-    columns = min(len(bns), max(1, int(room / max(widths))))
-    rows = math.ceil(len(bns) / columns)
+
+    def width(rows: int) -> int:  # a column is as wide as its longest label
+        return sum(max(widths[k : k + rows]) for k in range(0, len(bns), rows))
+
+    rows = next((k for k in range(1, len(bns)) if width(k) <= room), len(bns))
     where: dict[str, Any] = dict(loc="outside lower center", ncols=math.ceil(len(bns) / rows))
     figure.legend(handles, labels, handlelength=3, **where)
