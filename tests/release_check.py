@@ -144,7 +144,11 @@ def run_doctests(name: str = PACKAGE, *rooms: str) -> int:
             continue
         result = doctest.testmod(module)
         failed, attempted = failed + result.failed, attempted + result.attempted
-    print(f"{attempted} examples, {failed} failed; {len(left_out)} modules left out", *left_out)
+    print(
+        f"{attempted} examples, {failed} failed; {len(left_out)} modules left out",
+        *left_out,
+        sep="\n  ",
+    )
     return bool(failed) or not attempted
 
 

@@ -62,7 +62,7 @@ def test_examples_are_run_and_missing_packages_are_named(
     monkeypatch.syspath_prepend(tmp_path)
     assert not run_doctests("made_up_package")
     out = capsys.readouterr().out
-    assert "1 examples, 0 failed; 1 modules left out made_up_package.integrations.other" in out
+    assert "1 examples, 0 failed; 1 modules left out\n  made_up_package.integrations.other" in out
     (package / "moco" / "trainer.py").write_text("import no_such_package\n")
     with pytest.raises(ModuleNotFoundError, match="no_such_package"):
         run_doctests("made_up_package")
