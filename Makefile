@@ -15,7 +15,7 @@ GPU_PYTHON ?= $(if $(wildcard $(STAMP)),$(BIN)/python,$(PYTHON))
 OUT ?= benchmarks/results/gpu
 
 .PHONY: help setup demo test lint format bench bench-exchange bench-shuffle bench-trainer compare \
-	compare-fashion study study-report gpu-test gpu-bench gpu-check gpu-study docs clean
+	compare-fashion study study-report release-check gpu-test gpu-bench gpu-check gpu-study docs clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -92,6 +92,9 @@ study: setup ## the study of docs/law.md: more than 300 runs, hours; stop and go
 study-report: setup ## the study's tables, figures and page from the committed records, in seconds
 	$(BIN)/shuffle-batchnorm study --output runs/study-report --report-only \
 		--records benchmarks/results/study.json $(ARGS)
+
+release-check: setup ## build, install into empty environments, try there; RELEASING.md
+	$(BIN)/python tests/release_check.py $(PIP_ARGS)
 
 # No setup: they run with whichever Python has torch and pytest (GPU_PYTHON=...).
 GPU_CHECK = PYTHONPATH=src $(GPU_PYTHON) benchmarks/gpu_check.py --out $(OUT) $(ARGS)

@@ -89,9 +89,11 @@ def test_the_source_distribution_is_lean(built: Path) -> None:
     assert {name for name in found if "/" not in name} == {
         *(
             "CHANGELOG.md",
+            "CITATION.cff",
             "CONTRIBUTING.md",
             "LICENSE",
             "README.md",
+            "SECURITY.md",
             "PKG-INFO",
             "pyproject.toml",
             ".gitignore",

@@ -1,6 +1,8 @@
 """What a run writes for people."""
 
 import json
+import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from moco.moco_runs import small_config
 from shuffle_batchnorm.moco import journal
 from shuffle_batchnorm.moco.checkpoint import CheckpointError
 from shuffle_batchnorm.moco.config import from_dict
-from shuffle_batchnorm.moco.journal import EPOCH_COLUMNS, Journal
+from shuffle_batchnorm.moco.journal import EPOCH_COLUMNS, Journal, commit
 
 
 def window(step: int) -> dict[str, Any]:
@@ -69,6 +71,30 @@ def test_describes_the_run(tmp_path: Path) -> None:
     [start] = described["starts"]
     assert {"torch", "python", "shuffle_batchnorm"} <= start["versions"].keys()
     assert {"command", "time", "commit"} <= start.keys()
+
+
+def test_the_commit_is_of_the_library_not_of_the_folder_it_is_installed_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches the commit of a user's own project, in whose .venv the library is."""
+
+    def git(*words: str) -> None:
+        who = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+        subprocess.run(["git", "-C", str(tmp_path), *who, *words], check=True, capture_output=True)
+
+    (tmp_path / "own.py").touch()
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "first")
+    monkeypatch.setattr(journal, "__file__", str(tmp_path / "own.py"))
+    name = commit()
+    assert name is not None
+    assert re.fullmatch("[0-9a-f]{40}", name)
+    (tmp_path / "own.py").write_text("changed")
+    assert commit() == f"{name}+"
+    (tmp_path / "journal.py").touch()
+    monkeypatch.setattr(journal, "__file__", str(tmp_path / "journal.py"))
+    assert commit() is None
 
 
 def test_one_line_per_epoch_without_a_terminal(

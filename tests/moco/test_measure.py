@@ -33,6 +33,20 @@ def test_evaluation_sees_every_image_once(monkeypatch: pytest.MonkeyPatch) -> No
     assert seen == [0, 2, 4, 6, 1, 3, 5]
 
 
+def test_facts_of_a_run() -> None:
+    """Catches a count of one rank's images, or of the key encoder's frozen copy as well."""
+    model: Any = MagicMock(encoder_q=nn.Linear(4, 3), encoder_k=nn.Linear(4, 3))
+    images: Any = MagicMock(train=range(7), test=range(5))
+    rank = Rank(1, 2, torch.device("cpu"))
+    assert Measurements(Config(), model, images, MagicMock(), rank).facts() == {
+        "world_size": 2,
+        "device": "cpu",
+        "train_images": 7,
+        "test_images": 5,
+        "parameters": 15,
+    }
+
+
 @pytest.mark.parametrize(
     ("queue", "count", "keys"),
     [(24, 24, ""), (25, 24, "1 older key"), (4096, 24, "171 older keys"), (65536, 1281167, "")],

@@ -234,6 +234,7 @@ def test_record_has_what_the_report_wants(uninterrupted: Path) -> None:
     record = json.loads((uninterrupted / "record.json").read_text())
     names = "bn seed epochs world_size groups blocks offset leak leak_standard_error knn"
     assert set(names.split()) | {"pretext_accuracy", "loss", "seconds"} <= record.keys()
+    assert {"device", "train_images", "test_images", "parameters"} <= record.keys()
     assert record["world_size"] == 2
     assert record["complete"] is True
     assert [row["epoch"] for row in record["curve"]] == [1, 2]

@@ -169,9 +169,14 @@ def processor() -> str:
 
 
 def commit() -> str | None:
-    """Return the git commit of the library's source, with a plus if it was changed since."""
+    """Return the git commit of the library's source, with a plus if it was changed since.
+
+    None where it is not in a repository of its own: installed, say, in a folder of another one.
+    """
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
+        own = [*git, "ls-files", "--error-unmatch", Path(__file__).name]
+        subprocess.run(own, capture_output=True, timeout=10, check=True)
         where = [*git, "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
         done = subprocess.run(where, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):

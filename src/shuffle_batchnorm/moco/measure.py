@@ -51,6 +51,17 @@ class Measurements:
         self.config, self.model, self.images = config, model, images
         self.views, self.rank = views, rank
 
+    def facts(self) -> Figures:
+        """Count ranks, images, and the query encoder's parameters, head included."""
+        parameters = sum(parameter.numel() for parameter in self.model.encoder_q.parameters())
+        return {
+            "world_size": self.rank.world_size,
+            "device": self.rank.device.type,
+            "train_images": len(self.images.train),  # type: ignore[arg-type]
+            "test_images": len(self.images.test),  # type: ignore[arg-type]
+            "parameters": parameters,
+        }
+
     def is_finite(self) -> bool:
         """Whether all weights and keys are finite; the same on all ranks. Waits for the device."""
         tensors = [*self.model.parameters(), self.model.queue]

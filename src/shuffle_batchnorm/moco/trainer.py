@@ -203,7 +203,7 @@ class Trainer:
         record: Record = {
             "seed": config.run.seed,
             "epochs": config.optim.epochs,
-            "world_size": self.rank.world_size,
+            **self.measurements.facts(),
             **asdict(config.norm),
             **leak_figures(leak),
             "knn": last["knn"],

@@ -163,6 +163,22 @@ def test_a_diverged_run_is_kept_and_printed(
     assert again == record
 
 
+def test_a_record_has_the_commit_and_the_time_of_its_run(tmp_path: Path) -> None:
+    """Catches those of the day on which a comparison is gone on with."""
+
+    def train(config: Config) -> Record:
+        record = Trainer()(config)
+        path = config.run.output / "config.json"
+        starts = [{"time": "2026-01-02", "commit": "abc", "versions": {"torch": "2.13.0"}}]
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"starts": starts}))
+        return record
+
+    (record,) = compare(CONFIG, ["local"], [0], tmp_path, train=train)
+    assert (record["begun"], record["commits"]) == ("2026-01-02", ["abc"])
+    assert json.loads((tmp_path / "results.json").read_text()) == [record]
+    assert compare(CONFIG, ["local"], [0], tmp_path, train=Trainer()) == [record]
+
+
 def test_output_ends_with_table_and_page(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], pages: list[dict[str, Any]]
 ) -> None:

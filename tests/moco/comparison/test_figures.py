@@ -1,6 +1,7 @@
 """The figures, by what matplotlib was told to draw; how they look is for eyes."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from shuffle_batchnorm.moco.comparison.figures import (
     draw_leak_and_cure,
     save_figures,
 )
-from shuffle_batchnorm.moco.comparison.style import RC, STYLES, wrapped
+from shuffle_batchnorm.moco.comparison.style import NARROW, PAGE, RC, STYLES, wrapped
 from shuffle_batchnorm.moco.comparison.summary import summarise
 
 
@@ -115,14 +116,20 @@ def test_the_figure_of_the_readme_does_without_a_curve() -> None:
     assert len(drawn(draw_leak_and_cure([made_up_record(curve=[])]))) == 1
 
 
-@pytest.mark.parametrize("name", list(DRAWINGS))
-def test_nothing_overlaps_or_sticks_out(name: str) -> None:
-    """Five names and a long one beside one another, and legends that fit the figure."""
+WIDTHS = [(draw, PAGE) for draw in DRAWINGS.values()]
+WIDTHS += [(partial(draw, width=NARROW), NARROW) for draw in (draw_leak, draw_curves)]
+
+
+@pytest.mark.parametrize(("draw", "width"), WIDTHS)
+def test_nothing_overlaps_or_sticks_out(draw: Callable[..., Figure | None], width: float) -> None:
+    """Seven names and a long one beside one another, and legends that fit, on a phone too."""
     long = "regroup-with-the-statistics-of-three-other-groups-and-a-longer-name"
     for bns in (STYLES, ("local", long)):
-        figure = DRAWINGS[name](made_up_records(bns, diverged={("swap", 1)}))
+        figure = draw(made_up_records(bns, diverged={("swap", 1)}))
         (axes, *_) = drawn(figure)
         assert figure is not None
+        if width == NARROW:
+            assert figure.get_figwidth() == NARROW
         frame = figure.bbox.padded(1)
         for text in [*axes.texts, *(t for box in figure.legends for t in box.get_texts())]:
             extent = text.get_window_extent()

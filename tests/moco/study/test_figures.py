@@ -1,11 +1,13 @@
 """The figures, by what matplotlib was told to draw; how they look is for eyes."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from matplotlib.figure import Figure
 
 from moco.study.made_up import made_up_records
+from shuffle_batchnorm.moco.comparison.style import NARROW
 from shuffle_batchnorm.moco.study.analysis import Analysis, analyse
 from shuffle_batchnorm.moco.study.figures import (
     DRAWINGS,
@@ -72,6 +74,20 @@ def test_sizes_show_the_control(analysis: Analysis) -> None:
     dashed = [line for line in left.lines if line.get_linestyle() == "--"]
     assert [list(line.get_xdata()) for line in dashed] == [[8, 64]] * 3  # type: ignore[arg-type]
     assert right.get_title(loc="left") == "kNN accuracy minus that of local"
+
+
+@pytest.mark.parametrize("name", list(DRAWINGS))
+def test_a_phone_has_figures_of_its_width(name: str, analysis: Analysis) -> None:
+    """Catches words and numbers that lie on one another, or stick out, where there is less room."""
+    figure = drawn(DRAWINGS[name](analysis, width=NARROW))
+    assert figure.get_figwidth() == NARROW
+    for legend in figure.legends:
+        assert figure.bbox.padded(1).containsx(legend.get_window_extent().x1)
+    columns = 2 if name == "settings" else 1
+    for axes in figure.axes:
+        assert axes.get_position().width > 0.6 / columns
+        extents = [label.get_window_extent() for label in axes.get_xticklabels()]
+        assert not any(a.overlaps(b) for a, b in pairwise(extents)), axes
 
 
 def test_what_is_not_measured_is_not_drawn() -> None:

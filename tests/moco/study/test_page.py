@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from markupsafe import Markup
 
 from moco.comparison.test_report import Page
 from moco.study.made_up import made_up_records
@@ -18,7 +19,7 @@ Runs = list[dict[str, object]]
 
 def rendered(runs: Runs) -> Page:
     records = Records(runs, [{"cpus": 2, "processor": "a <CPU>"}])
-    text = render(analyse(runs), records, {"law": "AAAA"}, command="study --x '<'")
+    text = render(analyse(runs), records, {"law": Markup("<svg></svg>")}, command="study --x '<'")
     return Page(text)
 
 
@@ -61,6 +62,7 @@ def test_the_page_asks_nothing_of_the_network_and_lies_beside_its_tables(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(page, "save_figures", lambda *_: {})
+    monkeypatch.setattr(page, "pictures", lambda *_: {})
     records = Records(made_up_records(), [])
     path = write_page(tmp_path, records, command="x")
     assert path == tmp_path / "study.html"

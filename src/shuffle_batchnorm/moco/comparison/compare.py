@@ -26,14 +26,15 @@ from shuffle_batchnorm.moco.ranks.launch import Rank, launch, under_torchrun, wo
 from shuffle_batchnorm.moco.ranks.spawn import Stopped
 from shuffle_batchnorm.moco.trainer import train as train_run
 
-from .report import write_report
+from .provenance import with_origin
+from .report import RESULTS, write_report
 from .summary import Record, check_record, tidy
 from .tables import markdown_table, run_line
 
 Train: TypeAlias = Callable[[Config], Record]
 
 CALL = "compare"
-COMPARISON, RESULTS = "comparison.json", "results.json"
+COMPARISON = "comparison.json"
 # What differs from run to run in one comparison.
 VARIED = frozenset({"bn", "seed"})
 # Of the flags that may change from one start to the next, what the page needn't tell.
@@ -107,7 +108,7 @@ def run_all(rank: Rank | None, plan: Sequence[Config], output: Path, train: Trai
         if together or not had_ended:
             record = train(one)
             if first and not had_ended:
-                records[folder] = tidy(record)
+                records[folder] = with_origin(tidy(record), folder)
         if first:
             done = [records[run.run.output] for run in plan if run.run.output in records]
             write_json(output / RESULTS, done)
@@ -205,7 +206,7 @@ def finished(folder: Path) -> Record | None:
     record = read_json(path)
     if isinstance(record, dict) and not record.get("complete"):
         return None
-    return tidy(check_record(record, str(path)))
+    return with_origin(tidy(check_record(record, str(path))), folder)
 
 
 def environment() -> dict[str, Any]:

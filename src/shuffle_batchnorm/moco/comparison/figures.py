@@ -48,30 +48,36 @@ def points(record: Record, key: str) -> dict[float, float]:
     return {epoch: value for epoch, value in pairs if epoch is not None and value is not None}
 
 
-def draw_curves(records: Sequence[Record]) -> Figure | None:
-    """Pretext accuracy and kNN accuracy over epochs, as in MoCo's figure A.1."""
+def draw_curves(records: Sequence[Record], width: float = PAGE) -> Figure | None:
+    """Pretext accuracy and kNN accuracy over epochs, as in MoCo's figure A.1.
+
+    Side by side, or one above the other if there is less width than a page's.
+    """
     panels = {"pretext_accuracy": "Pretext accuracy", "knn": "kNN accuracy"}
     shown = [key for key in panels if any(points(record, key) for record in records)]
     if not shown:
         return None
-    figure = Figure(figsize=(PAGE, 2.9), layout="constrained")
-    for axes, key in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+    shape = (1, len(shown)) if width >= PAGE else (len(shown), 1)
+    figure = Figure(figsize=(width, 0.6 + 2.3 * shape[0]), layout="constrained")
+    for axes, key in zip(figure.subplots(*shape, squeeze=False).flat, shown, strict=True):
         draw_curve(axes, records, key)
         axes.set_title(panels[key], loc="left")
     draw_legend(figure, records)
     return figure
 
 
-def draw_leak(records: Sequence[Record]) -> Figure | None:
+def draw_leak(records: Sequence[Record], width: float = PAGE) -> Figure | None:
     """The leak of every `--bn` with its 95 % interval; dots are seeds."""
     summaries = summarise(records)
     if all(one.leak is None for one in summaries):
         return None
-    figure = Figure(figsize=(PAGE, 1.0 + 0.42 * len(summaries)), layout="constrained")
+    between = "  " if width >= PAGE else "\n"
+    figure = Figure(figsize=(width, 1.0 + 0.42 * len(summaries)), layout="constrained")
     axes = figure.subplots()
-    draw_bars(axes, records, with_interval=True)
-    axes.text(1.03, 1.02, "leak  [95 % interval]", transform=axes.transAxes, weight="bold")
-    axes.set_xlabel("leak: pretext accuracy, training batch − fresh batch")
+    draw_bars(axes, records, before_interval=between)
+    heading = f"leak{between}[95 % interval]"
+    axes.text(1.03, 1.02, heading, transform=axes.transAxes, weight="bold")
+    axes.set_xlabel(f"leak: pretext accuracy,{between[-1]}training batch − fresh batch")
     return figure
 
 
@@ -83,7 +89,7 @@ def draw_leak_and_cure(records: Sequence[Record]) -> Figure | None:
     with mpl.rc_context({"font.size": 9.5, "axes.labelsize": 9.5, "axes.titlesize": 11}):
         figure = Figure(figsize=(7.6 if has_curve else 4.2, 3.3), layout="constrained")
         left, *right = figure.subplots(1, 1 + has_curve, squeeze=False)[0]
-        draw_bars(left, records, with_interval=False)
+        draw_bars(left, records)
         left.set_title("What batch norm gives away", loc="left")
         left.set_xlabel("leak (pretext accuracy)")
         for axes in right:
@@ -95,6 +101,11 @@ def draw_leak_and_cure(records: Sequence[Record]) -> Figure | None:
     return figure
 
 
+# Those of the page, so many inches wide.
+ON_PAGE: dict[str, Callable[[Sequence[Record], float], Figure | None]] = {
+    "leak": draw_leak,
+    "curves": draw_curves,
+}
 DRAWINGS: dict[str, Callable[[Sequence[Record]], Figure | None]] = {
     "leak": draw_leak,
     "curves": draw_curves,
@@ -167,12 +178,12 @@ def draw_curve(axes: Axes, records: Sequence[Record], key: str) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
 
 
-def draw_bars(axes: Axes, records: Sequence[Record], *, with_interval: bool) -> None:
+def draw_bars(axes: Axes, records: Sequence[Record], before_interval: str | None = None) -> None:
     """The leak of every `--bn`: a bar, its interval, a dot per seed, and the line of no leak."""
     summaries = summarise(records)
     bns = [one.bn for one in summaries]
     for y, one in enumerate(summaries):
-        words = leak_in_words(one, with_interval=with_interval)
+        words = leak_in_words(one, before_interval)
         axes.text(1.03, y, words, transform=axes.get_yaxis_transform(), va="center")
         leak, colour = one.leak, style_of(one.bn, bns).colour
         if leak is None:
@@ -196,14 +207,14 @@ def draw_bars(axes: Axes, records: Sequence[Record], *, with_interval: bool) -> 
     axes.tick_params(axis="y", length=0)
 
 
-def leak_in_words(one: Summary, *, with_interval: bool) -> str:
-    """The text at the right of a bar."""
+def leak_in_words(one: Summary, before_interval: str | None) -> str:
+    """The text at the right of a bar, with the interval unless there is None to set before it."""
     if one.leak is None:
         words = DIVERGED if one.diverged == one.runs else "not measured"
     else:
         words = written(one.leak.mean)
-        if with_interval and one.leak.low is not None:
-            words += f"  {interval(one.leak.low, one.leak.high)}"
+        if before_interval is not None and one.leak.low is not None:
+            words += before_interval + interval(one.leak.low, one.leak.high)
     return words + (note_of_diverged(one, "\n{}") if one.diverged < one.runs else "")
 
 
@@ -215,6 +226,10 @@ def draw_legend(figure: Figure, records: Sequence[Record]) -> None:
     labels = [f"{wrapped(one.bn)}{note_of_diverged(one)}" for one in summaries]
     widths = [9 + max(map(len, label.splitlines())) for label in labels]  # 9 for the line's piece
     room = 15 * figure.get_figwidth() * 0.95  # letters in a line
-    rows = min(len(bns), math.ceil(sum(widths) / room))
+
+    def width(rows: int) -> int:  # a column is as wide as its longest label
+        return sum(max(widths[k : k + rows]) for k in range(0, len(bns), rows))
+
+    rows = next((k for k in range(1, len(bns)) if width(k) <= room), len(bns))
     where: dict[str, Any] = dict(loc="outside lower center", ncols=math.ceil(len(bns) / rows))
     figure.legend(handles, labels, handlelength=3, **where)

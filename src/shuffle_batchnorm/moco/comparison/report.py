@@ -1,18 +1,22 @@
 """From the records of a comparison to its figures and one self-contained page."""
 
-import base64
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import jinja2
+from markupsafe import Markup
 
-from shuffle_batchnorm.moco.checkpoint import write_atomically
+from shuffle_batchnorm.moco.checkpoint import write_atomically, write_json
 
-from .figures import save_figures
-from .style import PAGE, style_of
-from .summary import Record, check_records, independent, on_a_par, summarise
+from .exports import bibtex, csv_table, latex_table
+from .figures import ON_PAGE, save_figures
+from .inline import name_of, pictures, variable
+from .provenance import provenance
+from .style import DARK, style_of
+from .summary import Record, check_records, independent, on_a_par, summarise, tidy
 from .tables import (
     RUN_HEADER,
     count_of_seeds,
@@ -24,7 +28,11 @@ from .tables import (
     written,
 )
 
-PAGE_NAME = "report.html"
+PAGE_NAME, RESULTS = "report.html", "results.json"
+LABELS = {
+    "leak": "Bars: the leak of each batch norm with its interval, as in the table Results",
+    "curves": "Lines: pretext accuracy and kNN accuracy over epochs",
+}
 
 
 def write_report(
@@ -34,14 +42,16 @@ def write_report(
     command: str,
     setup: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Draw the figures of a comparison and write its page and its table.
+    """Draw the figures of a comparison and write its page, its tables and what to cite.
 
-    Writes `figures/*.png` and `*.pdf`, `table.md` and `report.html` into `output`. The page holds
-    its figures and asks nothing of the network. It communicates with no other rank.
+    Writes `figures/*.png` and `*.pdf`, `results.json`, `results.csv`, `table.md`, `table.tex`,
+    `references.bib` and `report.html` into `output`. The page holds its figures and asks nothing of
+    the network. It communicates with no other rank.
 
     Args:
         output: folder; made if it is missing.
-        records: runs, as in `results.json`; a key that a run lacks is left out of what is shown.
+        records: runs, as in `results.json`; a key that a run lacks is left out of what is shown,
+            or said to be unknown.
         command: what reproduces the comparison, to be printed on the page.
         setup: more for the page's table of the set-up: names to values, or to mappings.
 
@@ -52,22 +62,34 @@ def write_report(
         ResultsError: `records` is no list of records, or is empty.
         CheckpointError: the disk is full, say.
     """
-    runs = check_records(records, "records")
-    paths = save_figures(output / "figures", runs)
-    pictures = {name: base64.b64encode(p.read_bytes()).decode() for name, p in paths.items()}
-    text = render(runs, pictures, command=command, setup=setup or {})
-    write_atomically(output / "table.md", markdown_table(runs).encode())
-    page = output / PAGE_NAME
-    write_atomically(page, text.encode())
-    return page
+    runs = [tidy(record) for record in check_records(records, "records")]
+    setup = setup or {}
+    save_figures(output / "figures", runs)
+    drawn = pictures({name: partial(draw, runs) for name, draw in ON_PAGE.items()}, LABELS)
+    latex, references = latex_table(runs, dataset_of(setup)), bibtex(runs)
+    write_json(output / RESULTS, runs)
+    texts = {
+        "results.csv": csv_table(runs),
+        "table.md": markdown_table(runs),
+        "table.tex": latex,
+        "references.bib": references,
+        PAGE_NAME: render(
+            runs, drawn, command=command, setup=setup, latex=latex, bibtex=references
+        ),
+    }
+    for name, text in texts.items():
+        write_atomically(output / name, text.encode())
+    return output / PAGE_NAME
 
 
 def render(
     records: Sequence[Record],
-    pictures: Mapping[str, str],
+    drawn: Mapping[str, Markup],
     *,
     command: str,
     setup: Mapping[str, Any],
+    latex: str,
+    bibtex: str,
 ) -> str:
     """The page as text: `report.html.jinja` has the words, this has the numbers."""
     summaries = summarise(records)
@@ -80,18 +102,25 @@ def render(
         seeds=count_of_seeds(summaries),
         any_diverged=any(one.diverged for one in summaries),
         facts={key: common(records, key) for key in ("epochs", "world_size", "groups")},
-        dataset=setup.get("data", {}).get("dataset"),
-        pictures=pictures,
-        width=PAGE,
+        dataset=dataset_of(setup),
+        pictures=drawn,
         header=header,
         rows=rows,
-        colours={bn: style_of(bn, bns).colour for bn in bns},
+        colours={bn: variable(style_of(bn, bns).colour) for bn in bns},
         notes=notes(records),
-        setup=setup,
+        setup={**provenance(records), **setup},
         command=command,
+        latex=latex,
+        bibtex=bibtex,
         run_header=RUN_HEADER,
         runs=[run_row(record) for record in records],
     )
+
+
+def dataset_of(setup: Mapping[str, Any]) -> str | None:
+    """The data set's name, if the set-up has it."""
+    name: str | None = setup.get("data", {}).get("dataset")
+    return name
 
 
 def template(name: str, package: str = __package__) -> jinja2.Template:
@@ -109,6 +138,7 @@ def template(name: str, package: str = __package__) -> jinja2.Template:
         loader=jinja2.FunctionLoader(load),
     )
     environment.filters |= {"written": written, "with_error": with_error, "shown": shown}
+    environment.globals["dark"] = {name_of(light): dark for light, dark in DARK.items()}
     return environment.get_template(name)
 
 

@@ -37,6 +37,7 @@ RC: dict[Any, Any] = {
     "pdf.fonttype": 42,  # letters stay letters: publishers refuse the other kind
 }
 PAGE = 6.9  # inches: the width of a page's text, and of two columns of most proceedings
+NARROW = 3.75  # inches: what a phone of 400 pixels has room for
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,12 @@ STYLES = {
     "eman": Style("#882255", (0, (9, 2)), "<"),
     "simclr": Style("#332288", (0, (2, 1, 2, 3)), ">"),
 }
+# On a dark page, what is too dark there: at least 4 to 1 against it, and still apart.
+DARK = {
+    INK: "#e4e6e9", "#ffffff": "#16181b", "#e3e5e8": "#34383e", "#8a8f98": "#8a8f98",
+    "#6b7079": "#9aa1ab", "#0072b2": "#3d97dd", "#882255": "#cf5c93", "#332288": "#9585ea",
+    "#56b4e9": "#9ad4f5", "#8c7a00": "#b8a100",
+}  # fmt: skip
 OTHERS = (Style("#cc79a7", "-", "v"), Style("#56b4e9", "--", "P"), Style("#8c7a00", "-.", "*"))
 
 

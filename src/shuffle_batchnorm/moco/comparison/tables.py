@@ -152,8 +152,8 @@ def count_of_seeds(summaries: Sequence[Summary]) -> str:
     return f"{words} seed{'' if high == 1 else 's'}"
 
 
-def notes(records: Sequence[Record]) -> list[str]:
-    """What the table's numbers are: sentences to stand below it."""
+def notes(records: Sequence[Record], *, pairs: bool = True) -> list[str]:
+    """What the table's numbers are: sentences to stand below it; with what is paired by seed."""
     summaries = summarise(records)
     seeds = count_of_seeds(summaries)
     said = [f"Mean over {seeds} ± standard error." if seeds != "1 seed" else "One seed each."]
@@ -163,7 +163,7 @@ def notes(records: Sequence[Record]) -> list[str]:
     if on_a_par(summaries):
         said.append(ON_A_PAR)
     for key, name in (("knn", "kNN"), ("linear", LINEAR)):
-        said += note_of_pairs(name, paired(records, key))
+        said += note_of_pairs(name, paired(records, key)) if pairs else []
     if any(one.diverged for one in summaries):
         said.append(LEFT_OUT)
     return said

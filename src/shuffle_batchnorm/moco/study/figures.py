@@ -43,13 +43,13 @@ SETTINGS = {"depth": "convolutions", "epochs": "epochs", "temperature": "tempera
 BASE = {"depth": 4, "epochs": 60, "temperature": 0.07}
 
 
-def draw_law(analysis: Analysis) -> Figure | None:
+def draw_law(analysis: Analysis, width: float = PAGE) -> Figure | None:
     """The leak against the number of blocks, of each group size, with the fit; and near zero."""
     grid = analysis.of("grid")
     if not grid:
         return None
-    figure = Figure(figsize=(PAGE, 3.5), layout="constrained")
-    for axes, zoomed in zip(figure.subplots(1, 2), (False, True), strict=True):
+    figure, panels = two_panels(width, 3.5)
+    for axes, zoomed in zip(panels, (False, True), strict=True):
         for place, (n, look) in enumerate(SIZES.items()):
             cells = [cell for cell in grid if cell.n == n]
             draw_fit(axes, analysis, n, cells, look)
@@ -103,13 +103,12 @@ def draw_point(
     axes.plot(x, mean, **look, **face, linestyle="none", zorder=4)
 
 
-def draw_size(analysis: Analysis) -> Figure | None:
+def draw_size(analysis: Analysis, width: float = PAGE) -> Figure | None:
     """The leak against group size without blocks, and what blocks change in kNN accuracy."""
     grid = analysis.of("grid")
     if not grid:
         return None
-    figure = Figure(figsize=(PAGE, 3.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure, (left, right) = two_panels(width, 3.2)
     for blocks, look in BLOCKS.items():
         same = [cell for cell in [*analysis.of("control"), *grid] if blocks == cell.B]
         for large in (False, True):
@@ -131,12 +130,16 @@ def draw_size(analysis: Analysis) -> Figure | None:
     return figure
 
 
-def draw_settings(analysis: Analysis) -> Figure | None:
+def draw_settings(analysis: Analysis, width: float = PAGE) -> Figure | None:
     """The leak, and kNN accuracy, against depth, epochs and temperature."""
     if not analysis.of(*SETTINGS):
         return None
-    figure = Figure(figsize=(PAGE, 4.5), layout="constrained")
-    panels = figure.subplots(2, len(SETTINGS), sharex="col", sharey="row")
+    narrow = width < PAGE
+    figure = Figure(figsize=(width, 6.5 if narrow else 4.5), layout="constrained")
+    if narrow:
+        panels = figure.subplots(len(SETTINGS), 2, sharex="row", sharey="col").T
+    else:
+        panels = figure.subplots(2, len(SETTINGS), sharex="col", sharey="row")
     base = [cell for cell in analysis.of("grid") if cell.n == GROUP]
     for column, (name, words) in zip(panels.T, SETTINGS.items(), strict=True):
         some = analysis.of(name)
@@ -148,27 +151,30 @@ def draw_settings(analysis: Analysis) -> Figure | None:
                 draw_line(axes, points, look)
         column[0].set_title(name.capitalize(), loc="left")
         column[0].axhline(0, color=INK, linewidth=0.8, zorder=1)
-        column[1].set_xlabel(words)
+        for axes in column if narrow else column[1:]:
+            axes.set_xlabel(words)
+            axes.tick_params(axis="x", labelrotation=90 * narrow)
         ticks = sorted({number(cell.changes[name]) for cell in some} | {BASE[name]})
         if name != "depth":
             column[1].set_xscale("log")
             column[1].minorticks_off()
         column[1].set_xticks(ticks, [f"{tick:g}".lstrip("0") for tick in ticks])
-    panels[0, 0].set_ylabel("leak")
-    panels[1, 0].set_ylabel("kNN accuracy")
+    for row, words in zip(panels, ("leak", "kNN accuracy"), strict=True):
+        for axes in row if narrow else row[:1]:
+            axes.set_ylabel(words)
     draw_legend(figure, {label_of(blocks): look for blocks, look in BLOCKS.items()})
     return figure
 
 
-def draw_layers(analysis: Analysis) -> Figure | None:
+def draw_layers(analysis: Analysis, width: float = PAGE) -> Figure | None:
     """The leak and kNN accuracy against the number of layers that are converted."""
     some = analysis.of("layers")
     if not some:
         return None
     ends = {0: f"n{GROUP}-B1", len(LAYERS): f"n{GROUP}-B{GROUP}"}
     orders = {"largest": SIZES[32], "smallest": SIZES[4]}
-    figure = Figure(figsize=(PAGE, 2.7), layout="constrained")
-    for axes, key in zip(figure.subplots(1, 2), ("leak", "knn"), strict=True):
+    figure, panels = two_panels(width, 2.7)
+    for axes, key in zip(panels, ("leak", "knn"), strict=True):
         for order, look in orders.items():
             cells = {count: analysis.cells.get(name) for count, name in ends.items()}
             cells |= {
@@ -185,13 +191,13 @@ def draw_layers(analysis: Analysis) -> Figure | None:
     return figure
 
 
-def draw_fashion(analysis: Analysis) -> Figure | None:
+def draw_fashion(analysis: Analysis, width: float = PAGE) -> Figure | None:
     """The leak and kNN accuracy on Fashion-MNIST against the number of blocks."""
     some = analysis.of("fashion")
     if not some:
         return None
-    figure = Figure(figsize=(PAGE, 2.7), layout="constrained")
-    for axes, key in zip(figure.subplots(1, 2), ("leak", "knn"), strict=True):
+    figure, panels = two_panels(width, 2.7)
+    for axes, key in zip(panels, ("leak", "knn"), strict=True):
         for n in sorted({cell.n for cell in some}):
             points = [(cell.B, getattr(cell, key)) for cell in some if cell.n == n]
             draw_line(axes, points, SIZES[n])
@@ -202,10 +208,17 @@ def draw_fashion(analysis: Analysis) -> Figure | None:
     return figure
 
 
+def two_panels(width: float, height: float) -> tuple[Figure, list[Axes]]:
+    """A figure with two panels, side by side in a page's width, else one above the other."""
+    rows = 1 if width >= PAGE else 2
+    figure = Figure(figsize=(width, height * rows), layout="constrained")
+    return figure, list(figure.subplots(rows, 2 // rows).flat)
+
+
 def draw_legend(figure: Figure, looks: dict[str, Look]) -> None:
     """One legend for all panels, below them."""
     handles = [Line2D([], [], **look, **MARK) for look in looks.values()]
-    rows = math.ceil(len(looks) / 5)
+    rows = math.ceil(len(looks) / (5 if figure.get_figwidth() >= PAGE else 3))
     where: Look = dict(loc="outside lower center", ncols=math.ceil(len(looks) / rows))
     figure.legend(handles, list(looks), **where)
 
@@ -248,7 +261,7 @@ def first(pair: tuple[float, CellSummary]) -> float:
     return pair[0]
 
 
-DRAWINGS: dict[str, Callable[[Analysis], Figure | None]] = {
+DRAWINGS: dict[str, Callable[..., Figure | None]] = {
     "law": draw_law,
     "size": draw_size,
     "settings": draw_settings,

@@ -1,24 +1,33 @@
 """From the study's records to its figures, its tables and one self-contained page."""
 
-import base64
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from shuffle_batchnorm.moco.checkpoint import write_atomically
+from shuffle_batchnorm.moco.comparison.inline import pictures
 from shuffle_batchnorm.moco.comparison.report import template
-from shuffle_batchnorm.moco.comparison.style import PAGE
 from shuffle_batchnorm.moco.comparison.summary import check_records
 from shuffle_batchnorm.moco.config import DataConfig
 
 from . import tables
 from .analysis import Analysis, analyse
 from .cells import BASE, FASHION_SEEDS
-from .figures import save_figures
+from .figures import DRAWINGS, save_figures
 from .records import Records
 from .rules import NEGLIGIBLE
 
 PAGE_NAME, TABLES = "study.html", "tables.md"
+LABELS = {
+    "law": "Points: the leak against blocks, by group size; lines: the fit",
+    "size": "Lines: the leak against group size; kNN accuracy minus that of local",
+    "settings": "Lines: leak and kNN accuracy against depth, epochs and temperature",
+    "layers": "Lines: leak and kNN accuracy against the number of layers converted",
+    "fashion": "Lines: leak and kNN accuracy on Fashion-MNIST against blocks",
+}
 
 
 def write_page(output: Path, records: Records, *, command: str) -> Path:
@@ -38,11 +47,11 @@ def write_page(output: Path, records: Records, *, command: str) -> Path:
     """
     check_records(records.runs, "records")
     analysis = analyse(records.runs)
-    paths = save_figures(output / "figures", analysis)
-    pictures = {name: base64.b64encode(p.read_bytes()).decode() for name, p in paths.items()}
+    save_figures(output / "figures", analysis)
+    drawn = pictures({name: partial(draw, analysis) for name, draw in DRAWINGS.items()}, LABELS)
     write_atomically(output / TABLES, markdown(analysis).encode())
     page = output / PAGE_NAME
-    write_atomically(page, render(analysis, records, pictures, command=command).encode())
+    write_atomically(page, render(analysis, records, drawn, command=command).encode())
     return page
 
 
@@ -62,7 +71,7 @@ def markdown(analysis: Analysis) -> str:
 
 
 def render(
-    analysis: Analysis, records: Records, pictures: Mapping[str, str], *, command: str
+    analysis: Analysis, records: Records, drawn: Mapping[str, Markup], *, command: str
 ) -> str:
     """The page as text: `study.html.jinja` has the words, this has the numbers."""
     leak_header, leak_rows = tables.grid(analysis.of("grid"))
@@ -78,8 +87,7 @@ def render(
         rules=analysis.rules,
         limit=NEGLIGIBLE,
         fashion_seeds=FASHION_SEEDS,
-        pictures=pictures,
-        width=PAGE,
+        pictures=drawn,
         leak_header=leak_header,
         leak_rows=leak_rows,
         rule_header=tables.RULES,
