@@ -3,17 +3,21 @@
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
 from moco.study.made_up import made_up_records
 from shuffle_batchnorm.moco.comparison.style import NARROW
+from shuffle_batchnorm.moco.comparison.summary import Estimate
 from shuffle_batchnorm.moco.study.analysis import Analysis, analyse
 from shuffle_batchnorm.moco.study.figures import (
     DRAWINGS,
     SIZES,
     draw_law,
     draw_layers,
+    draw_point,
     draw_settings,
     draw_size,
     save_figures,
@@ -42,6 +46,15 @@ def test_the_law_shows_every_cell_and_the_fit(analysis: Analysis) -> None:
         assert len(hollow) == {16: 1, 32: 1}.get(n, 0)
         [curve] = [line for line in own if len(line.get_xdata()) > 2]  # type: ignore[arg-type]
         assert curve.get_linestyle() == ("--" if n == 64 else "-")
+
+
+def test_a_point_has_its_interval() -> None:
+    """Catches an interval that is drawn upside down."""
+    axes = Figure().subplots()
+    draw_point(axes, 1.0, Estimate(0.3, 0.05, 0.1, 0.4), SIZES[8])
+    [bar] = axes.collections
+    assert isinstance(bar, LineCollection)
+    assert bar.get_segments()[0] == pytest.approx(np.array([[1.0, 0.1], [1.0, 0.4]]))
 
 
 def test_settings_have_the_bases_own_value_too(analysis: Analysis) -> None:
