@@ -8,6 +8,7 @@ from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx import addnodes
 from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
 from sphinx.transforms import SphinxTransform
 from sphinx.writers.html5 import HTML5Translator
 
@@ -80,6 +81,7 @@ copybutton_prompt_is_regexp = True
 
 default_role = "py:obj"  # `name` in a docstring is a link where there is such a name
 napoleon_custom_sections = ["Communication", "Shape", "Source"]
+napoleon_use_ivar = True
 add_module_names = False
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
@@ -127,20 +129,32 @@ class NameLinks(SphinxTransform):
     default_priority = 500
 
     def apply(self, **_: object) -> None:
+        inside = nodes.reference, nodes.title, addnodes.pending_xref
         for code in list(self.document.findall(nodes.literal)):
             name = code.astext()
-            inside = (nodes.reference, nodes.title, addnodes.pending_xref)
-            if name in shuffle_batchnorm.__all__ and not isinstance(code.parent, inside):
+            if is_public(name) and not isinstance(code.parent, inside):
                 link = addnodes.pending_xref(
-                    refdomain="py",
-                    reftype="obj",
-                    reftarget=f"shuffle_batchnorm.{name}",
-                    refexplicit=True,
-                    refwarn=True,
-                    refdoc=self.env.docname,
+                    refdomain="py", reftype="obj", reftarget=name, refdoc=self.env.docname
                 )
                 code.replace_self(link)
                 link += code
+
+
+def is_public(name: str) -> bool:
+    """Whether a name is one of `shuffle_batchnorm`, or an attribute of one."""
+    return name.split(".")[0] in shuffle_batchnorm.__all__
+
+
+def find_name(
+    app: Sphinx, env: BuildEnvironment, node: addnodes.pending_xref, content: nodes.Element
+) -> nodes.Element | None:
+    """Look a public name up that the page's or docstring's own module doesn't have."""
+    name = node.get("reftarget", "")
+    if node.get("refdomain") != "py" or not is_public(name):
+        return None
+    target = f"shuffle_batchnorm.{name}"
+    domain = env.get_domain("py")
+    return domain.resolve_xref(env, node["refdoc"], app.builder, "obj", target, node, content)
 
 
 def draw_inline(translator: HTML5Translator, node: nodes.math) -> None:
@@ -165,4 +179,5 @@ def setup(app: Sphinx) -> None:
     app.add_html_math_renderer("mathml", (draw_inline, None), (draw_block, None))
     app.add_transform(NameLinks)
     app.connect("source-read", read)
+    app.connect("missing-reference", find_name)
     app.connect("build-finished", finish)
