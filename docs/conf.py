@@ -92,23 +92,29 @@ maximum_signature_line_length = 88
 html_theme = "furo"
 html_static_path = ["site.css"]
 html_css_files = ["site.css"]
-html_math_renderer = "mathml"  # the browser draws it; no script
+html_math_renderer = "mathml"
 html_copy_source = html_show_copyright = html_show_sphinx = False
 
 LINK = re.compile(r"(?<!!)\[([^\]]*)\]\((?!https?:|mailto:|#)([^)#\s]+)(#[^)\s]*)?\)")
 
 
 def outside_links(text: str, page: Path, docs: Path) -> str:
-    """A page whose links to files that are no pages lead to `REPOSITORY`, or name the file."""
+    """A page whose links to what the site doesn't have lead to `REPOSITORY`.
+
+    Until it has an address, Sphinx puts files that are linked on the site, and folders are named.
+    """
 
     def replace(link: re.Match[str]) -> str:
         title, target, anchor = link[1], link[2], link[3] or ""
         path = (page.parent / target).resolve()
-        if (path.suffix == ".md" and path.is_relative_to(docs)) or not path.exists():
-            return link[0]  # a page, or dead, which fails the build
+        is_page = path.suffix == ".md" and path.is_relative_to(docs)
+        if is_page or not path.exists():  # a dead link fails the build
+            return link[0]
         name = path.relative_to(docs.parent).as_posix()
         if REPOSITORY:
             return f"[{title}]({REPOSITORY}/{name}{anchor})"
+        if path.is_file() and path.suffix != ".md":
+            return link[0]
         return f"`{name}`" if name.endswith(title.strip("`/")) else f"{title} (`{name}`)"
 
     return LINK.sub(replace, text)
@@ -158,15 +164,10 @@ def find_name(
     return domain.resolve_xref(env, node["refdoc"], app.builder, "obj", target, node, content)
 
 
-def draw_inline(translator: HTML5Translator, node: nodes.math) -> None:
-    """A formula in a line, as MathML."""
-    translator.body.append(tex2mathml(node.astext()))
-    raise nodes.SkipNode
-
-
-def draw_block(translator: HTML5Translator, node: nodes.math_block) -> None:
-    """A formula on its own lines, as MathML."""
-    translator.body.append(f'<div class="math">{tex2mathml(node.astext(), as_block=True)}</div>')
+def draw(translator: HTML5Translator, node: nodes.math | nodes.math_block) -> None:
+    """A formula as MathML, which browsers draw without a script."""
+    formula = tex2mathml(node.astext(), as_block=isinstance(node, nodes.math_block))
+    translator.body.append(f'<span class="math">{formula}</span>')
     raise nodes.SkipNode
 
 
@@ -177,7 +178,7 @@ def finish(app: Sphinx, error: Exception | None) -> None:
 
 
 def setup(app: Sphinx) -> None:
-    app.add_html_math_renderer("mathml", (draw_inline, None), (draw_block, None))
+    app.add_html_math_renderer("mathml", (draw, None), (draw, None))
     app.add_transform(NameLinks)
     app.connect("source-read", read)
     app.connect("missing-reference", find_name)

@@ -224,16 +224,20 @@ def test_every_public_name_is_on_one_api_page() -> None:
 def test_links_to_files_outside_of_the_site(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a link of the site to a file that only a checkout has."""
     text = (
-        "[`cells.py`](../src/shuffle_batchnorm/moco/study/cells.py), "
-        "[data](../benchmarks/results/gpu), [a page](leak.md#use), ![a picture](law.png), "
-        "[code](conf.py#L3), [dead](../nothing.py)"
+        "[code](../src/shuffle_batchnorm/norm/mixing.py#L3), "
+        "[`results/gpu`](../benchmarks/results/gpu), [rules](../CONTRIBUTING.md), "
+        "[a page](leak.md#use), ![a picture](law.png), [dead](../no.py)"
     )
     found = conf.outside_links(text, DOCS / "law.md", DOCS)
     assert found == (
-        "`src/shuffle_batchnorm/moco/study/cells.py`, data (`benchmarks/results/gpu`), "
-        "[a page](leak.md#use), ![a picture](law.png), code (`docs/conf.py`), [dead](../nothing.py)"
+        "[code](../src/shuffle_batchnorm/norm/mixing.py#L3), `benchmarks/results/gpu`, "
+        "rules (`CONTRIBUTING.md`), [a page](leak.md#use), ![a picture](law.png), [dead](../no.py)"
     )
     monkeypatch.setattr(conf, "REPOSITORY", "https://host/us/blob/main")
     found = conf.outside_links(text, DOCS / "law.md", DOCS)
-    assert "[data](https://host/us/blob/main/benchmarks/results/gpu)" in found
-    assert "[code](https://host/us/blob/main/docs/conf.py#L3), [dead](../nothing.py)" in found
+    assert found == (
+        "[code](https://host/us/blob/main/src/shuffle_batchnorm/norm/mixing.py#L3), "
+        "[`results/gpu`](https://host/us/blob/main/benchmarks/results/gpu), "
+        "[rules](https://host/us/blob/main/CONTRIBUTING.md), "
+        "[a page](leak.md#use), ![a picture](law.png), [dead](../no.py)"
+    )
