@@ -76,7 +76,7 @@ root_doc = "README"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 
 myst_heading_anchors = 4  # as on code-hosting sites
-smartquotes = False  # mode="reduce-overhead" in a title is code
+smartquotes_action = "D"  # dashes alone: mode="reduce-overhead" in a title is code
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 
