@@ -16,29 +16,25 @@ class Block(NamedTuple):
     """What stands between two fences."""
 
     language: str
-    info: str  # the rest of the line of the first fence
+    title: str  # "", "excerpt", or the file that it is a part of
     code: str
-    line: int  # of the file, the first one of the code
-
-    @property
-    def is_excerpt(self) -> bool:
-        """Whether it needs names that only a reader's program has."""
-        return self.info == 'title="excerpt"'
+    line: int  # of the page, the first one of the code
 
 
 def blocks(page: Path) -> Iterator[Block]:
     """The code blocks of a page, in order."""
     text = page.read_text(encoding="utf-8")
     for fence in FENCE.finditer(text):
-        language, _, info = fence[2].partition(" ")
-        yield Block(language, info, fence[3], text[: fence.start()].count("\n") + 2)
+        language, _, title = fence[2].partition(" ")
+        title = title.removeprefix('title="').removesuffix('"')
+        yield Block(language, title, fence[3], text[: fence.start()].count("\n") + 2)
 
 
 def run_page(page: Path, given: dict[str, Any]) -> None:
     """Run a page's Python in one namespace; its excerpts too if their names are given."""
     names = {"__name__": page.stem, **given}
     for block in blocks(page):
-        if block.language == "python" and (given or not block.is_excerpt):
+        if block.language == "python" and block.title in {"", "excerpt" if given else ""}:
             run_block(block, page, names)
 
 
