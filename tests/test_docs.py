@@ -124,6 +124,9 @@ def _check(command: list[str]) -> None:
     """Raise if a command names something that doesn't exist."""
     program, *rest = command
     program = Path(program).name
+    for word in rest:
+        if word.startswith(("benchmarks/", "docs/", "examples/", "src/", "tests/")):
+            assert (ROOT / word.partition("::")[0]).exists(), command
     if program == "make":
         for word in rest:
             name, assigns, _ = word.partition("=")
@@ -140,17 +143,15 @@ def _check(command: list[str]) -> None:
             return
         files = [word for word in rest if word.endswith(".py")]
         if files and files[0] != "FILE":
-            folder = (ROOT / files[0]).parent
             assert (ROOT / files[0]).exists(), command
+            folder = (ROOT / files[0]).parent
             source = "".join(path.read_text(encoding="utf-8") for path in folder.glob("*.py"))
             for word in rest[rest.index(files[0]) + 1 :]:
                 flag = word.partition("=")[0]
                 assert f'"{flag}"' in source or not flag.startswith("--"), (command, flag)
-    elif program == "pytest":
-        for word in rest:
-            assert word.startswith("-") or (ROOT / word.partition("::")[0]).exists(), command
     else:
-        assert program in {"pip", "apt", "apt-get", "git", "cd", "export", "sbatch"}, command
+        assert program in {"apt", "apt-get", "bash", "cd", "export", "git", "patch", "pip", "pytest",
+                           "sbatch"}, command  # fmt: skip
 
 
 @every_page
@@ -170,6 +171,7 @@ def test_commands_exist(page: Path) -> None:
         "shuffle-batchnorm train --nothing 3",
         "torchrun --nproc-per-node 2 -m shuffle_batchnorm trian",
         "pytest tests/nothing",
+        "sbatch examples/nothing.sh",
         "shuffle-batchnrom train",
     ],
 )
