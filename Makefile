@@ -15,7 +15,7 @@ GPU_PYTHON ?= $(if $(wildcard $(STAMP)),$(BIN)/python,$(PYTHON))
 OUT ?= benchmarks/results/gpu
 
 .PHONY: help setup demo test lint format bench bench-exchange bench-shuffle bench-trainer compare \
-	compare-fashion study study-report release-check gpu-test gpu-bench gpu-check gpu-study docs clean
+	compare-fashion study study-report release-check gpu-test gpu-bench gpu-check gpu-study docs figures clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -111,7 +111,12 @@ gpu-check: ## both; OUT=folder gets results and logs
 gpu-study: ## train ResNet-18s with several --bn side by side on a GPU, and say what leaks: 8 minutes
 	PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} $(GPU_PYTHON) benchmarks/gpu_study.py --out $(OUT) $(ARGS)
 
-docs: setup ## draw the pictures of docs/ again
+# All pages anew, since a page that is skipped isn't checked.
+docs: setup ## build the site from docs/ into build/site, in seconds; a dead link fails
+	$(BIN)/sphinx-build -E -a -q -W --keep-going -d build/doctrees docs build/site
+	@echo "Open build/site/index.html"
+
+figures: setup ## draw the pictures of docs/ again
 	@set -e; for script in $(sort $(wildcard docs/draw_*.py)); do \
 		echo "$$script"; $(BIN)/python "$$script"; done
 

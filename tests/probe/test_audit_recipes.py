@@ -1,8 +1,5 @@
 """The recipes of docs/audit.md run as they are printed."""
 
-import doctest
-import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,15 +7,13 @@ import torch
 from torch import Tensor, nn
 
 import shuffle_batchnorm
+from pages import DOCS, blocks, run_block
 from probe.known_leaks import one_thread
 
 __all__ = ["one_thread"]  # a fixture
 
-PATH = Path(__file__).parents[2] / "docs" / "audit.md"
-PAGE = PATH.read_text()
-RECIPES = [
-    code for code in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if ">>>" not in code
-]
+PAGE = DOCS / "audit.md"
+FIRST, FEW_SHOT, RETRIEVAL, WORST = [block for block in blocks(PAGE) if block.language == "python"]
 
 
 class _FewShot(nn.Module):
@@ -35,21 +30,20 @@ class _FewShot(nn.Module):
 
 
 def test_the_first_example() -> None:
-    found = doctest.testfile(str(PATH), module_relative=False)
-    assert (found.failed, found.attempted) == (0, 6)
+    run_block(FIRST, PAGE, {})
 
 
 def test_a_few_shot_model(capsys: pytest.CaptureFixture[str]) -> None:
     queries, support, others = (torch.randn(n, 3, 6, 6) for n in (15, 25, 30))
     episode = {"queries": others, "support": support}
     known = dict(model=_FewShot(), queries=queries, support=support, other_episode=episode)
-    exec(RECIPES[0], known)  # asserts that eval mode has no dependence
+    run_block(FEW_SHOT, PAGE, known)  # asserts that eval mode has no dependence
     assert "100.0 %  embed.1  BatchNorm2d" in capsys.readouterr().out
 
 
 def test_retrieval() -> None:
     known: dict[str, Any] = {"torch": torch, "audit": shuffle_batchnorm.audit}
-    exec(RECIPES[1], known)
+    run_block(RETRIEVAL, PAGE, known)
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.BatchNorm1d(8))
     gallery = torch.randn(40, 3, 2, 2)
     with pytest.raises(ValueError, match=r"embeddings depend on what else(.|\n)* 2  BatchNorm1d"):
@@ -63,7 +57,7 @@ def test_the_worst_layers_are_converted() -> None:
     model = nn.Sequential(*layers)
     report = shuffle_batchnorm.audit(model, torch.randn(16, 8))
     known: dict[str, Any] = {"model": model, "report": report}
-    exec(RECIPES[2], known)
+    run_block(WORST, PAGE, known)
     kinds = [type(layer) for layer in known["model"]]
     assert kinds.count(shuffle_batchnorm.ShuffleBatchNorm) == 4
     assert kinds.count(nn.BatchNorm1d) == 2

@@ -23,7 +23,7 @@ def batch_shuffle(batch: Tensor, distributed: bool = False) -> tuple[Tensor, Shu
         distributed: shuffle among the ranks of the default process group.
 
     Returns:
-        The shuffled batch, and what `batch_unshuffle` needs: an index ``[N]``, as lightly's; with
+        The shuffled batch, and what `batch_unshuffle` needs, an index ``[N]``, as lightly's; with
         ``distributed=True`` a plan, where lightly has an index of all ranks' samples.
 
     Raises:

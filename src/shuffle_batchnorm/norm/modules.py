@@ -29,14 +29,14 @@ class ShuffleBatchNorm(_BatchNorm):
     formula, the communication and the gradient. Parameters, buffers and ``state_dict`` are those
     of ``nn.BatchNorm1d/2d/3d``. In eval mode it is that layer too, without communication.
 
-    ========== ===================================== ========================================
-    mode       a sample is normalised by             is
-    ========== ===================================== ========================================
-    ``local``  its own group                         ``nn.BatchNorm``, per virtual group
-    ``sync``   all samples of all ranks              ``nn.SyncBatchNorm``, on the CPU as well
-    ``swap``   the group `offset` further            shuffled statistics; for shallow networks
-    ``regroup`` a group dealt from B other groups    MoCo's Shuffling BN, no sample moved
-    ========== ===================================== ========================================
+    =========== ===================================== =======================================
+    mode        a sample is normalised by             is
+    =========== ===================================== =======================================
+    ``local``   its own group                         ``nn.BatchNorm``, per virtual group
+    ``sync``    all samples of all ranks              ``nn.SyncBatchNorm``, on the CPU as well
+    ``swap``    the group `offset` further            shuffled statistics; for shallow networks
+    ``regroup`` a group dealt from B other groups     MoCo's Shuffling BN, no sample moved
+    =========== ===================================== =======================================
 
     .. warning::
         ``swap`` lets the scale of activations grow like 2 to the power of the depth. Networks with
@@ -46,7 +46,7 @@ class ShuffleBatchNorm(_BatchNorm):
     statistics alone, unless they were not tracked the first time. Double backward raises.
 
     Args:
-        num_features: C.
+        num_features: number of channels, C.
         eps: added to the variance.
         momentum: share of a batch in the running statistics; None for their cumulative average.
         affine: learn weight and bias.

@@ -110,7 +110,7 @@ def measure_leak(
         process_group: None for all ranks, a ProcessGroup or a 1-D DeviceMesh.
 
     Returns:
-        A `LeakReport`, the same on all ranks. Its interval resamples whole batches: see
+        A `LeakReport`, the same on all ranks. Its interval resamples whole batches, see
         ``docs/leak.md``. If no feature of any key depends on the other samples, it is [0, 0].
 
     Warns:
