@@ -1,0 +1,126 @@
+"""SimCLR: negatives from the batches of all ranks, gradients through both views, one encoder.
+
+    python examples/simclr.py                           # on a laptop
+    torchrun --nproc-per-node 2 examples/simclr.py      # two ranks, on CPUs or GPUs
+    python examples/simclr.py --mode local              # without the cure: compare the leaks
+
+With batch norm per device or group, a view finds the other one by the statistics of its group. Here
+the first view is normalised as ever, and the second with samples of other groups. If statistics are
+those of all samples (SyncBatchNorm over all ranks) every view has the same: nothing is to be done.
+"""
+
+import argparse
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from common import (
+    Digits,
+    augmentation,
+    fewest_groups,
+    flags,
+    join_ranks,
+    leave_ranks,
+    load,
+    network,
+    rank_of_world,
+)
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from shuffle_batchnorm import LeakReport, ShuffleBatchNorm, measure_leak, shuffle_offset
+
+
+class Gather(torch.autograd.Function):
+    """Rows of all ranks; the gradients of all ranks' losses come back to the rows' owners."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        everyones = rows.new_empty(dist.get_world_size() * len(rows), *rows.shape[1:])
+        dist.all_gather_into_tensor(everyones, rows.contiguous())
+        return everyones
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        gradient = gradient.contiguous().clone()
+        dist.all_reduce(gradient)
+        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def nt_xent(first: Tensor, second: Tensor, temperature: float) -> Tensor:
+    """Return the loss of views ``[N, D]`` of unit length; all other views of all ranks are negatives."""
+    rank, world = rank_of_world()
+    own = torch.stack([first, second], dim=1).flatten(0, 1)  # the views of an image side by side
+    everyones = Gather.apply(own) if world > 1 else own
+    index = torch.arange(len(own), device=own.device) + rank * len(own)
+    logits = (own @ everyones.T / temperature).scatter(1, index[:, None], -torch.inf)
+    return F.cross_entropy(logits, index ^ 1)  # the other view of 2i is 2i + 1, and the reverse
+
+
+class SimCLR(nn.Module):
+    """An encoder that normalises the second view with other samples than the first."""
+
+    def __init__(self, encoder: nn.Module, groups: int, mode: str = "regroup") -> None:
+        super().__init__()
+        convert = ShuffleBatchNorm.convert_shuffle_batchnorm
+        self.encoder = convert(encoder, mode=mode, groups=groups)
+
+    def encode_first(self, images: Tensor) -> Tensor:
+        with shuffle_offset(self.encoder, 0):  # plain batch norm, group by group
+            return F.normalize(self.encoder(images), dim=1)
+
+    def encode_second(self, images: Tensor) -> Tensor:
+        return F.normalize(self.encoder(images), dim=1)
+
+    def forward(self, view_1: Tensor, view_2: Tensor, temperature: float) -> Tensor:
+        return nt_xent(self.encode_first(view_1), self.encode_second(view_2), temperature)
+
+
+def train(args: argparse.Namespace, device: torch.device) -> SimCLR:
+    """Train on all ranks, and return what was trained."""
+    rank, world = rank_of_world()
+    torch.manual_seed(0)  # the same encoder on all ranks
+    model = SimCLR(network(args.arch), fewest_groups(args.batch_size, world), args.mode).to(device)
+    # Both passes in one forward, so that DistributedDataParallel sees one.
+    loss_of = DistributedDataParallel(model) if world > 1 else model
+    optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, weight_decay=1e-4)
+    for step, views in enumerate(load(args), 1):
+        view_1, view_2 = (view.to(device, non_blocking=True) for view in views)
+        loss = loss_of(view_1, view_2, args.temperature)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if rank == 0 and step % 10 == 0:
+            print(f"step {step}: loss {loss:.3f}", flush=True)
+    return model
+
+
+def leak_of(model: SimCLR, batch_size: int) -> LeakReport:
+    """Measure the leak on digits; all ranks call it."""
+    _, world = rank_of_world()
+    groups = world * fewest_groups(batch_size, world)
+
+    def augment(images: Tensor) -> Tensor:
+        return torch.stack([augmentation(None)(image) for image in images])
+
+    encoders = model.encode_first, model.encode_second
+    sizes = {"batch_size": world * batch_size, "keys_per_batch": 2 * groups, "batches": 16}
+    return measure_leak(*encoders, Digits(), augment, keys_per_pass=groups, **sizes)
+
+
+def main() -> None:
+    parser = flags(__doc__)
+    parser.add_argument("--mode", default="regroup", help="local: the second view as the first")
+    parser.add_argument("--temperature", type=float, default=0.2)
+    args = parser.parse_args()
+    model = train(args, join_ranks())
+    if args.data is None:
+        report = leak_of(model, args.batch_size)
+        if rank_of_world()[0] == 0:
+            print(report)
+    leave_ranks()
+
+
+if __name__ == "__main__":
+    main()
