@@ -12,9 +12,9 @@ better or worse for it, nobody has measured here.
 import argparse
 import copy
 
+import common
 import torch
 import torch.nn.functional as F
-from common import fewest_groups, flags, join_ranks, leave_ranks, load, network, rank_of_world
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -54,13 +54,13 @@ class BYOL(nn.Module):
 
 def train(args: argparse.Namespace, device: torch.device) -> BYOL:
     """Train on all ranks, and return what was trained."""
-    rank, world = rank_of_world()
+    rank, world = common.rank_of_world()
     torch.manual_seed(0)  # the same networks on all ranks
-    model = BYOL(network(args.arch), fewest_groups(args.batch_size, world)).to(device)
+    model = BYOL(common.network(args.arch), common.fewest_groups(args.batch_size, world)).to(device)
     loss_of = DistributedDataParallel(model) if world > 1 else model
     learning = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(learning, args.lr, momentum=0.9, weight_decay=1e-4)
-    for step, views in enumerate(load(args), 1):
+    for step, views in enumerate(common.load(args), 1):
         view_1, view_2 = (view.to(device, non_blocking=True) for view in views)
         loss = loss_of(view_1, view_2)
         optimizer.zero_grad()
@@ -73,10 +73,10 @@ def train(args: argparse.Namespace, device: torch.device) -> BYOL:
 
 
 def main() -> None:
-    parser = flags(__doc__)
+    parser = common.flags(__doc__)
     parser.add_argument("--momentum", type=float, default=0.99, help="of the target encoder")
-    train(parser.parse_args(), join_ranks())
-    leave_ranks()
+    train(parser.parse_args(), common.join_ranks())
+    common.leave_ranks()
 
 
 if __name__ == "__main__":

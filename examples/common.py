@@ -55,6 +55,15 @@ def rank_of_world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+def gather(rows: Tensor) -> Tensor:
+    """Return the rows of all ranks, in rank order, without gradient."""
+    if not dist.is_initialized():
+        return rows
+    everyones = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyones, rows.contiguous())
+    return torch.cat(everyones)
+
+
 def fewest_groups(batch_size: int, world: int) -> int:
     """Return the fewest virtual groups per rank that divide its batch and make G at least 8."""
     fit = (g for g in range(1, batch_size + 1) if batch_size % g == 0 and world * g >= 8)
@@ -107,7 +116,7 @@ def open_images(folder: Path | None, side: int | None = None) -> Dataset[Any]:
 
 
 def augmentation(folder: Path | None) -> Augment:
-    """Return what makes a view of an image: MoCo v2's way, or `shift_and_blend` for digits."""
+    """Return what makes views ``[N, 3, *]`` of images: MoCo v2's way, or that for digits."""
     if folder is None:
         return shift_and_blend
     from torchvision import transforms as t
@@ -116,14 +125,27 @@ def augmentation(folder: Path | None) -> Augment:
     often = [t.RandomApply([jitter], 0.8), t.RandomGrayscale(0.2), t.RandomApply([blur], 0.5)]
     scale = t.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     crop = t.RandomResizedCrop(224, (0.2, 1.0))
-    return t.Compose([crop, *often, t.RandomHorizontalFlip(), scale])
+    return Each(t.Compose([crop, *often, t.RandomHorizontalFlip(), scale]))
 
 
-def shift_and_blend(image: Tensor) -> Tensor:
-    """Return a view of a digit: shifted, of another contrast, with noise."""
-    top, left = torch.randint(5, (2,)).tolist()
-    shifted = F.pad(image, [2, 2, 2, 2])[:, top : top + 16, left : left + 16]
-    return shifted * (0.6 + 0.8 * torch.rand(())) + 0.1 * torch.randn(image.shape)
+class Each:
+    """Applies a transform to each image of a batch by itself."""
+
+    def __init__(self, transform: Augment) -> None:
+        self.transform = transform
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return torch.stack([self.transform(image) for image in images])
+
+
+def shift_and_blend(images: Tensor) -> Tensor:
+    """Return views of digits: shifted by up to two pixels, of other contrasts, with noise."""
+    theta = torch.eye(2, 3).repeat(len(images), 1, 1)  # [N, 2, 3]: the last column is a shift
+    theta[:, :, 2] = (torch.rand(len(images), 2) - 0.5) / 2
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    shifted = F.grid_sample(images, grid, align_corners=False)
+    contrast = 0.6 + 0.8 * torch.rand(len(images), 1, 1, 1)
+    return shifted * contrast + 0.1 * torch.randn(images.shape)
 
 
 class TwoViews(Dataset[tuple[Tensor, Tensor]]):
@@ -136,8 +158,8 @@ class TwoViews(Dataset[tuple[Tensor, Tensor]]):
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        image, _ = self.images[index]
-        return self.augment(image), self.augment(image)
+        image = self.images[index][0].unsqueeze(0)
+        return self.augment(image)[0], self.augment(image)[0]
 
 
 def batches(samples: int, batch_size: int, first: int, last: int) -> Iterator[list[int]]:

@@ -9,10 +9,10 @@ The LightningModule is built with plain batch norm, and has it again after the f
 import argparse
 import copy
 
+import common
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
-from common import fewest_groups, flags, load, network
 from moco_v2 import MoCo
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -25,7 +25,7 @@ class LightningMoCo(pl.LightningModule):
 
     def __init__(self, args: argparse.Namespace) -> None:
         super().__init__()
-        encoder = network(args.arch)
+        encoder = common.network(args.arch)
         self.args = args
         self.moco = MoCo(encoder, copy.deepcopy(encoder), args.queue)
 
@@ -47,13 +47,13 @@ class LightningMoCo(pl.LightningModule):
         return torch.optim.SGD(parameters, self.args.lr, momentum=0.9, weight_decay=1e-4)
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
-        return load(self.args)
+        return common.load(self.args)
 
 
 def train(args: argparse.Namespace) -> pl.Trainer:
     """Fit on all devices, and return the Trainer."""
     pl.seed_everything(0)  # the same encoders and queue on all ranks
-    groups = fewest_groups(args.batch_size, args.devices)
+    groups = common.fewest_groups(args.batch_size, args.devices)
     trainer = pl.Trainer(
         devices=args.devices,
         max_steps=args.steps,
@@ -70,7 +70,7 @@ def train(args: argparse.Namespace) -> pl.Trainer:
 
 
 def main() -> None:
-    parser = flags(__doc__)
+    parser = common.flags(__doc__)
     parser.add_argument("--queue", type=int, default=1024, help="keys, of all ranks")
     parser.add_argument("--devices", type=int, default=1)
     trainer = train(parser.parse_args())

@@ -13,10 +13,9 @@ import copy
 import math
 from pathlib import Path
 
+import common
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from common import fewest_groups, flags, join_ranks, leave_ranks, load, network, rank_of_world
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -55,9 +54,7 @@ class MoCo(nn.Module):
     @torch.no_grad()
     def enqueue(self, keys: Tensor) -> None:
         """Replace the oldest keys by those of all ranks."""
-        if dist.is_initialized():
-            own, keys = keys, keys.new_empty(dist.get_world_size() * len(keys), keys.shape[1])
-            dist.all_gather_into_tensor(keys, own)
+        keys = common.gather(keys)
         slots = self.queue_ptr + torch.arange(len(keys), device=keys.device)
         self.queue.index_copy_(0, slots % len(self.queue), keys)
         self.queue_ptr.copy_((self.queue_ptr + len(keys)) % len(self.queue))
@@ -67,18 +64,18 @@ def save(moco: MoCo, optimizer: torch.optim.Optimizer, step: int, path: Path) ->
     """Write a checkpoint; all ranks call it, the first one writes."""
     synchronize_running_stats(moco)  # each rank has seen other samples
     states = {"state_dict": moco.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
-    if rank_of_world()[0] == 0:
+    if common.rank_of_world()[0] == 0:
         torch.save(states, path.with_suffix(".tmp"))
         path.with_suffix(".tmp").replace(path)  # in one step: a kill leaves a whole file
 
 
 def train(args: argparse.Namespace, device: torch.device) -> MoCo:
     """Train on all ranks, and return what was trained."""
-    rank, world = rank_of_world()
+    rank, world = common.rank_of_world()
     torch.manual_seed(0)  # the same encoders and queue on all ranks
-    groups = fewest_groups(args.batch_size, world)
+    groups = common.fewest_groups(args.batch_size, world)
     # Queries: plain batch norm, group by group. Keys: samples of all groups, dealt to new ones.
-    encoder_q = convert(network(args.arch), mode="local", groups=groups)
+    encoder_q = convert(common.network(args.arch), mode="local", groups=groups)
     encoder_k = convert(copy.deepcopy(encoder_q), mode="regroup", groups=groups)
     moco = MoCo(encoder_q, encoder_k, args.queue).to(device)
     encode_query = DistributedDataParallel(encoder_q) if world > 1 else encoder_q
@@ -89,7 +86,7 @@ def train(args: argparse.Namespace, device: torch.device) -> MoCo:
         moco.load_state_dict(saved["state_dict"])
         optimizer.load_state_dict(saved["optimizer"])
         first = saved["step"]
-    for step, views in enumerate(load(args, first), first + 1):
+    for step, views in enumerate(common.load(args, first), first + 1):
         view_1, view_2 = (view.to(device, non_blocking=True) for view in views)
         optimizer.param_groups[0]["lr"] = args.lr * (1 + math.cos(math.pi * step / args.steps)) / 2
         keys = moco.encode_key(view_2, args.momentum)
@@ -107,15 +104,15 @@ def train(args: argparse.Namespace, device: torch.device) -> MoCo:
 
 
 def main() -> None:
-    parser = flags(__doc__)
+    parser = common.flags(__doc__)
     parser.add_argument("--queue", type=int, default=1024, help="keys, of all ranks")
     parser.add_argument("--temperature", type=float, default=0.1)
     parser.add_argument("--momentum", type=float, default=0.99, help="of the key encoder")
     parser.add_argument("--checkpoint", type=Path, default=Path("moco_v2.pt"))
     parser.add_argument("--save-every", type=int, default=1000, help="steps")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint")
-    train(parser.parse_args(), join_ranks())
-    leave_ranks()
+    train(parser.parse_args(), common.join_ranks())
+    common.leave_ranks()
 
 
 if __name__ == "__main__":

@@ -12,20 +12,10 @@ those of all samples (SyncBatchNorm over all ranks) every view has the same: not
 import argparse
 from typing import Any
 
+import common
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from common import (
-    Digits,
-    augmentation,
-    fewest_groups,
-    flags,
-    join_ranks,
-    leave_ranks,
-    load,
-    network,
-    rank_of_world,
-)
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -36,21 +26,19 @@ class Gather(torch.autograd.Function):
     """Rows of all ranks; the gradients of all ranks' losses come back to the rows' owners."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor) -> Tensor:
-        everyones = rows.new_empty(dist.get_world_size() * len(rows), *rows.shape[1:])
-        dist.all_gather_into_tensor(everyones, rows.contiguous())
-        return everyones
+    def forward(_: Any, rows: Tensor) -> Tensor:
+        return common.gather(rows)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+    def backward(_: Any, gradient: Tensor) -> Tensor:
         gradient = gradient.contiguous().clone()
         dist.all_reduce(gradient)
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]
 
 
 def nt_xent(first: Tensor, second: Tensor, temperature: float) -> Tensor:
-    """Return the loss of views ``[N, D]`` of unit length; all other views of all ranks are negatives."""
-    rank, world = rank_of_world()
+    """Return the loss of views ``[N, D]`` of unit length; the negatives are all ranks' others."""
+    rank, world = common.rank_of_world()
     own = torch.stack([first, second], dim=1).flatten(0, 1)  # the views of an image side by side
     everyones = Gather.apply(own) if world > 1 else own
     index = torch.arange(len(own), device=own.device) + rank * len(own)
@@ -79,13 +67,15 @@ class SimCLR(nn.Module):
 
 def train(args: argparse.Namespace, device: torch.device) -> SimCLR:
     """Train on all ranks, and return what was trained."""
-    rank, world = rank_of_world()
+    rank, world = common.rank_of_world()
     torch.manual_seed(0)  # the same encoder on all ranks
-    model = SimCLR(network(args.arch), fewest_groups(args.batch_size, world), args.mode).to(device)
+    model = SimCLR(
+        common.network(args.arch), common.fewest_groups(args.batch_size, world), args.mode
+    ).to(device)
     # Both passes in one forward, so that DistributedDataParallel sees one.
     loss_of = DistributedDataParallel(model) if world > 1 else model
     optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, weight_decay=1e-4)
-    for step, views in enumerate(load(args), 1):
+    for step, views in enumerate(common.load(args), 1):
         view_1, view_2 = (view.to(device, non_blocking=True) for view in views)
         loss = loss_of(view_1, view_2, args.temperature)
         optimizer.zero_grad()
@@ -98,28 +88,30 @@ def train(args: argparse.Namespace, device: torch.device) -> SimCLR:
 
 def leak_of(model: SimCLR, batch_size: int) -> LeakReport:
     """Measure the leak on digits; all ranks call it."""
-    _, world = rank_of_world()
-    groups = world * fewest_groups(batch_size, world)
+    _, world = common.rank_of_world()
+    groups = world * common.fewest_groups(batch_size, world)
+
+    device = next(model.parameters()).device
 
     def augment(images: Tensor) -> Tensor:
-        return torch.stack([augmentation(None)(image) for image in images])
+        return common.shift_and_blend(images).to(device)
 
     encoders = model.encode_first, model.encode_second
     sizes = {"batch_size": world * batch_size, "keys_per_batch": 2 * groups, "batches": 16}
-    return measure_leak(*encoders, Digits(), augment, keys_per_pass=groups, **sizes)
+    return measure_leak(*encoders, common.Digits(), augment, keys_per_pass=groups, **sizes)
 
 
 def main() -> None:
-    parser = flags(__doc__)
+    parser = common.flags(__doc__)
     parser.add_argument("--mode", default="regroup", help="local: the second view as the first")
     parser.add_argument("--temperature", type=float, default=0.2)
     args = parser.parse_args()
-    model = train(args, join_ranks())
+    model = train(args, common.join_ranks())
     if args.data is None:
         report = leak_of(model, args.batch_size)
-        if rank_of_world()[0] == 0:
+        if common.rank_of_world()[0] == 0:
             print(report)
-    leave_ranks()
+    common.leave_ranks()
 
 
 if __name__ == "__main__":
