@@ -12,12 +12,12 @@ better or worse for it, nobody has measured here.
 import argparse
 import copy
 
-import common
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+import common
 from shuffle_batchnorm import ShuffleBatchNorm
 
 convert = ShuffleBatchNorm.convert_shuffle_batchnorm

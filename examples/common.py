@@ -112,7 +112,8 @@ def open_images(folder: Path | None, side: int | None = None) -> Dataset[Any]:
     from torchvision import transforms as t
 
     square = [] if side is None else [t.Resize(side), t.CenterCrop(side)]
-    return datasets.ImageFolder(folder, t.Compose([t.ToTensor(), *square]))
+    images: Dataset[Any] = datasets.ImageFolder(folder, t.Compose([t.ToTensor(), *square]))
+    return images
 
 
 def augmentation(folder: Path | None) -> Augment:

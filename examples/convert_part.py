@@ -10,12 +10,11 @@ certain. It is the checkpoint that is measured: nothing is trained.
 
 import copy
 from collections.abc import Collection
-from pathlib import Path
 
-import common
-from measure_your_checkpoint import leak_of, read
 from torch import nn
 
+import common
+from measure_your_checkpoint import leak_of, parse, read
 from shuffle_batchnorm import ShuffleBatchNorm
 
 convert = ShuffleBatchNorm.convert_shuffle_batchnorm
@@ -34,22 +33,20 @@ def convert_layers(encoder: nn.Module, layers: Collection[str], groups: int) -> 
 
 
 def main() -> None:
-    parser = common.flags(__doc__)
-    parser.add_argument("checkpoint", type=Path)
-    args = parser.parse_args()
+    args = parse(__doc__)
     device = common.join_ranks()
     rank, world = common.rank_of_world()
-    groups = 8 // world
+    groups = args.groups // world  # of each rank
     saved = read(args.checkpoint, args.arch)
     query = convert(saved.encoder_q, mode="local", groups=groups).to(device)
-    sizes = saved.queue.to(device), 8, 8, args.data  # 8 groups of 8
+    queue = saved.queue.to(device)
 
     plain = convert_layers(saved.encoder_k, [], groups).to(device)
-    parts = leak_of(query, plain, *sizes, batches=8, by_layer=True).by_layer
+    parts = leak_of(query, plain, queue, args, by_layer=True).by_layer
     order = sorted(parts, key=lambda name: parts[name], reverse=True)
     for count in range(len(order) + 1):
         key = convert_layers(saved.encoder_k, order[:count], groups).to(device)
-        report = leak_of(query, key, *sizes)
+        report = leak_of(query, key, queue, args)
         if rank == 0:
             print(f"{', '.join(order[:count]) or 'none'}: {report}")
     common.leave_ranks()

@@ -9,14 +9,14 @@ The LightningModule is built with plain batch norm, and has it again after the f
 import argparse
 import copy
 
-import common
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
-from moco_v2 import MoCo
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+import common
+from moco_v2 import MoCo
 from shuffle_batchnorm.integrations.lightning import ShuffleBatchNormCallback
 
 

@@ -10,15 +10,16 @@ MoCo's shuffle, and with `regroup`. Nothing is trained. The groups stand for the
 training: give its batch size per device as --samples-per-group.
 """
 
+import argparse
 import copy
 from pathlib import Path
 from typing import NamedTuple
 
-import common
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import common
 from shuffle_batchnorm import LeakReport, ShuffleBatchNorm, ShuffledEncoder, measure_leak
 
 convert = ShuffleBatchNorm.convert_shuffle_batchnorm
@@ -36,17 +37,19 @@ def read(path: Path, arch: str) -> Checkpoint:
     """Read the encoders and the queue of a checkpoint. Put your network in place of `network`."""
     saved = torch.load(path, map_location="cpu")
     state = {name.removeprefix("module."): value for name, value in saved["state_dict"].items()}
-    encoders = []
-    for prefix in "encoder_q.", "encoder_k.":
+
+    def encoder(prefix: str) -> nn.Module:
         own = {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
-        encoder = common.network(arch)
+        module = common.network(arch)
         if "fc.weight" in own:  # MoCo v1: a linear head
-            encoder.fc = nn.Linear(own["fc.weight"].shape[1], own["fc.weight"].shape[0])
-        encoder.load_state_dict(own)
-        encoders.append(encoder)
+            module.fc = nn.Linear(own["fc.weight"].shape[1], own["fc.weight"].shape[0])
+        module.load_state_dict(own)
+        return module
+
     queue = state["queue"]
     is_column = queue[:, 0].norm().isclose(torch.ones(()), atol=1e-2)  # as facebookresearch/moco
-    return Checkpoint(*encoders, queue.T if is_column else queue)
+    queue = queue.T if is_column else queue
+    return Checkpoint(encoder("encoder_q."), encoder("encoder_k."), queue)
 
 
 def key_encoders(encoder: nn.Module, groups: int) -> dict[str, nn.Module]:
@@ -64,14 +67,11 @@ def leak_of(
     query: nn.Module,
     key: nn.Module,
     queue: Tensor,
-    groups: int,
-    each: int,
-    data: Path | None,
-    batches: int = 16,
+    args: argparse.Namespace,
     by_layer: bool = False,
 ) -> LeakReport:
-    """Measure the leak against the queue, in batches of `groups` times `each` samples."""
-    views = common.augmentation(data)
+    """Measure the leak against the queue; all ranks call it."""
+    views = common.augmentation(args.data)
 
     def augment(images: Tensor) -> Tensor:
         return views(images).to(queue.device)
@@ -85,23 +85,28 @@ def leak_of(
     return measure_leak(
         encode_query,
         encode_key,
-        common.open_images(data, side=256),
+        common.open_images(args.data, side=256),
         augment,
         queue,
-        batch_size=groups * each,
-        batches=batches,
-        keys_per_batch=groups,
-        keys_per_pass=groups,  # one of each group
+        batch_size=args.groups * args.samples_per_group,
+        batches=args.batches,
+        keys_per_batch=args.groups,
+        keys_per_pass=args.groups,  # one of each group
         by_layer=by_layer,
     )
 
 
-def main() -> None:
-    parser = common.flags(__doc__)
+def parse(description: str | None) -> argparse.Namespace:
+    parser = common.flags(description)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--groups", type=int, default=8)
     parser.add_argument("--samples-per-group", type=int, default=8)
-    args = parser.parse_args()
+    parser.add_argument("--batches", type=int, default=16, help="in which a leak is measured")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse(__doc__)
     device = common.join_ranks()
     rank, world = common.rank_of_world()
     saved = read(args.checkpoint, args.arch)
@@ -110,7 +115,7 @@ def main() -> None:
     query = convert(saved.encoder_q, mode="local", groups=groups).to(device)
     for name, key in key_encoders(saved.encoder_k, groups).items():
         key.to(device)
-        report = leak_of(query, key, queue, args.groups, args.samples_per_group, args.data)
+        report = leak_of(query, key, queue, args)
         if rank == 0:
             print(f"{name}: {report}")
     common.leave_ranks()

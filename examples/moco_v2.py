@@ -13,12 +13,12 @@ import copy
 import math
 from pathlib import Path
 
-import common
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+import common
 from shuffle_batchnorm import ShuffleBatchNorm, synchronize_running_stats
 
 convert = ShuffleBatchNorm.convert_shuffle_batchnorm

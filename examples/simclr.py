@@ -12,13 +12,13 @@ those of all samples (SyncBatchNorm over all ranks) every view has the same: not
 import argparse
 from typing import Any
 
-import common
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+import common
 from shuffle_batchnorm import LeakReport, ShuffleBatchNorm, measure_leak, shuffle_offset
 
 
@@ -40,7 +40,7 @@ def nt_xent(first: Tensor, second: Tensor, temperature: float) -> Tensor:
     """Return the loss of views ``[N, D]`` of unit length; the negatives are all ranks' others."""
     rank, world = common.rank_of_world()
     own = torch.stack([first, second], dim=1).flatten(0, 1)  # the views of an image side by side
-    everyones = Gather.apply(own) if world > 1 else own
+    everyones = Gather.apply(own) if world > 1 else own  # type: ignore[no-untyped-call]
     index = torch.arange(len(own), device=own.device) + rank * len(own)
     logits = (own @ everyones.T / temperature).scatter(1, index[:, None], -torch.inf)
     return F.cross_entropy(logits, index ^ 1)  # the other view of 2i is 2i + 1, and the reverse
@@ -86,7 +86,7 @@ def train(args: argparse.Namespace, device: torch.device) -> SimCLR:
     return model
 
 
-def leak_of(model: SimCLR, batch_size: int) -> LeakReport:
+def leak_of(model: SimCLR, batch_size: int, batches: int) -> LeakReport:
     """Measure the leak on digits; all ranks call it."""
     _, world = common.rank_of_world()
     groups = world * common.fewest_groups(batch_size, world)
@@ -96,19 +96,27 @@ def leak_of(model: SimCLR, batch_size: int) -> LeakReport:
     def augment(images: Tensor) -> Tensor:
         return common.shift_and_blend(images).to(device)
 
-    encoders = model.encode_first, model.encode_second
-    sizes = {"batch_size": world * batch_size, "keys_per_batch": 2 * groups, "batches": 16}
-    return measure_leak(*encoders, common.Digits(), augment, keys_per_pass=groups, **sizes)
+    return measure_leak(
+        model.encode_first,
+        model.encode_second,
+        common.Digits(),
+        augment,
+        batch_size=world * batch_size,
+        batches=batches,
+        keys_per_batch=2 * groups,
+        keys_per_pass=groups,  # one of each group
+    )
 
 
 def main() -> None:
     parser = common.flags(__doc__)
     parser.add_argument("--mode", default="regroup", help="local: the second view as the first")
     parser.add_argument("--temperature", type=float, default=0.2)
+    parser.add_argument("--batches", type=int, default=16, help="in which a leak is measured")
     args = parser.parse_args()
     model = train(args, common.join_ranks())
     if args.data is None:
-        report = leak_of(model, args.batch_size)
+        report = leak_of(model, args.batch_size, args.batches)
         if common.rank_of_world()[0] == 0:
             print(report)
     common.leave_ranks()

@@ -8,10 +8,10 @@ has batch norm, a layer norm, and attention over the batch. Then the same in eva
 norm mixes no longer; and for what is left it is not batch norm that has to be changed.
 """
 
-import common
 import torch
 from torch import Tensor, nn
 
+import common
 from shuffle_batchnorm import audit
 
 
@@ -24,7 +24,8 @@ class AttentionOverBatch(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         # [N, D] is taken for one sequence of N tokens.
-        return features + self.attention(features, features, features, need_weights=False)[0]
+        attended: Tensor = self.attention(features, features, features, need_weights=False)[0]
+        return features + attended
 
 
 def model(arch: str) -> nn.Module:
