@@ -368,9 +368,9 @@ def test_loading_instead_of_shuffling() -> None:
 def slurm(tmp_path: Path) -> dict[str, str]:
     """The environment of a job on one node with two ranks, and stand-ins for SLURM's commands."""
     scripts = {
-        "srun": f'echo "$@" > {tmp_path}/srun\n[ -z "$SLEEP" ] || exec sleep 60\nexec "$@"',
+        "srun": f'echo "$@" > {tmp_path}/srun.log\n[ -z "$SLEEP" ] || exec sleep 60\nexec "$@"',
         "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"',
-        "scontrol": f'[ "$1" = show ] && echo localhost || echo "$@" > {tmp_path}/scontrol',
+        "scontrol": f'[ "$1" = show ] && echo localhost || echo "$@" > {tmp_path}/scontrol.log',
     }
     for name, script in scripts.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{script}\n")
@@ -411,14 +411,14 @@ def test_slurm_job_is_requeued_before_its_time_is_up(tmp_path: Path, slurm: dict
     )
     until = time.monotonic() + 30
     try:
-        while not (tmp_path / "srun").exists():
+        while not (tmp_path / "srun.log").exists():
             assert job.poll() is None
             time.sleep(0.01)
         job.send_signal(signal.SIGUSR1)
         # SLURM ends the job then.
-        while not (tmp_path / "scontrol").exists() and time.monotonic() < until:
+        while not (tmp_path / "scontrol.log").exists() and time.monotonic() < until:
             time.sleep(0.01)
-        assert (tmp_path / "scontrol").read_text().split() == ["requeue", "7"]
+        assert (tmp_path / "scontrol.log").read_text().split() == ["requeue", "7"]
     finally:
         os.killpg(job.pid, signal.SIGKILL)
         job.wait()
