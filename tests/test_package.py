@@ -100,7 +100,7 @@ def test_the_source_distribution_is_lean(built: Path) -> None:
         )
     }
     folders = {name.partition("/")[0] for name in found if "/" in name}
-    assert folders == {"src", "tests", "docs", "benchmarks"}
+    assert folders == {"src", "tests", "docs", "examples", "benchmarks"}
     assert {Path(name).suffix for name in found if name.startswith("docs/")} == {".md"}
     assert {name for name in found if name.startswith("benchmarks/")} == {"benchmarks/meters.py"}
     assert sum((built / "sdist" / name).stat().st_size for name in found) < 2**21
