@@ -38,7 +38,8 @@ from shuffle_batchnorm.moco.measure_checkpoint import evaluate_checkpoint, probe
 from shuffle_batchnorm.moco.networks import NetworkError
 from shuffle_batchnorm.moco.ranks.launch import Rank
 from shuffle_batchnorm.moco.ranks.spawn import Stopped
-from shuffle_batchnorm.moco.trainer import Progress, Record, Trainer, learning_rate
+from shuffle_batchnorm.moco.schedule import learning_rate
+from shuffle_batchnorm.moco.trainer import Progress, Record, Trainer
 
 
 def assert_same_run(a: Path, b: Path) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import shuffle_batchnorm
+from shuffle_batchnorm.probe.progress import write_line
 
 from .config import UserError
 from .ranks.launch import is_first, under_torchrun
@@ -29,7 +30,7 @@ usage: {PROGRAM} [--help] [--version] COMMAND [OPTIONS]
   study      train many small runs: how the leak depends on what
 """
 # Packages of the extra `train`; if another one is missing, something else is wrong.
-EXTRA = {"jinja2", "kornia", "matplotlib", "numpy", "PIL", "scipy", "sklearn", "tqdm", "tyro"}
+EXTRA = {"jinja2", "kornia", "matplotlib", "numpy", "PIL", "scipy", "sklearn", "tyro"}
 
 
 def run() -> NoReturn:
@@ -112,7 +113,7 @@ def _parse(arguments: list[str]) -> Callable[[], None]:
 def _refuse(message: str, code: int = USER_ERROR) -> int:
     """Print in one line why there is no result, once per machine; return the exit code."""
     if is_first():
-        print(" ".join(message.split()), file=sys.stderr, flush=True)
+        write_line(" ".join(message.split()))
     return code
 
 
