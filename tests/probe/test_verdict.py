@@ -13,26 +13,25 @@ ABOVE, BELOW = math.nextafter(SMALL, 1), math.nextafter(1 - SMALL, 0)
     ("interval", "verdict"),
     [
         ((0.0, 0.0), "no leak: no key depends on the other samples of its batch"),
-        ((0.4, 0.5), "a leak: at least 0.40 at 95 %"),
+        ((0.4, 0.5), "a leak: at least 0.4 at 95 %"),
         ((0.41999, 0.5), "a leak: at least 0.41 at 95 %"),
-        ((5e-324, 0.01), None),
+        ((0.001, 0.01), "a leak: at least 0.001 at 95 %"),
         ((0.0004126, 0.0009), "a leak: at least 0.00041 at 95 %"),
         ((0.994, 1.0), "a leak: at least 0.99 at 95 %"),
         ((0.0, 0.03), "no leak found; leaks above 0.03 are excluded at 95 %"),
         ((-0.01, 0.0301), "no leak found; leaks above 0.031 are excluded at 95 %"),
         ((-0.3, SMALL), "no leak found; leaks above 0.05 are excluded at 95 %"),
-        ((-0.3, ABOVE), "can't tell: between -0.30 and 0.051 at 95 %; take more batches"),
-        ((0.0, 0.2), "can't tell: between 0.0 and 0.20 at 95 %; take more batches"),
+        ((-0.3, ABOVE), "can't tell: between -0.3 and 0.051 at 95 %; take more batches"),
+        ((0.0, 0.2), "can't tell: between 0 and 0.2 at 95 %; take more batches"),
         ((-0.1, 0.2), "can't tell: between -0.1 and 0.2 at 95 %; take more batches"),
-        ((-1.0, 1.0), "can't tell: between -1.0 and 1.0 at 95 %; take more batches"),
-        ((-0.2, -0.1), "no leak found; leaks above 0.0 are excluded at 95 %"),
-        ((-0.2, 0.0), "no leak found; leaks above 0.0 are excluded at 95 %"),
+        ((-1.0, 1.0), "can't tell: between -1 and 1 at 95 %; take more batches"),
+        ((-0.2, -0.1), "no leak found; leaks above 0 are excluded at 95 %"),
+        ((-0.2, 0.0), "no leak found; leaks above 0 are excluded at 95 %"),
     ],
 )
-def test_edges(interval: tuple[float, float], verdict: str | None) -> None:
+def test_edges(interval: tuple[float, float], verdict: str) -> None:
     """Catches an end that is rounded inwards, and a wide interval that reads as "no leak"."""
-    said = judge(interval, as_trained=0.5, fresh=0.4)
-    assert said == verdict if verdict else said.startswith("a leak: at least 0.00")
+    assert judge(interval, as_trained=0.5, fresh=0.4) == verdict
 
 
 @pytest.mark.parametrize("interval", [(0.4, 0.5), (-0.01, 0.01), (-0.1, 0.3)])

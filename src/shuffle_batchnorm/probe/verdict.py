@@ -61,4 +61,5 @@ def judge(
 
 
 def _rounded(value: float, rounding: str) -> str:
-    return f"{Context(prec=2, rounding=rounding).create_decimal(repr(value)):f}"
+    context = Context(prec=2, rounding=rounding)
+    return f"{context.create_decimal(repr(value)).normalize(context):f}"
