@@ -68,7 +68,8 @@ def test_a_run_from_beginning_to_end(tmp_path: Path) -> None:
     assert values["bn"].string_value == "swap"
     assert values["queue"].number_value == 256
     assert values["world_size"].number_value == 2
-    assert values["mlp"].bool_value
+    assert values["mlp"].number_value == 1
+    assert values["layers"].string_value == "none"
     assert "output" not in values
     columns = [info.name.tag for info in said["experiment"].experiment.metric_infos]
     assert columns == [name for name in RESULTS if name != "test/linear"]

@@ -84,7 +84,8 @@ def test_a_log_tells_the_last_figures(
     book.on_step()
     out, err = capsys.readouterr()
     figures = "epoch 2 of 12, loss 1.235, pretext accuracy 1.500, kNN 0.500, 100 samples/s"
-    assert err == f"train:  10 %, step 2 of 20, 0:00:00 left; {figures}\n"
+    assert err.startswith("train:  10 %, step 2 of 20, 0:")
+    assert err.endswith(f" left; {figures}\n")
     book.on_window(window(3))
     for _ in range(2):
         book.on_step()

@@ -172,7 +172,7 @@ def test_output_ends_with_table_and_page(
     assert begins == "compare: [1/2] local, seed 0; next: local, seed 1"
     assert ended.startswith("compare: [1/2] local, seed 0: leak 0.")
     assert last == "compare: [2/2] local, seed 1"
-    assert out.startswith("|    bn | ")
+    assert out.startswith("|      bn | ")
     assert "\nlocal: a leak: at least 0." in out
     assert out.splitlines()[-1] == f"The page: {tmp_path / 'report.html'}"
     (page,) = pages

@@ -1,6 +1,6 @@
 """Write the options of `train` into docs/trainer.md, between two marks.
 
-python docs/options.py
+python docs/train_options.py
 
 They are read from the source of the configuration: the flag, its default, the text below the field.
 """
@@ -16,7 +16,7 @@ from shuffle_batchnorm.moco import config
 from shuffle_batchnorm.moco.config import Config, flag
 
 PAGE = Path(__file__).with_name("trainer.md")
-BEGIN, END = "<!-- options of train: docs/options.py -->", "<!-- end of options -->"
+BEGIN, END = "<!-- options of train: docs/train_options.py -->", "<!-- end of options -->"
 
 
 def main() -> None:
