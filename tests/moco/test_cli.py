@@ -34,11 +34,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The one line on stderr of a command that is refused."""
+    """The last line on stderr of a command that is refused: why."""
     assert main(arguments) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    [line] = err.splitlines()
+    *begun, line = err.splitlines()
+    assert set(begun) <= {"train: reading digits", "train: reading cifar10"}
     return line
 
 
@@ -143,7 +144,12 @@ def test_help_of_compare_hides_what_it_sets(capsys: pytest.CaptureFixture[str]) 
 
 def test_train_gets_what_the_flags_say(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Config] = []
-    monkeypatch.setattr(trainer, "train", seen.append)
+
+    def train(config: Config) -> dict[str, Any]:
+        seen.append(config)
+        return {"knn": None, "leak": None}
+
+    monkeypatch.setattr(trainer, "train", train)
     assert main(["train", "--bn", "swap", "--no-mlp", "--data-path", "a b", "--ranks", "2"]) == 0
     [config] = seen
     assert type(config) is Config
@@ -208,7 +214,9 @@ def test_audit_and_the_leak_by_layer(checkpoint: Path, capsys: pytest.CaptureFix
 def test_all_groups_stay_on_other_ranks(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Config] = []
     monkeypatch.setattr(
-        measure_checkpoint, "launch", lambda _at, _what, config, *_, **__: seen.append(config)
+        measure_checkpoint,
+        "launch",
+        lambda _at, _call, _what, config, *_, **__: seen.append(config),
     )
     for ranks in (None, 1, 4):
         measure_checkpoint.evaluate_checkpoint(checkpoint, ranks)

@@ -76,7 +76,8 @@ def test_interrupted_run_ends_bit_identical(uninterrupted: Path, tmp_path: Path)
         os.killpg(process.pid, signal.SIGINT)  # to all processes, as a terminal does
         _, stderr = process.communicate(timeout=60)
         assert process.returncode == 130, stderr
-        assert re.fullmatch(r"train: stopped by SIGINT after step \d+ of 22.*--resume.*\n", stderr)
+        last = stderr.splitlines()[-1]
+        assert re.fullmatch(r"train: stopped by SIGINT after step \d+ of 22.*--resume.*", last)
     with started(*command, "--save-every", "2") as process:
         wait_until(logged(len(rows(tmp_path / "steps.csv")) + 2), process)
         wait_until(lambda: any(tmp_path.glob("last.pt.*.tmp")), process)

@@ -48,8 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: what follows the command's name; by default, what this process was given.
 
     Returns:
-        The exit code: 0; 2 for what the user can fix, after one line on stderr; 1 if a rank died;
-        130 after SIGINT and 143 after SIGTERM.
+        The exit code: 0; 2 for what the user can fix, which the last line on stderr tells; 1 if a
+        rank died; 130 after SIGINT and 143 after SIGTERM.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:1] == ["--version"]:

@@ -90,10 +90,10 @@ def measure_leak(
             NumPy, which are seeded for each call. None for the images themselves.
         queue: negatives ``[K, D]``, which stay what they are.
         batch_size: S, the samples of all ranks in a training step; rank r takes the r-th part.
-        batches: how many batches are drawn; 8 or more for an interval to rely on. More of them
-            narrow it: see ``docs/leak.md``.
+        batches: how many batches are drawn; 8 or more for an interval to rely on.
         keys_per_batch: how many keys are measured in each, at random positions; their passes are
-            the cost. None for ``16 * keys_per_pass`` or what the batch has: 216 passes in all.
+            the cost. None for ``16 * keys_per_pass`` or what the batch has: 216 passes in all, and
+            an interval that may be too wide: see ``docs/leak.md``.
         keys_per_pass: how many of these share a pass, evenly spread over the batch. 1 is exact
             for every encoder. More cost less, and are exact too while no two of them share a
             normaliser: up to G, a divisor of S, in `local` and `regroup`.
@@ -170,8 +170,7 @@ def measure_leak(
         set_shuffle_state((derive_seed(seed, "shuffle"), 0), world.group)
         if by_layer:
             probe.find_layers(candidates([*find_roots(encode_key), *modules]))
-        console = Console(CALL, progress if world.rank == 0 else False)
-        numbers = console.count("batch", batches)
+        numbers = Console(CALL, progress if world.rank == 0 else False).count("batch", batches)
         outcomes, parts = map(torch.stack, zip(*map(probe.measure, numbers), strict=True))
     means = checks.total(outcomes, world, CALL).mean(dim=2)
     trained, fresh, changed = means.unbind(dim=1)
