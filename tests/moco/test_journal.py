@@ -1,6 +1,7 @@
 """What a run writes for people."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,24 @@ def test_a_log_tells_the_last_figures(
         "epoch 1 of 12, loss 0.333, pretext accuracy 0.250, kNN 0.500, 100 samples/s\n"
     )
     assert out == ""
+
+
+def test_the_bar_comes_back_after_an_evaluation(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches "saving" or "kNN" that stays on the screen while a slow step is taken."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(progress, "REDRAW", 60.0)
+    console = Console("train")
+    book = Journal(small_config(tmp_path), 1, 40, 10, [epoch(1)], console)
+    console.status("kNN: encoding images")
+    book.on_epoch(epoch(2))
+    console.status("saving best.pt")
+    book.show()
+    drawn = capsys.readouterr().err.split("\r\x1b[K")
+    assert [line[:12] for line in drawn[1:]] == [
+        "train: [####", "train: kNN: ", "train: [####", "train: savin", "train: [####",
+    ]  # fmt: skip
 
 
 def test_a_resumed_run_remembers_its_knn(tmp_path: Path) -> None:

@@ -117,6 +117,11 @@ class Journal:
             if self._board is not None:
                 self._board.add("test/knn", row["knn"], row["step"])
         self._show(row)
+        self.show()
+
+    def show(self) -> None:
+        """Draw the bar again, where something else has taken its place."""
+        self._bar.show()
 
     def on_end(self, record: Row, step: int) -> None:
         """Log what the trained model was measured to have; `record` is that of the run."""

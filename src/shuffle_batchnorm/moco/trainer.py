@@ -121,9 +121,10 @@ class Trainer:
         )
         self.loader = make_loader(images.train, self.batches, config.data.workers)
         self.views = Views(config, images, rank)
-        # Between two epochs a log gets no lines of an evaluation.
-        brief = Console(CALL, None if console.shown else False)
-        self.measurements = Measurements(config, self.model, images, self.views, rank, brief)
+        # In the middle of a training a log gets no lines of evaluations and checkpoints.
+        self.brief = Console(CALL, None if console.shown else False)
+        work = config, self.model, images, self.views, rank
+        self.measurements = Measurements(*work, self.brief)
         self.stop = StopAgreement(rank)
 
         self.epoch = self.step_in_epoch = self.step = 0  # how many are done
@@ -272,6 +273,7 @@ class Trainer:
 
     def save(self, name: str) -> None:
         """Write a checkpoint of all ranks; all of them learn if it can't be written."""
+        self.brief.status(f"saving {name}")
         own = {
             "buffers": own_buffers(self.model),
             "random": get_random_state(self.rank.device),
@@ -301,6 +303,8 @@ class Trainer:
             checkpoint.save(self.folder / name, to_cpu(state))
 
         on_rank_0(self.rank, write)
+        if self.journal is not None:
+            self.journal.show()
 
     def restore(self, state: State) -> None:
         """Take everything from a checkpoint."""

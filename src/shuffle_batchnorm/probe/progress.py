@@ -80,8 +80,7 @@ class Bar:
         self.done = self._first = done
         self.text = ""  # figures that follow
         self._begun = self._written = time.monotonic()
-        if console.in_terminal:
-            self._draw()
+        self.show()
 
     def advance(self) -> None:
         """Count one more."""
@@ -91,7 +90,7 @@ class Bar:
         now = time.monotonic()
         if self.console.in_terminal:
             if now - self._written >= REDRAW:
-                self._draw()
+                self.show()
                 self._written = now
         elif now - self._written >= PAUSE and self.done < self.total and self._is_tenth():
             self.console.say(f"{self._share():3.0f} %, {self._state()}")
@@ -100,10 +99,12 @@ class Bar:
     def _is_tenth(self) -> bool:
         return 10 * self.done // self.total > 10 * (self.done - 1) // self.total
 
-    def _draw(self) -> None:
-        filled = WIDTH * self.done // max(self.total, 1)
-        bar = "#" * filled + "." * (WIDTH - filled)
-        _draw(f"{self.console.call}: [{bar}] {self._share():3.0f} %, {self._state()}")
+    def show(self) -> None:
+        """Draw it in a terminal, where something else has taken its place."""
+        if self.console.in_terminal:
+            filled = WIDTH * self.done // max(self.total, 1)
+            bar = "#" * filled + "." * (WIDTH - filled)
+            _draw(f"{self.console.call}: [{bar}] {self._share():3.0f} %, {self._state()}")
 
     def _share(self) -> float:
         return 100 * self.done / max(self.total, 1)
