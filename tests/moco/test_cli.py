@@ -344,4 +344,4 @@ def test_one_class_from_beginning_to_end(
     out, err = capsys.readouterr()
     assert f"train: {left_out}" in err
     assert ", kNN –, " in err
-    assert "train" not in out
+    assert "train:" not in out

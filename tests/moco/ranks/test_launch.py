@@ -37,7 +37,7 @@ def test_a_comparison_under_torchrun_agrees(tmp_path: Path) -> None:
     assert [(one["bn"], one["world_size"]) for one in results] == [("regroup", 2), ("local", 2)]
     for said in ("[1/2] regroup, seed 0: leak ", "train: from the beginning of 11 steps, to "):
         assert stderr.count(said) == 1 + ("train" in said)  # one rank speaks, of two runs
-    assert "train" not in stdout
+    assert "train:" not in stdout
     assert stdout.count("| `regroup` |") == stdout.count("\nregroup: ") == 1
     assert (output / "report.html").exists()
 
