@@ -33,7 +33,6 @@ NEEDED = {
     "numpy": "numpy",
     "scipy": "scipy",
     "sklearn": "scikit-learn",
-    "tqdm": "tqdm",
     "tyro": "tyro",
 }
 # Those of MoCo's notebook for CIFAR-10, which train a ResNet-18 (batch, learning rate, temperature,

@@ -105,6 +105,7 @@ def _commands(page: Path) -> Iterator[list[str]]:
         if block.language == "console":
             lines = [line[2:] for line in lines if line.startswith("$ ")]
         for line in lines:
+            line = re.sub(r" \d?>+ ?\S+", "", line)  # where its output goes
             lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
             lexer.whitespace_split = True
             command: list[str] = []
@@ -147,7 +148,19 @@ def _check(command: list[str]) -> None:
                 flag = word.partition("=")[0]
                 assert f'"{flag}"' in source or not flag.startswith("--"), (command, flag)
     else:
-        others = "apt", "apt-get", "bash", "cd", "export", "git", "patch", "pip", "pytest", "sbatch"
+        others = (
+            "apt",
+            "apt-get",
+            "bash",
+            "cat",
+            "cd",
+            "export",
+            "git",
+            "patch",
+            "pip",
+            "pytest",
+            "sbatch",
+        )
         assert program in others, command
 
 

@@ -14,6 +14,8 @@ from shuffle_batchnorm.moco import journal
 from shuffle_batchnorm.moco.checkpoint import CheckpointError
 from shuffle_batchnorm.moco.config import from_dict
 from shuffle_batchnorm.moco.journal import EPOCH_COLUMNS, Journal, commit
+from shuffle_batchnorm.probe import progress
+from shuffle_batchnorm.probe.progress import Console
 
 
 def window(step: int) -> dict[str, Any]:
@@ -97,44 +99,52 @@ def test_the_commit_is_of_the_library_not_of_the_folder_it_is_installed_in(
     assert commit() is None
 
 
-def test_one_line_per_epoch_without_a_terminal(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    book = Journal(small_config(tmp_path, epochs=12), 1, 120, 0, [])
-    book.on_window(window(5))
-    book.on_step()
-    book.on_epoch(epoch(2) | {"seconds": 40.0, "loss": 1.23456, "samples_per_second": 99.6})
-    out, err = capsys.readouterr()
-    assert out == "[ 2/12] loss 1.235, pretext 1.500, kNN 0.500, 100 samples/s, 0:03:20 left\n"
-    assert err == ""
-
-
-def test_bar_on_a_terminal(
+def test_a_log_tells_the_last_figures(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    book = Journal(small_config(tmp_path), 1, 40, 10, [epoch(1)])
-    book.on_window(window(15))
-    for _ in range(30):
-        book.on_step()
-    book.on_epoch(epoch(2))
-    book.close()
+    """Catches figures on stdout, and a kNN accuracy that is forgotten at the next row."""
+    monkeypatch.setattr(progress, "PAUSE", 0.0)
+    book = Journal(small_config(tmp_path, epochs=12), 1, 20, 0, [], Console("train", shown=True))
+    book.on_step()
+    assert capsys.readouterr() == ("", "")
+    book.on_epoch(epoch(2) | {"loss": 1.23456, "samples_per_second": 99.6})
+    book.on_step()
     out, err = capsys.readouterr()
+    figures = "epoch 2 of 12, loss 1.235, pretext accuracy 1.500, kNN 0.500, 100 samples/s"
+    assert err.startswith("train:  10 %, step 2 of 20, 0:")
+    assert err.endswith(f" left; {figures}\n")
+    book.on_window(window(3))
+    for _ in range(2):
+        book.on_step()
+    err = capsys.readouterr().err
+    assert err.endswith(
+        "epoch 1 of 12, loss 0.333, pretext accuracy 0.250, kNN 0.500, 100 samples/s\n"
+    )
     assert out == ""
-    assert "40/40" in err
-    assert "loss 0.333, pretext 0.250, 100 samples/s" in err
 
 
-def test_tensorboard(tmp_path: Path) -> None:
-    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    book = Journal(small_config(tmp_path, tensorboard=True), 1, 40, 0, [])
-    book.on_window(window(5))
+def test_the_bar_comes_back_after_an_evaluation(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches "saving" or "kNN" that stays on the screen while a slow step is taken."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(progress, "REDRAW", 60.0)
+    console = Console("train")
+    book = Journal(small_config(tmp_path), 1, 40, 10, [epoch(1)], console)
+    console.status("kNN: encoding images")
     book.on_epoch(epoch(2))
-    book.close()
-    board = events.EventAccumulator(str(tmp_path / "tensorboard"))
-    board.Reload()
-    assert [(e.step, e.value) for e in board.Scalars("train/pretext_accuracy")] == [(5, 0.25)]
-    assert [(e.step, e.value) for e in board.Scalars("test/knn")] == [(20, 0.5)]
+    console.status("saving best.pt")
+    book.show()
+    drawn = capsys.readouterr().err.split("\r\x1b[K")
+    assert [line[:12] for line in drawn[1:]] == [
+        "train: [####", "train: kNN: ", "train: [####", "train: savin", "train: [####",
+    ]  # fmt: skip
+
+
+def test_a_resumed_run_remembers_its_knn(tmp_path: Path) -> None:
+    book = Journal(small_config(tmp_path), 1, 40, 30, [epoch(1), epoch(2), epoch(3)])
+    book.on_window(window(31))
+    assert "kNN 0.500" in book._bar.text
 
 
 def test_full_disk_while_a_row_is_written(tmp_path: Path) -> None:

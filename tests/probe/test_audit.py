@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from probe.audited import After, Centre, planted
 from probe.known_leaks import convolutional, one_thread
 from shuffle_batchnorm import AuditReport, ShuffleBatchNorm, ShuffledEncoder, audit
+from shuffle_batchnorm.probe import progress
 from shuffle_batchnorm.probe.patching import patched
 
 module = sys.modules["shuffle_batchnorm.probe.audit"]  # hidden by the function
@@ -297,3 +298,17 @@ def test_the_default_device_does_not_matter() -> None:
     with torch.device("meta"):
         got = audit(model, x)
     assert got == want
+
+
+def test_progress_counts_the_passes(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five layers have 32 coalitions, of which two are known; eight fit in a pass."""
+    monkeypatch.setattr(progress, "PAUSE", 0.0)
+    layers = [layer for _ in range(5) for layer in (nn.Linear(4, 4), nn.BatchNorm1d(4))]
+    audit(nn.Sequential(*layers), torch.randn(16, 4), progress=True)
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 3
+    assert err.startswith("audit:  25 %, pass 1 of 4, ")
+    audit(nn.Sequential(*layers), torch.randn(16, 4))
+    assert capsys.readouterr().err == ""

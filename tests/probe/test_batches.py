@@ -8,6 +8,7 @@ from torch import Tensor
 
 from probe.known_leaks import one_thread
 from shuffle_batchnorm import measure_leak
+from shuffle_batchnorm.probe.batches import default_keys
 
 __all__ = ["one_thread"]  # a fixture
 
@@ -76,3 +77,12 @@ def test_sizes_that_fit_barely(batch: int, keys: int, per_pass: int) -> None:
     images = torch.randn(2 * batch - per_pass, 6)
     report = measure_leak(_identity, _identity, images, None, torch.randn(5, 6), **sizes)
     assert report.keys == 2 * keys
+
+
+@pytest.mark.parametrize(
+    ("batch", "per_pass", "keys"),
+    [(256, 1, 16), (256, 8, 128), (256, 32, 256), (8, 1, 8), (24, 5, 20), (2, 8, 8), (8, 0, 16)],
+)
+def test_default_keys_fit_the_batch_and_the_passes(batch: int, per_pass: int, keys: int) -> None:
+    """Catches a default that is refused; where none fits, `check_sizes` says why."""
+    assert default_keys(batch, per_pass) == keys

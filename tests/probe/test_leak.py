@@ -217,3 +217,20 @@ def test_the_default_device_does_not_matter() -> None:
     with torch.device("meta"):
         got = measure_leak(encoder, encoder, images, None, queue, **options)
     assert got == want
+
+
+@pytest.mark.parametrize(("per_pass", "keys"), [(1, 16), (4, 64)])
+def test_the_defaults_are_216_passes(per_pass: int, keys: int) -> None:
+    """Catches defaults that take minutes; where keys share a pass there are more of them."""
+    calls: list[int] = []
+
+    def encode(x: Tensor) -> Tensor:
+        calls.append(len(x))
+        return x
+
+    report = measure_leak(
+        encode, encode, torch.randn(128, 4), None, torch.randn(8, 4),
+        batch_size=64, keys_per_pass=per_pass,
+    )  # fmt: skip
+    assert len(calls) == 216
+    assert (report.keys, report.batches) == (12 * keys, 12)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import shuffle_batchnorm
+from shuffle_batchnorm.probe.progress import write_line
 
 from .config import UserError
 from .ranks.launch import is_first, under_torchrun
@@ -29,7 +30,7 @@ usage: {PROGRAM} [--help] [--version] COMMAND [OPTIONS]
   study      train many small runs: how the leak depends on what
 """
 # Packages of the extra `train`; if another one is missing, something else is wrong.
-EXTRA = {"jinja2", "kornia", "matplotlib", "numpy", "PIL", "scipy", "sklearn", "tqdm", "tyro"}
+EXTRA = {"jinja2", "kornia", "matplotlib", "numpy", "PIL", "scipy", "sklearn", "tyro"}
 
 
 def run() -> NoReturn:
@@ -47,8 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: what follows the command's name; by default, what this process was given.
 
     Returns:
-        The exit code: 0; 2 for what the user can fix, after one line on stderr; 1 if a rank died;
-        130 after SIGINT and 143 after SIGTERM.
+        The exit code: 0; 2 for what the user can fix, which the last line on stderr tells; 1 if a
+        rank died; 130 after SIGINT and 143 after SIGTERM.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:1] == ["--version"]:
@@ -112,7 +113,7 @@ def _parse(arguments: list[str]) -> Callable[[], None]:
 def _refuse(message: str, code: int = USER_ERROR) -> int:
     """Print in one line why there is no result, once per machine; return the exit code."""
     if is_first():
-        print(" ".join(message.split()), file=sys.stderr, flush=True)
+        write_line(" ".join(message.split()))
     return code
 
 

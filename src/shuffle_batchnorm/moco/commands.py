@@ -35,9 +35,13 @@ class Train(Config):
 
     def act(self) -> None:
         """Run the command."""
+        from .journal import outcome
+        from .ranks.launch import is_rank_0
         from .trainer import train
 
-        train(from_dict(to_dict(self)))
+        record = train(from_dict(to_dict(self)))
+        if is_rank_0():
+            print(f"train: {outcome(record)}", flush=True)
 
 
 @dataclass(frozen=True)
@@ -98,9 +102,9 @@ class _Measure:
     def report(self, figures: dict[str, Any], line: str) -> None:
         """Print the line, and write the figures if asked for."""
         from .checkpoint import write_json
-        from .ranks.launch import is_first
+        from .ranks.launch import is_rank_0
 
-        if is_first():
+        if is_rank_0():
             name = type(self).__name__.lower()
             print(f"{name}: {self.checkpoint}, epoch {figures['epoch']}: {line}", flush=True)
             if self.json is not None:
@@ -116,7 +120,8 @@ class Evaluate(_Measure):
         from .journal import score
         from .measure_checkpoint import evaluate_checkpoint
 
-        figures = evaluate_checkpoint(self.checkpoint, self.ranks, self.device, self.data_path)
+        where = self.ranks, self.device, self.data_path
+        figures = evaluate_checkpoint(self.checkpoint, *where, progress=True)
         names = {"kNN": "knn", "linear probe": "linear"}
         self.report(figures, ", ".join(score(n, figures[key]) for n, key in names.items()))
 
@@ -134,18 +139,21 @@ class Probe(_Measure):
 
     def act(self) -> None:
         """Run the command."""
+        from .journal import leak_in_words
         from .measure_checkpoint import probe_checkpoint
 
-        where = self.ranks, self.device, self.data_path
         figures = probe_checkpoint(
-            self.checkpoint, *where, batches=self.batches, keys=self.keys, by_layer=self.by_layer
+            self.checkpoint,
+            self.ranks,
+            self.device,
+            self.data_path,
+            batches=self.batches,
+            keys=self.keys,
+            by_layer=self.by_layer,
+            progress=True,
         )
-        low, high = figures["leak_interval"]
-        line = (
-            f"leak {figures['leak']:.4f} (95 % interval {low:.4f} to {high:.4f}): top-1 "
-            f"{figures['leak_as_trained']:.4f} as trained, {figures['leak_fresh']:.4f} in a fresh "
-            f"batch; scale against local {max(figures['stability']['ratio']):.3g} at most"
-        )
+        scale = max(figures["stability"]["ratio"])
+        line = f"{leak_in_words(figures)}; scale against local {scale:.3g} at most"
         parts = figures.get("by_layer", {})
         width = max(map(len, parts), default=0)
         for name, part in parts.items():
@@ -166,7 +174,7 @@ class Audit(_Measure):
         from .measure_checkpoint import audit_checkpoint
 
         where = self.ranks, self.device, self.data_path
-        figures = audit_checkpoint(self.checkpoint, *where, encoder=self.encoder)
+        figures = audit_checkpoint(self.checkpoint, *where, encoder=self.encoder, progress=True)
         text = figures.pop("text")
         self.report(figures, f"{self.encoder} encoder: {text}")
 

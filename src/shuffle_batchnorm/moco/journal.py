@@ -1,4 +1,4 @@
-"""What a run writes for people: its configuration, two tables, TensorBoard, a line or a bar.
+"""What a run writes for people: its configuration, two tables, TensorBoard, its progress.
 
 ``log.csv`` has a row per epoch, ``steps.csv`` one per ``--log-every`` steps, ``config.json`` how it
 was started. A run that goes on finds the tables as they were at the checkpoint, whatever was
@@ -13,16 +13,20 @@ import platform
 import shlex
 import subprocess
 import sys
-import threading
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from shuffle_batchnorm.probe.progress import SILENT, Bar, Console, write_line
+from shuffle_batchnorm.probe.verdict import judge
+
+from .board import open_board
 from .checkpoint import CheckpointError, read_object, write_atomically, write_json
 from .config import CALL, Config, to_dict
+from .data.images import Images
 
 Row = Mapping[str, Any]
 _SCORES, _RATES = ("loss", "pretext_accuracy"), ("lr", "samples_per_second")
@@ -72,65 +76,74 @@ class Journal:
         steps: of the whole run.
         step: how many are done.
         curve: the epochs that are done.
+        console: where its progress is shown.
     """
 
     def __init__(
-        self, config: Config, world_size: int, steps: int, step: int, curve: Sequence[Row]
+        self,
+        config: Config,
+        world_size: int,
+        steps: int,
+        step: int,
+        curve: Sequence[Row],
+        console: Console = SILENT,
     ) -> None:
-        self.folder = config.run.output
-        self.steps, self.epochs = steps, config.optim.epochs
+        self.folder, self.epochs = config.run.output, config.optim.epochs
         earlier = _read_steps(self.folder / STEPS, step)
         self._steps = Table(self.folder / STEPS, STEP_COLUMNS, earlier)
         self._epochs = Table(self.folder / LOG, EPOCH_COLUMNS, curve)
-        self._board = _tensorboard(self.folder, step) if config.run.tensorboard else None
-        # Not at the top: the benchmarks want `processor` without the extra `train`.
-        from tqdm import tqdm
-
-        # Its own lock is one between processes, which a rank that is stopped would leave behind.
-        tqdm.set_lock(threading.RLock())
-        # `disable=None` draws it on a terminal only.
-        self._bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True, disable=None)
+        self._board = open_board(config, world_size, step) if config.run.tensorboard else None
+        self._bar = Bar(console, "step", steps, step)
+        self._knn = next((row["knn"] for row in reversed(curve) if row["knn"] is not None), None)
         write_json(self.folder / CONFIG, _describe(config, world_size, self.folder / CONFIG))
 
     def on_step(self) -> None:
         """Count a step."""
-        self._bar.update()
+        self._bar.advance()
 
     def on_window(self, row: Row) -> None:
         """Log the steps since the last row; `row` has `STEP_COLUMNS`."""
         self._steps.append(row)
         if self._board is not None:
             for name in (*_SCORES, *_RATES):
-                self._board.add_scalar(f"train/{name}", row[name], row["step"])
-        self._bar.set_postfix_str(_figures(row), refresh=False)
+                self._board.add(f"train/{name}", row[name], row["step"])
+        self._show(row)
 
     def on_epoch(self, row: Row) -> None:
         """Log an epoch; `row` has `EPOCH_COLUMNS`, with None for a kNN that was not due."""
         self._epochs.append(row)
-        if self._board is not None and row["knn"] is not None:
-            self._board.add_scalar("test/knn", row["knn"], row["step"])
-        if not self._bar.disable:
-            self._bar.set_description_str(f"epoch {row['epoch']}/{self.epochs}", refresh=False)
-            return
-        left = timedelta(seconds=round((self.steps - row["step"]) * row["seconds"] / row["step"]))
-        which = f"[{row['epoch']:>{len(str(self.epochs))}}/{self.epochs}]"
-        self.say(f"{which} {_figures(row)}, {left} left")
+        if row["knn"] is not None:
+            self._knn = row["knn"]
+            if self._board is not None:
+                self._board.add("test/knn", row["knn"], row["step"])
+        self._show(row)
+        self.show()
 
-    def say(self, text: str) -> None:
-        """Print a line, past the bar."""
-        self._bar.clear()
-        print(text, flush=True)
+    def show(self) -> None:
+        """Draw the bar again, where something else has taken its place."""
+        self._bar.show()
+
+    def on_end(self, record: Row, step: int) -> None:
+        """Log what the trained model was measured to have; `record` is that of the run."""
+        if self._board is not None:
+            self._board.end(record, step)
+
+    def _show(self, row: Row) -> None:
+        knn = "" if self._knn is None else f", kNN {self._knn:.3f}"
+        self._bar.text = (
+            f"epoch {row['epoch']} of {self.epochs}, loss {row['loss']:.3f}, pretext accuracy "
+            f"{row['pretext_accuracy']:.3f}{knn}, {row['samples_per_second']:.0f} samples/s"
+        )
 
     def close(self) -> None:
-        """Close the bar and the files."""
-        self._bar.close()
+        """Close the files."""
         if self._board is not None:
             self._board.close()
 
 
 def warn(call: str, text: str) -> None:
     """Print a warning in one line; one rank alone should."""
-    print(f"{call}: warning: {text}", file=sys.stderr, flush=True)
+    write_line(f"{call}: warning: {text}")
 
 
 def score(name: str, value: float | None) -> str:
@@ -140,11 +153,36 @@ def score(name: str, value: float | None) -> str:
 
 def outcome(record: Mapping[str, Any]) -> str:
     """Return what the record of a run that is at its end says, in words."""
+    scores = score("kNN", record["knn"])
+    if "linear" in record:
+        scores += f", {score('linear probe', record['linear'])}"
     if record["leak"] is None:
-        return f"{score('kNN', record['knn'])}, it has diverged"
-    low, high = record["leak_interval"]
-    leak = f"leak {record['leak']:.3f} (95 % interval {low:.3f} to {high:.3f})"
-    return f"{score('kNN', record['knn'])}, {leak}"
+        return f"{scores}, it has diverged"
+    return f"{scores}, {leak_in_words(record)}"
+
+
+def leak_in_words(figures: Mapping[str, Any]) -> str:
+    """Return a leak, its two terms, and what they say, from the figures of `leak_figures`."""
+    low, high = figures["leak_interval"]
+    trained, fresh = figures["leak_as_trained"], figures["leak_fresh"]
+    said = figures.get("leak_verdict") or judge((low, high), as_trained=trained, fresh=fresh)
+    return (
+        f"leak {figures['leak']:.4f} (95 % interval {low:.4f} to {high:.4f}): top-1 "
+        f"{trained:.4f} as trained, {fresh:.4f} in a fresh batch; {said}"
+    )
+
+
+def setting(config: Config, images: Images, world_size: int, device: torch.device) -> str:
+    """Return what runs where."""
+    norm, data = config.norm, config.data
+    each = config.optim.batch_size // (world_size * norm.groups)
+    count, side = len(images.train), data.side  # type: ignore[arg-type]
+    ranks = f"{world_size} rank{'s' if world_size > 1 else ''}"
+    return (
+        f"{config.network.network} network, --bn {norm.bn}, {count} images of {data.dataset} at "
+        f"{side} x {side}; {ranks} on {device.type}, each with {norm.groups} group"
+        f"{'s' if norm.groups > 1 else ''} of {each}"
+    )
 
 
 def versions() -> dict[str, str]:
@@ -210,20 +248,3 @@ def _read_steps(path: Path, step: int) -> list[Row]:
         return [row for row in rows if int(row["step"]) <= step]
     except (KeyError, ValueError, csv.Error) as error:
         raise CheckpointError(f"{CALL}: {path} is damaged; remove it: its rows are lost") from error
-
-
-def _tensorboard(folder: Path, step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    # What was written after the checkpoint is hidden.
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
-
-
-def _figures(row: Row) -> str:
-    knn = f", kNN {row['knn']:.3f}" if row.get("knn") is not None else ""
-    return (
-        f"loss {row['loss']:.3f}, pretext {row['pretext_accuracy']:.3f}{knn}, "
-        f"{row['samples_per_second']:.0f} samples/s"
-    )

@@ -17,6 +17,7 @@ from shuffle_batchnorm.probe.audit_report import AuditReport
 from shuffle_batchnorm.probe.isolation import isolated
 from shuffle_batchnorm.probe.leak import measure_leak
 from shuffle_batchnorm.probe.leak_report import LeakReport
+from shuffle_batchnorm.probe.progress import SILENT, Bar, Console
 from shuffle_batchnorm.probe.stability import stability
 
 from .build import Views
@@ -43,13 +44,20 @@ class Measurements:
         images: its data set.
         views: prepares the images.
         rank: this rank.
+        console: where to say what is measured.
     """
 
     def __init__(
-        self, config: Config, model: MoCo, images: Images, views: Views, rank: Rank
+        self,
+        config: Config,
+        model: MoCo,
+        images: Images,
+        views: Views,
+        rank: Rank,
+        console: Console = SILENT,
     ) -> None:
         self.config, self.model, self.images = config, model, images
-        self.views, self.rank = views, rank
+        self.views, self.rank, self.console = views, rank, console
 
     def facts(self) -> Figures:
         """Count ranks, images, and the query encoder's parameters, head included."""
@@ -75,6 +83,7 @@ class Measurements:
         Communication: that of the running statistics' average; features to rank 0, the result back.
         """
         classes = self.images.classes
+        self.console.status("kNN: encoding images")
         return self._classified(lambda train, test: knn_accuracy(*train, *test, classes=classes))
 
     def linear(self) -> float | None:
@@ -84,6 +93,7 @@ class Measurements:
 
         Communication: see `knn`.
         """
+        self.console.status("linear probe: encoding images")
         return self._classified(lambda train, test: linear_probe(*train, *test))
 
     def leak(
@@ -100,7 +110,7 @@ class Measurements:
         """
         config = self.config
         keys = min(keys, config.optim.batch_size)
-
+        self.console.status(f"measuring the leak: {keys} keys in each of {batches} batches")
         with self.views.autocast():
             return measure_leak(
                 self.model.encoder_q,
@@ -114,11 +124,13 @@ class Measurements:
                 keys_per_pass=keys_per_pass(config, self.rank.world_size, keys),
                 modules=(self.model,),
                 generator=torch.Generator().manual_seed(config.run.seed),
+                progress=self.console.shown,
                 by_layer=by_layer,
             )
 
     def audit(self, encoder: Encoder) -> AuditReport:
         """Audit an encoder with the first training images; the next ones replace them."""
+        self.console.status(f"auditing the {encoder} encoder")
         size, count = self.config.optim.batch_size, len(self.images.train)  # type: ignore[arg-type]
         numbers = torch.arange(2 * size) % count
         batch, pool = numbers[:size].chunk(self.rank.world_size), numbers[size:]
@@ -128,7 +140,7 @@ class Measurements:
                 for part in (batch[self.rank.index], pool)
             )
             model = self.model.encoder_k if encoder == "key" else self.model.encoder_q
-            return audit(model, inputs, replace=others)
+            return audit(model, inputs, replace=others, progress=self.console.shown)
 
     def _augmented(self, pixels: Tensor) -> Tensor:
         with torch.autocast(self.rank.device.type, enabled=False):  # as in training
@@ -136,6 +148,7 @@ class Measurements:
 
     def stability(self) -> Figures:
         """Compare the scale of the key encoder's layers with mode `local`; see `stability`."""
+        self.console.status("comparing activations with local batch norm")
         share = self.config.optim.batch_size // self.rank.world_size
         first = range(self.rank.index * share, (self.rank.index + 1) * share)
         pixels = torch.stack([self.images.train[index][0] for index in first])
@@ -169,7 +182,13 @@ class Measurements:
         batches = BatchSampler(share, EVALUATION_BATCH, drop_last=False)
         # Made anew each time, or its workers would stay beside those of the training.
         loader = make_loader(part, batches, self.config.data.workers)
-        own = extract_features(encoder, loader, rank.device, prepare=self.views.as_they_are)
+        bar = Bar(self.console, "batch", len(batches))
+
+        def prepare(pixels: Tensor) -> Tensor:
+            bar.advance()
+            return self.views.as_they_are(pixels)
+
+        own = extract_features(encoder, loader, rank.device, prepare=prepare)
         everyones = gather_objects(rank, (own[0].cpu(), own[1].cpu()))
         if not everyones:
             return None

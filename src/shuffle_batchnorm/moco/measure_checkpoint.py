@@ -2,15 +2,18 @@
 
 import functools
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
+
+from shuffle_batchnorm.probe.progress import Console
 
 from . import checkpoint
 from .build import Views, build_model
 from .checkpoint import State
 from .config import LEAK_BATCHES, LEAK_KEYS, Config, ConfigError, Device, from_dict, validate
 from .data.loading import load_data
-from .journal import warn
+from .journal import setting, warn
 from .measure import Encoder, Figures, Measurements, check_images, leak_figures
 from .random_state import own_random_state
 from .ranks.launch import Rank, launch, world_size
@@ -20,7 +23,12 @@ Measure = Callable[[Measurements], Figures]
 
 
 def evaluate_checkpoint(
-    path: Path, ranks: int | None = None, device: Device = "auto", data_path: Path | None = None
+    path: Path,
+    ranks: int | None = None,
+    device: Device = "auto",
+    data_path: Path | None = None,
+    *,
+    progress: bool | None = None,
 ) -> Figures:
     """Return kNN and linear-probe accuracy of the query encoder in a checkpoint.
 
@@ -29,13 +37,14 @@ def evaluate_checkpoint(
         ranks: processes to start; as many as trained it, by default.
         device: where to compute.
         data_path: of the data set, if it has moved.
+        progress: whether the first rank says on stderr what it does; None for: in a terminal only.
 
     Raises:
         CheckpointError: there is none, or it is damaged.
         ConfigError: `ranks` does not divide its groups.
         DataError: no such data set.
     """
-    return _launch("evaluate", _evaluate, path, ranks, device, data_path)
+    return _launch("evaluate", _evaluate, path, ranks, device, data_path, progress)
 
 
 def probe_checkpoint(
@@ -47,6 +56,7 @@ def probe_checkpoint(
     batches: int = LEAK_BATCHES,
     keys: int = LEAK_KEYS,
     by_layer: bool = False,
+    progress: bool | None = None,
 ) -> Figures:
     """Return the leak and the stability of a checkpoint; see `measure_leak`.
 
@@ -58,6 +68,7 @@ def probe_checkpoint(
         batches: how many batches are drawn, 2 or more.
         keys: how many keys are measured in each.
         by_layer: whether to tell through which modules the leak comes.
+        progress: see `evaluate_checkpoint`.
 
     Raises:
         CheckpointError: there is none, or it is damaged.
@@ -68,7 +79,7 @@ def probe_checkpoint(
         if value < least:
             raise ConfigError(f"probe: {name} must be at least {least}, got {value}")
     probe = functools.partial(_probe, batches=batches, keys=keys, by_layer=by_layer)
-    return _launch("probe", probe, path, ranks, device, data_path)
+    return _launch("probe", probe, path, ranks, device, data_path, progress)
 
 
 def audit_checkpoint(
@@ -78,17 +89,24 @@ def audit_checkpoint(
     data_path: Path | None = None,
     *,
     encoder: Encoder = "key",
+    progress: bool | None = None,
 ) -> Figures:
     """Return what `audit` says of an encoder in a checkpoint, for a batch as in training.
 
     Args and errors: see `evaluate_checkpoint`; `encoder` is the key or the query encoder.
     """
     what = functools.partial(_audit, encoder=encoder)
-    return _launch("audit", what, path, ranks, device, data_path)
+    return _launch("audit", what, path, ranks, device, data_path, progress)
 
 
 def _launch(
-    call: str, what: Measure, path: Path, ranks: int | None, device: Device, data_path: Path | None
+    call: str,
+    what: Measure,
+    path: Path,
+    ranks: int | None,
+    device: Device,
+    data_path: Path | None,
+    progress: bool | None,
 ) -> Figures:
     """Measure something of a checkpoint's model, on its ranks; `call` is for messages."""
     state = checkpoint.load(path)
@@ -105,16 +123,24 @@ def _launch(
         run=replace(config.run, ranks=size, device=device, compile=False),
     )
     validate(config, size)
-    figures: Figures = launch(_measure, what, config, state, ranks=size, device=device)
+    console = Console(call, progress)
+    work = _measure, call, what, config, state, progress
+    figures: Figures = launch(*work, ranks=size, device=device, console=console)
     return figures
 
 
-def _measure(rank: Rank, what: Measure, config: Config, state: State) -> Figures:
-    with own_random_state():
+def _measure(
+    rank: Rank, call: str, what: Measure, config: Config, state: State, progress: bool | None
+) -> Figures:
+    console = Console(call, progress if rank.index == 0 else False)
+    with own_random_state(), closing(console):
+        console.status(f"reading {config.data.dataset}")
         images = load_data(config.data)
+        console.say(setting(config, images, rank.world_size, rank.device))
         model = build_model(config, images, rank.device)
         restore_model(model, state, rank)
-        measurements = Measurements(config, model, images, Views(config, images, rank), rank)
+        views = Views(config, images, rank)
+        measurements = Measurements(config, model, images, views, rank, console)
         if not measurements.is_finite():
             raise ConfigError("the model has diverged: not all of its numbers are finite")
         figures = what(measurements)
@@ -143,6 +169,7 @@ def _probe(measurements: Measurements, *, batches: int, keys: int, by_layer: boo
     layers = {"by_layer": report.by_layer, "layer_intervals": report.layer_intervals}
     return {
         **leak_figures(report),
+        "leak_verdict": report.verdict,
         **(layers if by_layer else {}),
         "stability": measurements.stability(),
     }

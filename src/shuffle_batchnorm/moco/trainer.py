@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from shuffle_batchnorm.probe.isolation import seed_all
+from shuffle_batchnorm.probe.progress import SILENT, Console
 from shuffle_batchnorm.shuffle.state import get_shuffle_state, set_shuffle_state
 
 from . import checkpoint, journal
@@ -26,11 +27,12 @@ from .ranks.control import StopAgreement, gather_objects, on_rank_0, sum_over_ra
 from .ranks.launch import Rank, launch, world_size
 from .ranks.spawn import Stopped
 from .resume import find_run, own_buffers, restore_model
+from .schedule import learning_rate
 
 Record = dict[str, Any]
 
 
-def train(config: Config) -> Record:
+def train(config: Config, *, progress: bool | None = True) -> Record:
     """Train a model, or go on with it, and measure it.
 
     Communication: see `launch` for how the ranks meet.
@@ -38,6 +40,7 @@ def train(config: Config) -> Record:
     Args:
         config: the run. Its folder gets ``last.pt``, ``best.pt``, ``config.json``, ``log.csv``,
             ``steps.csv`` and, at the end, ``record.json``.
+        progress: whether the first rank says on stderr what it does; None for: in a terminal only.
 
     Returns:
         What is in ``record.json``: configuration, leak, kNN, curve and more, as plain values. It
@@ -52,28 +55,31 @@ def train(config: Config) -> Record:
     """
     run = config.run
     validate(config, world_size(run.ranks, run.device))
+    console = Console(CALL, progress)
+    work = train_on_rank, config, progress
     record: Record = launch(
-        train_on_rank, config, ranks=run.ranks, device=run.device, graceful=True
+        *work, ranks=run.ranks, device=run.device, graceful=True, console=console
     )
     return record
 
 
-def train_on_rank(rank: Rank, config: Config) -> Record:
+def train_on_rank(rank: Rank, config: Config, progress: bool | None = True) -> Record:
     """Train on one rank of several, or the only one."""
+    console = Console(CALL, progress if rank.index == 0 else False)
     with ExitStack() as stack:
+        stack.callback(console.close)
         stack.enter_context(own_random_state())
+        console.status(f"reading {config.data.dataset}")
         images = load_data(config.data)
         check_images(config, images, rank.world_size)
         on_rank_0(rank, lambda: stack.enter_context(checkpoint.folder_lock(config.run.output)))
         found = on_rank_0(rank, lambda: find_run(config, rank))
         if found.record is not None:
-            if rank.index == 0:
-                ended = f"the run in {config.run.output} had ended before"
-                print(f"{CALL}: {ended}: {journal.outcome(found.record)}", flush=True)
+            console.say(f"the run in {config.run.output} had ended before")
             return found.record
         for remark in remarks(config, images) if rank.index == 0 else ():
             journal.warn(CALL, remark)
-        trainer = Trainer(rank, config, images, found.checkpoint)
+        trainer = Trainer(rank, config, images, found.checkpoint, console)
         stack.callback(trainer.close)
         return trainer.run()
 
@@ -86,10 +92,19 @@ class Trainer:
         config: the run.
         images: its data set.
         state: the checkpoint to go on from; None at the beginning.
+        console: where to say what it does.
     """
 
-    def __init__(self, rank: Rank, config: Config, images: Images, state: State | None) -> None:
+    def __init__(
+        self,
+        rank: Rank,
+        config: Config,
+        images: Images,
+        state: State | None,
+        console: Console = SILENT,
+    ) -> None:
         self.rank, self.config, self.folder = rank, config, config.run.output
+        self.console = console
         optim = config.optim
         self.model = build_model(config, images, rank.device)
         self.parallel = parallelise(self.model, rank)
@@ -106,7 +121,10 @@ class Trainer:
         )
         self.loader = make_loader(images.train, self.batches, config.data.workers)
         self.views = Views(config, images, rank)
-        self.measurements = Measurements(config, self.model, images, self.views, rank)
+        # In the middle of a training a log gets no lines of evaluations and checkpoints.
+        self.brief = Console(CALL, None if console.shown else False)
+        work = config, self.model, images, self.views, rank
+        self.measurements = Measurements(*work, self.brief)
         self.stop = StopAgreement(rank)
 
         self.epoch = self.step_in_epoch = self.step = 0  # how many are done
@@ -124,11 +142,13 @@ class Trainer:
             self.restore(state)
         self.journal: journal.Journal | None = None
         if rank.index == 0:
-            done = self.step, self.curve
-            self.journal = journal.Journal(config, rank.world_size, self.steps, *done)
-            where = f"{rank.device.type}, {rank.world_size} rank(s), to {self.folder}"
             start = f"from step {self.step}" if self.step else "from the beginning"
-            self.journal.say(f"{CALL}: {start} of {self.steps}, on {where}")
+            console.say(journal.setting(config, images, rank.world_size, rank.device))
+            console.say(f"{start} of {self.steps} steps, to {self.folder}")
+            if config.run.compile:
+                console.status("compiling: the first steps take longer")
+            done = self.step, self.curve
+            self.journal = journal.Journal(config, rank.world_size, self.steps, *done, console)
 
     def run(self) -> Record:
         """Train to the end, and return the record."""
@@ -195,6 +215,7 @@ class Trainer:
     def finish(self) -> Record:
         """Measure the trained model, and write and return the record."""
         config, last = self.config, self.curve[-1]
+        self.measurements.console = self.console
         diverged = not (math.isfinite(last["loss"]) and self.measurements.is_finite())
         # What has no finite features has no leak that could be measured.
         leak = None if diverged else self.measurements.leak()
@@ -221,8 +242,7 @@ class Trainer:
         }
         on_rank_0(self.rank, lambda: checkpoint.write_json(self.folder / RECORD, record))
         if self.journal is not None:
-            knn = journal.score("kNN", last["knn"])
-            self.journal.say(f"{CALL}: {knn}, {leak or 'it has diverged'}")
+            self.journal.on_end(record, self.step)
         return record
 
     def progress(self) -> "Progress":
@@ -253,6 +273,7 @@ class Trainer:
 
     def save(self, name: str) -> None:
         """Write a checkpoint of all ranks; all of them learn if it can't be written."""
+        self.brief.status(f"saving {name}")
         own = {
             "buffers": own_buffers(self.model),
             "random": get_random_state(self.rank.device),
@@ -282,6 +303,8 @@ class Trainer:
             checkpoint.save(self.folder / name, to_cpu(state))
 
         on_rank_0(self.rank, write)
+        if self.journal is not None:
+            self.journal.show()
 
     def restore(self, state: State) -> None:
         """Take everything from a checkpoint."""
@@ -322,29 +345,3 @@ class Progress(NamedTuple):
     loss: float = 0.0
     accuracy: float = 0.0
     seconds: float = 0.0
-
-
-def learning_rate(config: Config, step: int, steps_per_epoch: int) -> float:
-    r"""Return the learning rate of a step: up along a line, then down along a cosine.
-
-    .. math:: \text{lr}(s) = \text{lr} \cdot \min\left(\frac{s + 1}{S_w},
-        \frac{1 + \cos(\pi (s - S_w) / (S - S_w))}{2}\right)
-
-    with the cosine from step :math:`S_w` on, the end of the warm-up, to S, the end of the run.
-
-    Args:
-        config: the run.
-        step: s, counted from 0.
-        steps_per_epoch: of all ranks together.
-
-    Example:
-        >>> config = Config()
-        >>> learning_rate(config, 0, 5), learning_rate(config, 150, 5)
-        (0.12, 0.06)
-    """
-    optim = config.optim
-    warmup = optim.warmup_epochs * steps_per_epoch
-    if step < warmup:
-        return optim.lr * (step + 1) / warmup
-    done = (step - warmup) / (optim.epochs * steps_per_epoch - warmup)
-    return optim.lr * (1 + math.cos(math.pi * done)) / 2

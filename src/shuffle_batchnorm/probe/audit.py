@@ -15,9 +15,18 @@ from shuffle_batchnorm.shuffle.state import set_shuffle_state
 
 from .audit_report import AuditReport
 from .checks import total
-from .isolation import all_modules, derive_seed, eager, isolated, seed_all, shuffle_worlds
+from .isolation import (
+    all_modules,
+    derive_seed,
+    draw_seed,
+    eager,
+    isolated,
+    seed_all,
+    shuffle_worlds,
+)
 from .others import arguments, choose_rows, count_samples, replace_others
 from .patching import TOLERANCE, Calls, Rows, candidates, find_mixing, patched, recording
+from .progress import Console
 from .shapley import Coalition, draw_orders, list_coalitions, mean_intervals, shapley_values
 
 CALL = "audit"
@@ -32,6 +41,7 @@ def audit(
     probes: Sequence[int] | Tensor | None = None,
     replace: Any = None,
     generator: torch.Generator | None = None,
+    progress: bool | None = None,
     process_group: ProcessGroupLike = None,
 ) -> AuditReport:
     r"""Measure how much outputs depend on the batch's other samples, and through which modules.
@@ -74,6 +84,8 @@ def audit(
             drawn with repetition. Needed if there is one other sample.
         generator: gives the seed of all that is drawn, one number per call; seeded alike on all
             ranks. None for seed 0.
+        progress: whether the first rank tells on stderr how far it is; None for: in a terminal
+            only.
         process_group: None for all ranks, a ProcessGroup or a 1-D DeviceMesh.
 
     Returns:
@@ -100,10 +112,7 @@ def audit(
     """
     check_process_group(CALL, process_group)
     world = resolve(process_group, CALL)
-    seed = 0
-    if generator is not None:
-        # Drawn before anything can fail, so that the ranks' generators stay in step.
-        seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
+    seed = draw_seed(generator)
     error: Exception | None = None
     modules: dict[str, nn.Module] = {}
     try:
@@ -116,7 +125,8 @@ def audit(
     except (TypeError, ValueError) as caught:
         error = caught
     agreement.agree(CALL, {"seed": seed, "the number of modules": len(modules)}, error, world)
-    audited = _Audit(model, inputs, fresh, rows, seed, world)
+    console = Console(CALL, progress if world.rank == 0 else False)
+    audited = _Audit(model, inputs, fresh, rows, seed, world, console)
     with torch.no_grad(), eager():
         try:
             return audited.report(modules)
@@ -129,10 +139,17 @@ class _Audit:
     """The passes of one call, on one rank."""
 
     def __init__(
-        self, model: nn.Module, base: Any, fresh: Any, rows: Rows, seed: int, world: World
+        self,
+        model: nn.Module,
+        base: Any,
+        fresh: Any,
+        rows: Rows,
+        seed: int,
+        world: World,
+        console: Console,
     ) -> None:
         self.model, self.base, self.fresh, self.rows = model, base, fresh, rows
-        self.seed, self.world = seed, world
+        self.seed, self.world, self.console = seed, world, console
         self.isolate = list(all_modules([model]).values())
         self.worlds = shuffle_worlds(self.isolate, world)
 
@@ -239,8 +256,8 @@ class _Audit:
         values = {none: 0.0, everyone: change}
         coalitions = list_coalitions(len(players), self._orders(len(players)))
         inner = [coalition for coalition in coalitions if coalition not in values]
-        for start in range(0, len(inner), each):
-            some = inner[start : start + each]
+        for number in self.console.count("pass", -(-len(inner) // each)):
+            some = inner[number * each : (number + 1) * each]
             # As many as in all passes: a kernel may add up in another order for other sizes.
             filled = some + [none] * (each - len(some))
             outputs = self._patched(calls, [[players[k] for k in c] for c in filled], each)

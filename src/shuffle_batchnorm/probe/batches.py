@@ -7,6 +7,8 @@ from torch import Tensor
 
 from .isolation import derive_seed
 
+PASSES = 16  # in fresh batches that one batch takes by default
+
 
 class Sizes(NamedTuple):
     """How many images, batches and keys; `batch` counts the samples of all ranks."""
@@ -36,6 +38,19 @@ class Batch(NamedTuple):
     images: Tensor
     positions: Tensor
     fresh: list[Tensor]
+
+
+def default_keys(batch: int, per_pass: int) -> int:
+    """Return how many keys of a batch are measured by default: those of 16 passes, if it has them.
+
+    Example:
+        >>> default_keys(256, 1), default_keys(256, 8), default_keys(256, 32)
+        (16, 128, 256)
+    """
+    are_ints = isinstance(batch, int) and isinstance(per_pass, int)
+    if not are_ints or per_pass < 1:  # check_sizes will say so
+        return PASSES
+    return per_pass * max(1, min(PASSES, batch // per_pass))
 
 
 def check_sizes(call: str, sizes: Sizes, world_size: int) -> None:

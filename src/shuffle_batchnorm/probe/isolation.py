@@ -142,6 +142,16 @@ def _keep_random_states() -> Callable[[], None]:
     return restore
 
 
+def draw_seed(generator: torch.Generator | None) -> int:
+    """Return the seed of a call: 0, or a number from `generator`.
+
+    To be called before anything can fail, so that the generators of all ranks stay in step.
+    """
+    if generator is None:
+        return 0
+    return int(torch.randint(2**62, (), generator=generator, device=generator.device))
+
+
 def derive_seed(*parts: object) -> int:
     """Return a seed that is a function of its parts, the same in every process."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()

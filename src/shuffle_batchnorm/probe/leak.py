@@ -15,11 +15,12 @@ from shuffle_batchnorm.comm.world import ProcessGroupLike, World, check_process_
 from shuffle_batchnorm.shuffle.state import set_shuffle_state
 
 from . import checks
-from .batches import Batch, Sizes, check_sizes, draw_batch, find_hits, take
+from .batches import Batch, Sizes, check_sizes, default_keys, draw_batch, find_hits, take
 from .intervals import batch_interval
 from .isolation import (
     all_modules,
     derive_seed,
+    draw_seed,
     eager,
     find_roots,
     isolated,
@@ -29,11 +30,11 @@ from .isolation import (
 from .leak_layers import Layers, check_patched
 from .leak_report import LeakReport
 from .patching import Rows, candidates
-from .progress import count_batches
+from .progress import Console
 from .shapley import Coalition
+from .verdict import ENOUGH
 
 CALL = "measure_leak"
-ENOUGH = 8  # batches for an interval that covers at its rate; measured in docs/leak.md
 Encode = Callable[[Tensor], Tensor]
 
 
@@ -45,8 +46,8 @@ def measure_leak(
     queue: Tensor | None = None,
     *,
     batch_size: int,
-    batches: int = 32,
-    keys_per_batch: int = 32,
+    batches: int = 12,
+    keys_per_batch: int | None = None,
     keys_per_pass: int = 1,
     modules: Iterable[nn.Module] = (),
     confidence: float = 0.95,
@@ -90,8 +91,9 @@ def measure_leak(
         queue: negatives ``[K, D]``, which stay what they are.
         batch_size: S, the samples of all ranks in a training step; rank r takes the r-th part.
         batches: how many batches are drawn; 8 or more for an interval to rely on.
-        keys_per_batch: how many keys are measured in each, at random positions. Their passes are
-            the cost: see ``docs/leak.md``.
+        keys_per_batch: how many keys are measured in each, at random positions; their passes are
+            the cost. None for ``16 * keys_per_pass`` or what the batch has: 216 passes in all, and
+            an interval that may be too wide: see ``docs/leak.md``.
         keys_per_pass: how many of these share a pass, evenly spread over the batch. 1 is exact
             for every encoder. More cost less, and are exact too while no two of them share a
             normaliser: up to G, a divisor of S, in `local` and `regroup`.
@@ -102,8 +104,8 @@ def measure_leak(
         generator: gives the seed of all that is drawn here, one number per call; seeded alike on
             all ranks. None for seed 0: every call takes the same images, so that encoders can
             be compared.
-        progress: whether the first rank writes on stderr which batch it is; None for: in a
-            terminal only.
+        progress: whether the first rank tells on stderr how far it is; None for: in a terminal
+            only.
         by_layer: also measure through which modules of the key encoder the leak comes: Shapley
             values, whose players are found as in `audit`. Each pass in a fresh batch is repeated
             for 2^n coalitions; beyond 8 modules for about ``4 n``, others in each batch.
@@ -138,10 +140,9 @@ def measure_leak(
     """
     check_process_group(CALL, process_group)
     world = resolve(process_group, CALL)
-    seed, error = 0, None
-    if generator is not None:
-        # Drawn before anything can fail, so that the ranks' generators stay in step.
-        seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
+    seed, error = draw_seed(generator), None
+    if keys_per_batch is None:
+        keys_per_batch = default_keys(batch_size, keys_per_pass)
     sizes = Sizes(0, batch_size, batches, keys_per_batch, keys_per_pass)
     terms: dict[str, object] = {}
     try:
@@ -169,7 +170,7 @@ def measure_leak(
         set_shuffle_state((derive_seed(seed, "shuffle"), 0), world.group)
         if by_layer:
             probe.find_layers(candidates([*find_roots(encode_key), *modules]))
-        numbers = count_batches(CALL, batches, progress if world.rank == 0 else False)
+        numbers = Console(CALL, progress if world.rank == 0 else False).count("batch", batches)
         outcomes, parts = map(torch.stack, zip(*map(probe.measure, numbers), strict=True))
     means = checks.total(outcomes, world, CALL).mean(dim=2)
     trained, fresh, changed = means.unbind(dim=1)

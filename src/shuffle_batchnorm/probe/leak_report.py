@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from .verdict import judge
+
 
 @dataclass(frozen=True)
 class LeakReport:
@@ -34,6 +36,20 @@ class LeakReport:
     layer_intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     @property
+    def verdict(self) -> str:
+        """What the interval says: "a leak: …", "no leak found; …" or "can't tell: …".
+
+        The rules are those of ``docs/leak.md``.
+        """
+        return judge(
+            self.interval,
+            as_trained=self.as_trained,
+            fresh=self.fresh,
+            batches=self.batches,
+            confidence=self.confidence,
+        )
+
+    @property
     def shares(self) -> dict[str, float]:
         """Module name to its share of the leak; the sum is 1.
 
@@ -44,12 +60,13 @@ class LeakReport:
         return {name: part / self.leak for name, part in self.by_layer.items()}
 
     def __str__(self) -> str:
-        """Return the report in one line, and one more for each module in `by_layer`."""
+        """Return figures and verdict in a line, and one more for each module in `by_layer`."""
         low, high = self.interval
         first = (
             f"leak {self.leak:.3f} ± {self.standard_error:.3f} ({100 * self.confidence:g} % "
             f"interval {low:.3f} to {high:.3f}): top-1 {self.as_trained:.3f} as trained, "
-            f"{self.fresh:.3f} in a fresh batch; {self.keys} keys in {self.batches} batches"
+            f"{self.fresh:.3f} in a fresh batch; {self.keys} keys in {self.batches} batches; "
+            f"{self.verdict}"
         )
         width = max(map(len, self.by_layer), default=0)
         lines = [

@@ -1,33 +1,137 @@
-"""A line on stderr that tells how far a long call is."""
+"""How far a long call or command is, on stderr: a line in a terminal, lines in a log file.
 
+In a terminal the last line is written over and over. Elsewhere every line stays, so there are few:
+of work that is counted one per tenth, none sooner than `PAUSE` seconds after the one before.
+"""
+
+import os
 import sys
 import time
 from collections.abc import Iterator
+from datetime import timedelta
+
+PAUSE = 5.0  # seconds between two lines in a log
+REDRAW = 0.1  # seconds between two drawings in a terminal
+WIDTH = 20  # characters of the bar
+_CLEAR = "\r\x1b[K"
 
 
-def count_batches(call: str, batches: int, shown: bool | None) -> Iterator[int]:
-    """Yield the numbers of the batches, and write which one it is and how long the rest takes.
+class Console:
+    """Says on stderr what a call is doing.
 
     Args:
-        call: what is written before it.
-        batches: how many there are.
-        shown: whether to write; None for: if stderr is a terminal. There the line is written over
-            and over and removed at the end; elsewhere each is a line of its own.
+        call: what stands before every line.
+        shown: whether to write; None for: in a terminal only.
     """
-    terminal = sys.stderr.isatty()
-    if not (terminal if shown is None else shown):
-        yield from range(batches)
-        return
-    before, after = ("\r", "\x1b[K") if terminal else ("", "\n")
-    begin, left = time.monotonic(), ""
+
+    def __init__(self, call: str, shown: bool | None = None) -> None:
+        self.call = call
+        self.shown = sys.stderr.isatty() if shown is None else shown
+        self.in_terminal = self.shown and sys.stderr.isatty()
+
+    def say(self, text: str) -> None:
+        """Write a line that stays."""
+        if self.shown:
+            write_line(f"{self.call}: {text}")
+
+    def status(self, text: str) -> None:
+        """Tell what begins now; in a terminal, what is written next takes its place."""
+        if self.in_terminal:
+            _draw(f"{self.call}: {text}")
+        else:
+            self.say(text)
+
+    def close(self) -> None:
+        """Remove what would be written over."""
+        if self.in_terminal:
+            print(_CLEAR, end="", file=sys.stderr, flush=True)
+
+    def count(self, name: str, total: int) -> Iterator[int]:
+        """Yield the numbers below `total`, and tell how far it is.
+
+        Args:
+            name: what is counted, in the singular.
+            total: how many there are.
+        """
+        bar = Bar(self, name, total)
+        try:
+            for number in range(total):
+                yield number
+                bar.advance()
+        finally:
+            self.close()
+
+
+SILENT = Console("", shown=False)
+
+
+class Bar:
+    """How much of a piece of work is done.
+
+    Args:
+        console: where it is shown.
+        name: what is counted, in the singular.
+        total: how many there are.
+        done: how many were done before.
+    """
+
+    def __init__(self, console: Console, name: str, total: int, done: int = 0) -> None:
+        self.console, self.name, self.total = console, name, total
+        self.done = self._first = done
+        self.text = ""  # figures that follow
+        self._begun = self._written = time.monotonic()
+        self.show()
+
+    def advance(self) -> None:
+        """Count one more."""
+        self.done += 1
+        if not self.console.shown:
+            return
+        now = time.monotonic()
+        if self.console.in_terminal:
+            if now - self._written >= REDRAW:
+                self.show()
+                self._written = now
+        elif now - self._written >= PAUSE and self.done < self.total and self._is_tenth():
+            self.console.say(f"{self._share():3.0f} %, {self._state()}")
+            self._written = now
+
+    def _is_tenth(self) -> bool:
+        return 10 * self.done // self.total > 10 * (self.done - 1) // self.total
+
+    def show(self) -> None:
+        """Draw it in a terminal, where something else has taken its place."""
+        if self.console.in_terminal:
+            filled = WIDTH * self.done // max(self.total, 1)
+            bar = "#" * filled + "." * (WIDTH - filled)
+            _draw(f"{self.console.call}: [{bar}] {self._share():3.0f} %, {self._state()}")
+
+    def _share(self) -> float:
+        return 100 * self.done / max(self.total, 1)
+
+    def _state(self) -> str:
+        left = ""
+        if self.done > self._first:
+            each = (time.monotonic() - self._begun) / (self.done - self._first)
+            left = f", {timedelta(seconds=round(each * (self.total - self.done)))} left"
+        figures = f"; {self.text}" if self.text else ""
+        return f"{self.name} {self.done} of {self.total}{left}{figures}"
+
+
+def write_line(text: str) -> None:
+    """Write a line on stderr, in place of one that would be written over."""
+    before = _CLEAR if sys.stderr.isatty() else ""
+    print(f"{before}{text}", file=sys.stderr, flush=True)
+
+
+def _draw(text: str) -> None:
+    """Write what the next line takes the place of; it must not be wider than the terminal."""
+    print(f"{_CLEAR}{text[: _width() - 1]}", end="", file=sys.stderr, flush=True)
+
+
+def _width() -> int:
     try:
-        for number in range(batches):
-            if number:
-                seconds = (time.monotonic() - begin) / number * (batches - number)
-                left = f", about {seconds:.0f} s left"
-            line = f"{before}{call}: batch {number + 1} of {batches}{left}{after}"
-            print(line, end="", file=sys.stderr, flush=True)
-            yield number
-    finally:
-        if terminal:
-            print(f"{before}{after}", end="", file=sys.stderr, flush=True)
+        columns = os.get_terminal_size(sys.stderr.fileno()).columns
+    except OSError:
+        columns = 0
+    return columns or 80

@@ -158,7 +158,7 @@ def test_a_diverged_run_is_kept_and_printed(
     assert "NaN" not in text  # which is not JSON
     assert record["diverged"] is True
     assert record["loss"] is None
-    assert "[1/1] swap, seed 0: diverged" in capsys.readouterr().out
+    assert "compare: [1/1] swap, seed 0: diverged" in capsys.readouterr().err
     (again,) = compare(CONFIG, ["swap"], [0], tmp_path, train=Trainer())
     assert again == record
 
@@ -183,9 +183,13 @@ def test_output_ends_with_table_and_page(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], pages: list[dict[str, Any]]
 ) -> None:
     compare(CONFIG, ["local"], [0, 1], tmp_path, train=Trainer(), command="as typed")
-    out = capsys.readouterr().out
-    assert "[1/2] local, seed 0: leak 0." in out
-    assert "95 % interval" in out
+    out, err = capsys.readouterr()
+    begins, ended, last, _ = err.splitlines()
+    assert begins == "compare: [1/2] local, seed 0; next: local, seed 1"
+    assert ended.startswith("compare: [1/2] local, seed 0: leak 0.")
+    assert last == "compare: [2/2] local, seed 1"
+    assert out.startswith("|      bn | ")
+    assert "\nlocal: a leak: at least 0." in out
     assert out.splitlines()[-1] == f"The page: {tmp_path / 'report.html'}"
     (page,) = pages
     assert page["command"] == "as typed"
@@ -194,7 +198,9 @@ def test_output_ends_with_table_and_page(
     assert "seed" not in page["setup"]["run"]
     assert "torch" in page["setup"]["environment"]
     compare(CONFIG, ["local"], [0, 1], tmp_path, train=Trainer())
-    assert "(had ended before)" in capsys.readouterr().out
+    again, err = capsys.readouterr()
+    assert again == out
+    assert err.count("(had ended before)") == len(err.splitlines()) == 2
 
 
 def test_other_ranks_of_torchrun_train_and_are_silent(
@@ -205,7 +211,7 @@ def test_other_ranks_of_torchrun_train_and_are_silent(
     assert compare(CONFIG, ["local", "regroup"], [0], tmp_path, train=train) == []
     assert train.runs == [("local", 0), ("regroup", 0)]
     assert {path.name for path in tmp_path.iterdir()} == {"runs"}
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr() == ("", "")
 
 
 def test_ranks_of_torchrun_all_ask_the_trainer(

@@ -30,12 +30,15 @@ def test_a_comparison_under_torchrun_agrees(tmp_path: Path) -> None:
     start = (*TORCHRUN, "--standalone", "--nproc-per-node", "2", "-m", "shuffle_batchnorm")
     output = tmp_path / "compared"
     what = ("compare", *SHORT, "--bn", "regroup,local", "--output", str(output))
-    stdout, _ = run(*start, *what)
+    stdout, stderr = run(*start, *what)
     record = json.loads((output / "runs" / "regroup-seed0" / "record.json").read_text())
     assert differences(without_times(record), without_times(expected)) == []
     results = json.loads((output / "results.json").read_text())
     assert [(one["bn"], one["world_size"]) for one in results] == [("regroup", 2), ("local", 2)]
-    assert stdout.count("regroup, seed 0: leak ") == 1  # one rank speaks
+    for said in ("[1/2] regroup, seed 0: leak ", "train: from the beginning of 11 steps, to "):
+        assert stderr.count(said) == 1 + ("train" in said)  # one rank speaks, of two runs
+    assert "train:" not in stdout
+    assert stdout.count("| `regroup` |") == stdout.count("\nregroup: ") == 1
     assert (output / "report.html").exists()
 
 

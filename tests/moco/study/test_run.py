@@ -47,7 +47,6 @@ class Trainer:
         if name == self.stop_at:
             raise Stopped(signal.SIGTERM, "stopped")
         self.trained.append(name)
-        print("what a run says of its epochs")
         return fake_runs.train(config)
 
 
@@ -65,9 +64,9 @@ def test_an_interrupted_study_goes_on(tmp_path: Path, capsys: pytest.CaptureFixt
     rest = ["n16-B2-seed10", "n8-B1-seed11", "n8-B2-seed11", "n16-B2-seed11"]
     assert second.trained == rest
     assert [f"{r['cell']}-seed{r['seed']}" for r in records.runs] == first.trained + rest
-    out = capsys.readouterr().out
-    assert "study: 6 runs, 2 have ended before\n[3/6] n16-B2, seed 10: leak 0." in out
-    assert "epochs" not in out
+    out, err = capsys.readouterr()
+    assert "study: 6 runs, 2 have ended before\nstudy: [3/6] n16-B2, seed 10: leak 0." in err
+    assert out.startswith("The page: ")
 
 
 def test_what_another_process_trains_is_left_to_it(
@@ -78,7 +77,7 @@ def test_what_another_process_trains_is_left_to_it(
     with folder_lock(tmp_path / "runs" / "n8-B2-seed10"):
         study(tmp_path, (10,), CELLS, train=trainer)
     assert trainer.trained == ["n8-B1-seed10", "n16-B2-seed10"]
-    assert "study: other processes are training n8-B2-seed10\n" in capsys.readouterr().out
+    assert "study: other processes are training n8-B2-seed10\n" in capsys.readouterr().err
     study(tmp_path, (10,), CELLS, train=trainer)
     assert trainer.trained[2:] == ["n8-B2-seed10"]
 
@@ -130,7 +129,7 @@ def test_a_data_set_that_is_missing_is_left_out_with_a_line(
     cells = chosen("n8-B1,fashion-n8-*")
     study(tmp_path, (10,), cells, data_path=tmp_path / "none", train=trainer)
     assert trainer.trained == ["n8-B1-seed10"]
-    [line] = [line for line in capsys.readouterr().out.splitlines() if "without" in line]
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "without" in line]
     assert line.startswith("study: without the cells of fashion-mnist: train: --data-path ")
     assert "dataset-fashion-mnist" in line
 

@@ -4,11 +4,11 @@ A comparison's folder holds `comparison.json`, what it was begun with; `runs/BN-
 `results.json`, the records of the runs that have ended; and what `report.py` writes.
 """
 
-import os
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any, TypeAlias, get_args
 
 import torch
@@ -22,13 +22,21 @@ from shuffle_batchnorm.moco.checkpoint import (
 )
 from shuffle_batchnorm.moco.config import Config, ConfigError, Norm, to_dict, validate
 from shuffle_batchnorm.moco.journal import CONFIG, RECORD, processor, versions
-from shuffle_batchnorm.moco.ranks.launch import Rank, launch, under_torchrun, world_size
+from shuffle_batchnorm.moco.ranks.launch import (
+    Rank,
+    is_rank_0,
+    launch,
+    under_torchrun,
+    world_size,
+)
 from shuffle_batchnorm.moco.ranks.spawn import Stopped
 from shuffle_batchnorm.moco.trainer import train as train_run
+from shuffle_batchnorm.probe.progress import Console
+from shuffle_batchnorm.probe.verdict import judge
 
 from .provenance import with_origin
 from .report import RESULTS, write_report
-from .summary import Record, check_record, tidy
+from .summary import Record, check_record, number, summarise, tidy
 from .tables import markdown_table, run_line
 
 Train: TypeAlias = Callable[[Config], Record]
@@ -85,10 +93,10 @@ def compare(
         results: list[Record] = launch(run_all, *work, device=config.run.device, graceful=True)
     else:
         results = run_all(None, plan, output, train)
-    if not is_first():
+    if not is_rank_0():
         return []
     page = write_report(output, results, command=command, setup=setup(config, environments))
-    print(f"\n{markdown_table(results)}\nThe page: {page}", flush=True)
+    print(f"{markdown_table(results)}\n{verdicts(results)}The page: {page}", flush=True)
     return results
 
 
@@ -98,12 +106,17 @@ def run_all(rank: Rank | None, plan: Sequence[Config], output: Path, train: Trai
     Raises:
         Stopped: a signal came between two runs; `rank` is where it is noted.
     """
-    first, together = is_first(), under_torchrun()
+    first, together = is_rank_0(), under_torchrun()
+    console = Console(CALL, first)
     found = {run.run.output: finished(run.run.output) for run in plan} if first else {}
     records = {folder: record for folder, record in found.items() if record is not None}
     for position, one in enumerate(plan, start=1):
         folder = one.run.output
         had_ended = folder in records
+        if not had_ended:
+            after = plan[position : position + 1]
+            then = "".join(f"; next: {name_of(run)}" for run in after)
+            console.say(f"[{position}/{len(plan)}] {name_of(one)}{then}")
         # Ranks of torchrun leave it to the trainer, where they agree on what the first one sees.
         if together or not had_ended:
             record = train(one)
@@ -112,12 +125,31 @@ def run_all(rank: Rank | None, plan: Sequence[Config], output: Path, train: Trai
         if first:
             done = [records[run.run.output] for run in plan if run.run.output in records]
             write_json(output / RESULTS, done)
-            which = f"[{position}/{len(plan)}] {one.norm.bn}, seed {one.run.seed}: "
+            which = f"[{position}/{len(plan)}] {name_of(one)}: "
             said = " (had ended before)" if had_ended else ""
-            print(f"{which}{run_line(records[folder])}{said}", flush=True)
+            console.say(f"{which}{run_line(records[folder])}{said}")
         if rank is not None and rank.stop.signum:
             raise Stopped(rank.stop.signum, f"{CALL}: stopped after run {position} of {len(plan)}")
     return [records[run.run.output] for run in plan] if first else []
+
+
+def name_of(run: Config) -> str:
+    """What tells a run from the others of a comparison."""
+    return f"{run.norm.bn}, seed {run.run.seed}"
+
+
+def verdicts(records: Sequence[Record]) -> str:
+    """What the interval of each leak says, in words: a line for each batch norm that has one."""
+    lines = []
+    for one in summarise(records):
+        low, high = (one.leak.low, one.leak.high) if one.leak else (None, None)
+        runs = [record for record in records if record["bn"] == one.bn]
+        terms = [[number(run, f"leak_{term}") for run in runs] for term in ("as_trained", "fresh")]
+        known = [[value for value in values if value is not None] for values in terms]
+        if low is not None and high is not None and all(known):
+            trained, fresh = map(fmean, known)
+            lines.append(f"{one.bn}: {judge((low, high), as_trained=trained, fresh=fresh)}\n")
+    return "".join(lines)
 
 
 def planned(
@@ -154,11 +186,6 @@ def planned(
     return runs
 
 
-def is_first() -> bool:
-    """Whether this is the process that writes and prints: torchrun starts others beside it."""
-    return not under_torchrun() or os.environ["RANK"] == "0"
-
-
 def ranks_of(config: Config) -> int:
     """The number of ranks of a run."""
     return world_size(config.run.ranks, config.run.device)
@@ -184,7 +211,7 @@ def begin(output: Path, plan: Sequence[Config]) -> list[dict[str, Any]]:
         of_run = run.run.output / CONFIG
         if of_run.exists():
             refuse_changes(CALL, of_run, read_json(of_run), now | {"config": to_dict(run)})
-    if is_first():
+    if is_rank_0():
         try:
             output.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from shuffle_batchnorm.moco.config import CALL, ConfigError
+from shuffle_batchnorm.probe.progress import Console
 
 from .spawn import StopRequest, noting_signals, spawn_ranks, stop_late
 
@@ -47,6 +48,7 @@ def launch(
     device: str = "auto",
     gpus: Sequence[int] | None = None,
     graceful: bool = False,
+    console: Console | None = None,
 ) -> Any:
     """Call ``function(rank, *args)`` on every rank; return what rank 0, or this one, returned.
 
@@ -58,6 +60,7 @@ def launch(
         device: ``cpu``, ``cuda``, or ``auto`` for a GPU each if there are enough.
         gpus: which of this machine's GPUs its ranks take; by default the first ones.
         graceful: the function reads ``rank.stop`` and stops by itself; False ends it at once.
+        console: where to say that processes start.
 
     Raises:
         ConfigError: there is no such device.
@@ -85,6 +88,8 @@ def launch(
         return result
     # All of them here: what is refused is refused before a process starts.
     devices = [find_device(device, index, size, gpus) for index in range(size)]
+    if console is not None:
+        console.status(f"starting {size} ranks on {devices[0].type}")
     # They meet at a file in a folder of their own, not at a port: nobody else can have taken it.
     with tempfile.TemporaryDirectory(prefix="ranks-", ignore_cleanup_errors=True) as folder:
         rendezvous = (Path(folder) / "rendezvous").as_uri()
@@ -104,8 +109,13 @@ def world_size(ranks: int | None, device: str) -> int:
 
 
 def is_first() -> bool:
-    """Return whether this process speaks for this machine's ranks."""
+    """Return whether this process tells of errors, which any machine's ranks may have."""
     return not under_torchrun() or os.environ["LOCAL_RANK"] == "0"
+
+
+def is_rank_0() -> bool:
+    """Return whether this process speaks for all ranks, of progress and results."""
+    return not under_torchrun() or os.environ["RANK"] == "0"
 
 
 def under_torchrun() -> bool:

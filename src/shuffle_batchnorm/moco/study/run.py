@@ -4,8 +4,7 @@ The folder holds ``runs/CELL-seedK``, a run each; ``records.json``, one slim rec
 ended; and what `page.py` writes.
 """
 
-import contextlib
-import io
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,12 +19,15 @@ from shuffle_batchnorm.moco.data.images import DataError
 from shuffle_batchnorm.moco.data.loading import load_data
 from shuffle_batchnorm.moco.ranks.launch import under_torchrun
 from shuffle_batchnorm.moco.trainer import train as train_run
+from shuffle_batchnorm.probe.progress import Console
 
 from .cells import CALL, CELLS, SEEDS, Cell, Run, planned
 from .page import write_page
 from .records import Records, merged, of_folders, read_records, write_records
 
 RECORDS = "records.json"
+# In a log a line per run is enough; in a terminal each has its bar.
+train_quietly = functools.partial(train_run, progress=None)
 
 
 def study(
@@ -37,7 +39,7 @@ def study(
     data_path: Path | None = None,
     report_only: bool = False,
     command: str = CALL,
-    train: Train = train_run,
+    train: Train = train_quietly,
 ) -> Records:
     """Train every cell with every seed, write `records.json` after each run, and the page.
 
@@ -84,7 +86,8 @@ def train_all(plan: Sequence[Run], output: Path, earlier: Path | None, train: Tr
         make_folder(run.config.run.output)
     known = {(record["cell"], record["seed"]) for record in update(output, plan, earlier).runs}
     left = [run for run in plan if (run.cell.name, run.seed) not in known]
-    print(f"{CALL}: {len(plan)} runs, {len(plan) - len(left)} have ended before", flush=True)
+    console = Console(CALL, shown=True)
+    console.say(f"{len(plan)} runs, {len(plan) - len(left)} have ended before")
     while left:
         done = []
         for run in left:
@@ -93,11 +96,11 @@ def train_all(plan: Sequence[Run], output: Path, earlier: Path | None, train: Tr
                 done.append(run)
                 update(output, plan, earlier)
                 where = f"[{plan.index(run) + 1}/{len(plan)}] {run.cell.name}, seed {run.seed}"
-                print(f"{where}: {run_line(record)}", flush=True)
+                console.say(f"{where}: {run_line(record)}")
         left = [run for run in left if run not in done]
         if left and not done:
             names = ", ".join(run.config.run.output.name for run in left)
-            print(f"{CALL}: other processes are training {names}", flush=True)
+            console.say(f"other processes are training {names}")
             break
 
 
@@ -109,8 +112,7 @@ def try_run(run: Run, train: Train) -> Record | None:
     try:
         with folder_lock(folder, patience=0):  # the trainer would wait for it
             pass
-        with contextlib.redirect_stdout(io.StringIO()):  # a line per epoch
-            return train(run.config)
+        return train(run.config)
     except HeldError:
         return None
     finally:
@@ -136,7 +138,7 @@ def available(cells: Sequence[Cell], data_path: Path | None) -> list[Cell]:
             load_data(DataConfig(dataset=name, data_path=data_path))
         except DataError as error:
             missing.add(name)
-            print(f"{CALL}: without the cells of {name}: {error}", flush=True)
+            Console(CALL, shown=True).say(f"without the cells of {name}: {error}")
     return [cell for cell in cells if cell.dataset not in missing]
 
 
