@@ -90,7 +90,7 @@ def leak_of(
         queue,
         batch_size=args.groups * args.samples_per_group,
         batches=args.batches,
-        keys_per_batch=args.groups,
+        keys_per_batch=2 * args.groups,
         keys_per_pass=args.groups,  # one of each group
         by_layer=by_layer,
     )

@@ -304,7 +304,7 @@ def test_checkpoint_is_measured(trained: tuple[Path, list[str]]) -> None:
     assert other == ""
     found = dict(re.findall(r"^(.*): leak (-?\d\.\d+) ", printed, re.MULTILINE))
     assert list(found) == ["plain batch norm", "MoCo's shuffle", "regroup"]
-    assert printed.count("; 64 keys in 8 batches") == 3
+    assert printed.count("; 128 keys in 8 batches") == 3
 
 
 def test_ways_to_normalise_keys_differ() -> None:
