@@ -6,7 +6,9 @@
 
 With batch norm per device or group, a view finds the other one by the statistics of its group. Here
 the first view is normalised as ever, and the second with samples of other groups. If statistics are
-those of all samples (SyncBatchNorm over all ranks) every view has the same: nothing is to be done.
+those of all samples (SyncBatchNorm over all ranks), encode both views in one pass: then all views
+have the same, and nothing is to be done. In `regroup` never put both views in one pass: an image's
+two views would have the same other samples again.
 """
 
 import argparse
