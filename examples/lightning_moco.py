@@ -54,16 +54,17 @@ def train(args: argparse.Namespace) -> pl.Trainer:
     """Fit on all devices, and return the Trainer."""
     pl.seed_everything(0)  # the same encoders and queue on all ranks
     groups = common.fewest_groups(args.batch_size, args.devices)
+    callbacks: list[pl.Callback] = [
+        ShuffleBatchNormCallback("moco.encoder_q", mode="local", groups=groups),
+        ShuffleBatchNormCallback("moco.encoder_k", mode="regroup", groups=groups),
+    ]
     trainer = pl.Trainer(
         devices=args.devices,
         max_steps=args.steps,
         use_distributed_sampler=False,  # `load` deals the samples to the ranks
         enable_checkpointing=False,
         logger=False,
-        callbacks=[
-            ShuffleBatchNormCallback("moco.encoder_q", mode="local", groups=groups),
-            ShuffleBatchNormCallback("moco.encoder_k", mode="regroup", groups=groups),
-        ],
+        callbacks=callbacks,
     )
     trainer.fit(LightningMoCo(args))
     return trainer

@@ -105,8 +105,8 @@ def _commands(page: Path) -> Iterator[list[str]]:
         if block.language == "console":
             lines = [line[2:] for line in lines if line.startswith("$ ")]
         for line in lines:
-            line = re.sub(r" \d?>+ ?\S+", "", line)  # where its output goes
-            lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
+            command_line = re.sub(r" \d?>+ ?\S+", "", line)  # without where its output goes
+            lexer = shlex.shlex(command_line, posix=True, punctuation_chars=True)
             lexer.whitespace_split = True
             command: list[str] = []
             for word in [*lexer, ";"]:
