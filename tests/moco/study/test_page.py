@@ -13,6 +13,7 @@ from shuffle_batchnorm.moco.study.analysis import analyse
 from shuffle_batchnorm.moco.study.cells import BASE, HELD_OUT
 from shuffle_batchnorm.moco.study.page import render, write_page
 from shuffle_batchnorm.moco.study.records import Records
+from shuffle_batchnorm.moco.study.tables import grid
 
 Runs = list[dict[str, object]]
 
@@ -32,6 +33,16 @@ def test_the_page_tells_rules_law_and_predictions() -> None:
         assert f"{name} was held out: power of the share predicts 0." in text
     assert "a <CPU>" in text
     assert "study --x '<'" in text
+
+
+def test_the_page_has_the_leak_of_every_size_and_number_of_blocks() -> None:
+    """Catches the table of another part of the study."""
+    runs = made_up_records()
+    _, rows = grid(analyse(runs).of("grid"))
+    cells = "|".join(rendered(runs).cells)
+    assert len(rows) == 5
+    for row in rows:
+        assert "|".join(row[1:]) in cells  # the size heads the row
 
 
 def test_a_miss_is_called_one() -> None:
