@@ -30,7 +30,7 @@ NAVIGATION = {
             "Integrations": "integrations/README",
             "The command line": "trainer",
             "The seed project's check": "check",
-            "When layers can't be converted": "batch_shuffle",
+            "Moving samples": "batch_shuffle",
             "torch.compile": "compile",
         },
         "Evidence": {
