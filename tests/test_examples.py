@@ -129,6 +129,12 @@ def test_batches_follow_from_the_step() -> None:
     assert len(set(every[0] + every[1])) == 16
 
 
+def test_fewer_images_than_a_batch_are_refused() -> None:
+    """Catches a division by zero, deep in a loader."""
+    with pytest.raises(SystemExit, match="20 images are fewer than a batch of all ranks, 21"):
+        next(common.batches(20, 21, 0, 1))
+
+
 def test_moco_fits_in_120_lines() -> None:
     assert len((EXAMPLES / "moco_v2.py").read_text().splitlines()) <= 120
 
@@ -305,6 +311,14 @@ def test_checkpoint_is_measured(trained: tuple[Path, list[str]]) -> None:
     found = dict(re.findall(r"^(.*): leak (-?\d\.\d+) ", printed, re.MULTILINE))
     assert list(found) == ["plain batch norm", "MoCo's shuffle", "regroup"]
     assert printed.count("; 128 keys in 8 batches") == 3
+
+
+def test_groups_are_dealt_evenly_to_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches fewer groups than keys of a pass: two of one group, and a leak that is too small."""
+    monkeypatch.setattr(common, "rank_of_world", lambda: (0, 3))
+    assert common.groups_of_rank(6) == 2
+    with pytest.raises(SystemExit, match="--groups 4 can't be dealt evenly to 3 ranks"):
+        common.groups_of_rank(4)
 
 
 def test_ways_to_normalise_keys_differ() -> None:
