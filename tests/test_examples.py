@@ -78,7 +78,8 @@ def _moco(path: Path) -> tuple[Tensor, set[str], set[str]]:
     options = MOCO | {"queue": 256, "checkpoint": path}
     with redirect_stdout(io.StringIO()):
         moco = moco_v2.train(arguments(**options, steps=2), CPU)
-    return state(moco), modes(moco.encoder_q), modes(moco.encoder_k)
+    everything = [part.double().flatten() for part in moco.state_dict().values()]
+    return torch.cat(everything), modes(moco.encoder_q), modes(moco.encoder_k)
 
 
 @pytest.fixture(scope="module")
@@ -100,10 +101,20 @@ def test_moco_learns(trained: tuple[Path, list[str]]) -> None:
 
 
 def test_moco_is_the_same_on_all_ranks(tmp_path: Path) -> None:
-    """Catches weights, a queue or an order of its rows that differ between ranks."""
+    """Catches weights, running statistics or a queue that differ between ranks."""
     (first, q, k), (second, _, _) = run_on_ranks(2, _moco, tmp_path / "moco.pt")
     torch.testing.assert_close(first, second, rtol=0, atol=0)
     assert (q, k) == ({"local"}, {"regroup"})
+
+
+def test_the_queue_begins_again_at_its_end() -> None:
+    """Catches keys that are lost where a batch does not fit into what is left."""
+    moco = moco_v2.MoCo(nn.Identity(), nn.Identity(), 10)
+    keys = torch.arange(12.0)[:, None].expand(-1, 128)
+    for part in keys.split(4):
+        moco.enqueue(part)
+    assert moco.queue[:, 0].tolist() == [10, 11, 2, 3, 4, 5, 6, 7, 8, 9]
+    assert moco.queue_ptr == 2
 
 
 def test_moco_goes_on_as_if_uninterrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
