@@ -55,6 +55,14 @@ def rank_of_world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+def groups_of_rank(groups: int) -> int:
+    """Return how many of all ranks' groups each rank has."""
+    world = rank_of_world()[1]
+    if groups % world:
+        raise SystemExit(f"--groups {groups} can't be dealt evenly to {world} ranks")
+    return groups // world
+
+
 def gather(rows: Tensor) -> Tensor:
     """Return the rows of all ranks, in rank order, without gradient."""
     if not dist.is_initialized():
@@ -167,6 +175,8 @@ def batches(samples: int, batch_size: int, first: int, last: int) -> Iterator[li
     """Yield this rank's part of each step's batch, which follows from the step alone."""
     rank, world = rank_of_world()
     together = batch_size * world
+    if together > samples:
+        raise SystemExit(f"{samples} images are fewer than a batch of all ranks, {together}")
     for step in range(first, last):
         epoch, position = divmod(step, samples // together)
         if position == 0 or step == first:

@@ -35,8 +35,8 @@ def convert_layers(encoder: nn.Module, layers: Collection[str], groups: int) -> 
 def main() -> None:
     args = parse(__doc__)
     device = common.join_ranks()
-    rank, world = common.rank_of_world()
-    groups = args.groups // world  # of each rank
+    rank, _ = common.rank_of_world()
+    groups = common.groups_of_rank(args.groups)
     saved = read(args.checkpoint, args.arch)
     query = convert(saved.encoder_q, mode="local", groups=groups).to(device)
     queue = saved.queue.to(device)

@@ -108,9 +108,9 @@ def parse(description: str | None) -> argparse.Namespace:
 def main() -> None:
     args = parse(__doc__)
     device = common.join_ranks()
-    rank, world = common.rank_of_world()
+    rank, _ = common.rank_of_world()
     saved = read(args.checkpoint, args.arch)
-    groups = args.groups // world  # of each rank
+    groups = common.groups_of_rank(args.groups)
     queue = saved.queue.to(device)
     query = convert(saved.encoder_q, mode="local", groups=groups).to(device)
     for name, key in key_encoders(saved.encoder_k, groups).items():

@@ -21,6 +21,8 @@ trap 'scontrol requeue "$SLURM_JOB_ID"' USR1
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
+# Some versions of srun do not take --cpus-per-task from sbatch: a node's ranks would share a core.
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
 
 # In the background, since bash runs a trap only between commands and in `wait`.
 srun torchrun \

@@ -34,7 +34,7 @@ def main(pip: Sequence[str]) -> int:
     build()
     [wheel], [sdist] = DIST.glob("*.whl"), DIST.glob("*.tar.gz")
     check_metadata(wheel)
-    code = "\n\n".join(code_blocks((ROOT / "README.md").read_text(encoding="utf-8")))
+    code = code_of(ROOT / "README.md")
     for file in (wheel, sdist):
         with tempfile.TemporaryDirectory() as folder:
             try_install(file, Path(folder), pip, code, extra=file == wheel)
@@ -83,13 +83,14 @@ def check_metadata(wheel: Path) -> None:
     print(f"metadata of {metadata.name} {metadata.version} is valid")
 
 
-def code_blocks(text: str) -> list[str]:
-    """The Python blocks of a page that run; an excerpt is marked as one."""
-    blocks = re.findall(r"^```python([^\n]*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    code = [block for marks, block in blocks if "excerpt" not in marks]
+def code_of(page: Path) -> str:
+    """The Python of a page that runs; an excerpt is marked as one."""
+    from pages import blocks  # not where an installed package is tried, which has no such module
+
+    code = [block.code for block in blocks(page) if (block.language, block.title) == ("python", "")]
     if not code:
-        raise SystemExit("README.md has no Python block that runs")
-    return code
+        raise SystemExit(f"{page.name} has no Python block that runs")
+    return "\n\n".join(code)
 
 
 def try_install(file: Path, folder: Path, pip: Sequence[str], code: str, *, extra: bool) -> None:

@@ -78,7 +78,8 @@ def _moco(path: Path) -> tuple[Tensor, set[str], set[str]]:
     options = MOCO | {"queue": 256, "checkpoint": path}
     with redirect_stdout(io.StringIO()):
         moco = moco_v2.train(arguments(**options, steps=2), CPU)
-    return state(moco), modes(moco.encoder_q), modes(moco.encoder_k)
+    everything = [part.double().flatten() for part in moco.state_dict().values()]
+    return torch.cat(everything), modes(moco.encoder_q), modes(moco.encoder_k)
 
 
 @pytest.fixture(scope="module")
@@ -100,10 +101,20 @@ def test_moco_learns(trained: tuple[Path, list[str]]) -> None:
 
 
 def test_moco_is_the_same_on_all_ranks(tmp_path: Path) -> None:
-    """Catches weights, a queue or an order of its rows that differ between ranks."""
+    """Catches weights, running statistics or a queue that differ between ranks."""
     (first, q, k), (second, _, _) = run_on_ranks(2, _moco, tmp_path / "moco.pt")
     torch.testing.assert_close(first, second, rtol=0, atol=0)
     assert (q, k) == ({"local"}, {"regroup"})
+
+
+def test_the_queue_begins_again_at_its_end() -> None:
+    """Catches keys that are lost where a batch does not fit into what is left."""
+    moco = moco_v2.MoCo(nn.Identity(), nn.Identity(), 10)
+    keys = torch.arange(12.0)[:, None].expand(-1, 128)
+    for part in keys.split(4):
+        moco.enqueue(part)
+    assert moco.queue[:, 0].tolist() == [10, 11, 2, 3, 4, 5, 6, 7, 8, 9]
+    assert moco.queue_ptr == 2
 
 
 def test_moco_goes_on_as_if_uninterrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,6 +138,12 @@ def test_batches_follow_from_the_step() -> None:
     assert list(common.batches(20, 8, 3, 7)) == every[3:]
     assert every[0] + every[1] != every[2] + every[3]
     assert len(set(every[0] + every[1])) == 16
+
+
+def test_fewer_images_than_a_batch_are_refused() -> None:
+    """Catches a division by zero, deep in a loader."""
+    with pytest.raises(SystemExit, match="20 images are fewer than a batch of all ranks, 21"):
+        next(common.batches(20, 21, 0, 1))
 
 
 def test_moco_fits_in_120_lines() -> None:
@@ -305,6 +322,14 @@ def test_checkpoint_is_measured(trained: tuple[Path, list[str]]) -> None:
     found = dict(re.findall(r"^(.*): leak (-?\d\.\d+) ", printed, re.MULTILINE))
     assert list(found) == ["plain batch norm", "MoCo's shuffle", "regroup"]
     assert printed.count("; 128 keys in 8 batches") == 3
+
+
+def test_groups_are_dealt_evenly_to_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches fewer groups than keys of a pass: two of one group, and a leak that is too small."""
+    monkeypatch.setattr(common, "rank_of_world", lambda: (0, 3))
+    assert common.groups_of_rank(6) == 2
+    with pytest.raises(SystemExit, match="--groups 4 can't be dealt evenly to 3 ranks"):
+        common.groups_of_rank(4)
 
 
 def test_ways_to_normalise_keys_differ() -> None:

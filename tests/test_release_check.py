@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from release_check import code_blocks, disagreements, run, run_doctests
+from release_check import code_of, disagreements, run, run_doctests
 
 
 def project(root: Path, version: str, cited: str, heading: str, released: str = "") -> Path:
@@ -42,11 +42,14 @@ def test_what_is_left_to_do(
         assert words in line
 
 
-def test_readmes_code_is_found_and_excerpts_are_not() -> None:
+def test_readmes_code_is_found_and_excerpts_are_not(tmp_path: Path) -> None:
+    page = tmp_path / "README.md"
     text = '```python\na = 1\n```\n\n```sh\nmake\n```\n\n```python title="excerpt"\nb\n```\n'
-    assert code_blocks(text) == ["a = 1\n"]
-    with pytest.raises(SystemExit, match="no Python block"):
-        code_blocks("```sh\nmake\n```\n")
+    page.write_text(text)
+    assert code_of(page) == "a = 1\n"
+    page.write_text("```sh\nmake\n```\n")
+    with pytest.raises(SystemExit, match=r"README\.md has no Python block"):
+        code_of(page)
 
 
 def test_examples_are_run_and_missing_packages_are_named(

@@ -88,7 +88,7 @@ def test_a_linear_probe_has_a_column(tmp_path: Path) -> None:
 def test_a_run_that_goes_on(tmp_path: Path) -> None:
     """Catches rows of steps that the checkpoint doesn't have, and a run that is said to be over."""
     first = opened(small_config(tmp_path))
-    for step in (5, 10):
+    for step in (5, 8, 10):
         first.add("train/loss", float(step), step)
     first.close()
     assert set(hyperparameters(read(tmp_path))) == {"experiment", "session_start_info"}

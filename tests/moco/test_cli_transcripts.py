@@ -1,21 +1,25 @@
 """What the commands write where: in a terminal, in a log, through a pipe; on one rank, on two."""
 
 import functools
+import json
 import os
 import pty
 import re
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from moco.moco_runs import COMMAND, FLAGS, environment, kill_session, small_config, train_quickly
 from shuffle_batchnorm.moco.cli import main
+from shuffle_batchnorm.moco.commands import Evaluate
 from shuffle_batchnorm.moco.measure import Measurements
 from shuffle_batchnorm.probe import progress
 
@@ -191,3 +195,13 @@ def test_a_comparison_that_had_ended_prints_the_same_table(
     table, _, rest = first.partition("\n\n")
     assert all(line.startswith("|") for line in table.splitlines())
     assert re.search(r"^local: (a leak|no leak|can't tell).*$", rest, re.MULTILINE)
+
+
+def test_figures_are_written_though_nobody_reads_the_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a measurement that is lost with the pipe it was to be printed into."""
+    monkeypatch.setattr(sys.stdout, "write", mock.Mock(side_effect=BrokenPipeError))
+    with pytest.raises(BrokenPipeError):
+        Evaluate(tmp_path / "last.pt", json=tmp_path / "figures.json").report({"epoch": 1}, "said")
+    assert json.loads((tmp_path / "figures.json").read_text()) == {"epoch": 1}

@@ -35,6 +35,8 @@ def _call(**changed: Any) -> Any:
         (dict(batches=True), "batches must be an int, got True"),
         (dict(keys_per_batch=17), "keys_per_batch 17 is larger than batch_size 16"),
         (dict(keys_per_pass=3), "keys_per_batch 8 is not divisible by keys_per_pass 3"),
+        (dict(keys_per_batch=16, keys_per_pass=16), "keys_per_pass 16 leaves no other sample"),
+        (dict(keys_per_batch=None, keys_per_pass=17), "keys_per_pass 17 leaves no other sample"),
         (dict(keys_per_pass=0), "keys_per_pass must be at least 1, got 0"),
         (dict(queue=None, keys_per_batch=1), "keys_per_batch must be at least 2, got 1"),
         (dict(queue=QUEUE[:, :4]), r"encode_query must return \[16, 4\], got shape \(16, 6\)"),

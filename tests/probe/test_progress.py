@@ -144,3 +144,24 @@ def test_else_nothing_is_written(
 def test_width_of_a_terminal_that_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", Terminal())  # has no file descriptor
     assert progress._width() == 80
+
+
+class Broken(Terminal):
+    """A pipe whose reader has gone."""
+
+    def write(self, _: str) -> int:
+        raise BrokenPipeError
+
+
+@pytest.mark.parametrize("stderr", [None, Broken()])
+@pytest.mark.parametrize("shown", [None, True])
+def test_work_goes_on_where_nobody_reads(
+    stderr: io.StringIO | None, shown: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a training of days that ends with the terminal it was started from."""
+    monkeypatch.setattr(sys, "stderr", stderr)
+    console = Console("train", shown)
+    console.status("reading digits")
+    console.say("to runs/first")
+    assert list(console.count("batch", 3)) == [0, 1, 2]
+    write_line("stopped")

@@ -26,6 +26,7 @@ ABOVE, BELOW = math.nextafter(SMALL, 1), math.nextafter(1 - SMALL, 0)
         ((-0.1, 0.2), "can't tell: between -0.1 and 0.2 at 95 %; take more batches"),
         ((-1.0, 1.0), "can't tell: between -1 and 1 at 95 %; take more batches"),
         ((-0.2, -0.1), "no leak found; leaks above 0 are excluded at 95 %"),
+        ((-0.2, -0.0), "no leak found; leaks above 0 are excluded at 95 %"),
         ((-0.2, 0.0), "no leak found; leaks above 0 are excluded at 95 %"),
     ],
 )

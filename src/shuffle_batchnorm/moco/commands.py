@@ -100,15 +100,15 @@ class _Measure:
     """Also write the figures to this file."""
 
     def report(self, figures: dict[str, Any], line: str) -> None:
-        """Print the line, and write the figures if asked for."""
+        """Write the figures if asked for, and print the line."""
         from .checkpoint import write_json
         from .ranks.launch import is_rank_0
 
         if is_rank_0():
+            if self.json is not None:  # first: nobody may read what is printed
+                write_json(self.json, figures)
             name = type(self).__name__.lower()
             print(f"{name}: {self.checkpoint}, epoch {figures['epoch']}: {line}", flush=True)
-            if self.json is not None:
-                write_json(self.json, figures)
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,11 @@ def check_sizes(call: str, sizes: Sizes, world_size: int) -> None:
             f"{call}: batch_size {batch}, which counts the samples of all ranks, is not divisible "
             f"by {world_size} ranks"
         )
+    if per_pass >= batch:
+        raise ValueError(
+            f"{call}: keys_per_pass {per_pass} leaves no other sample to replace in a batch of "
+            f"batch_size {batch}"
+        )
     if keys > batch:
         raise ValueError(f"{call}: keys_per_batch {keys} is larger than batch_size {batch}")
     if keys % per_pass:

@@ -2,8 +2,12 @@
 
 In a terminal the last line is written over and over. Elsewhere every line stays, so there are few:
 of work that is counted one per tenth, none sooner than `PAUSE` seconds after the one before.
+
+Work goes on where nobody can read of it any more: stderr is missing, or a pipe whose reader has
+gone. An error here would end one rank alone, and its peers would wait for it.
 """
 
+import contextlib
 import os
 import sys
 import time
@@ -26,8 +30,8 @@ class Console:
 
     def __init__(self, call: str, shown: bool | None = None) -> None:
         self.call = call
-        self.shown = sys.stderr.isatty() if shown is None else shown
-        self.in_terminal = self.shown and sys.stderr.isatty()
+        self.shown = _is_terminal() if shown is None else shown
+        self.in_terminal = self.shown and _is_terminal()
 
     def say(self, text: str) -> None:
         """Write a line that stays."""
@@ -44,7 +48,7 @@ class Console:
     def close(self) -> None:
         """Remove what would be written over."""
         if self.in_terminal:
-            print(_CLEAR, end="", file=sys.stderr, flush=True)
+            _write(_CLEAR)
 
     def count(self, name: str, total: int) -> Iterator[int]:
         """Yield the numbers below `total`, and tell how far it is.
@@ -120,13 +124,22 @@ class Bar:
 
 def write_line(text: str) -> None:
     """Write a line on stderr, in place of one that would be written over."""
-    before = _CLEAR if sys.stderr.isatty() else ""
-    print(f"{before}{text}", file=sys.stderr, flush=True)
+    _write(f"{_CLEAR if _is_terminal() else ''}{text}\n")
 
 
 def _draw(text: str) -> None:
     """Write what the next line takes the place of; it must not be wider than the terminal."""
-    print(f"{_CLEAR}{text[: _width() - 1]}", end="", file=sys.stderr, flush=True)
+    _write(f"{_CLEAR}{text[: _width() - 1]}")
+
+
+def _is_terminal() -> bool:
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
+def _write(text: str) -> None:
+    with contextlib.suppress(OSError):
+        if sys.stderr is not None:  # as with 2>&-
+            print(text, end="", file=sys.stderr, flush=True)
 
 
 def _width() -> int:

@@ -57,7 +57,7 @@ def judge(
     if fresh > 1 - SMALL:
         share = f"{100 * fresh:.1f} % of the keys"
         return f"can't tell: {share} are recognised in fresh batches as well; take more negatives"
-    return f"no leak found; leaks above {_rounded(max(high, 0.0), ROUND_CEILING)} are excluded {at}"
+    return f"no leak found; leaks above {_rounded(max(0.0, high), ROUND_CEILING)} are excluded {at}"
 
 
 def _rounded(value: float, rounding: str) -> str:

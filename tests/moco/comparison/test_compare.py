@@ -203,6 +203,17 @@ def test_output_ends_with_table_and_page(
     assert err.count("(had ended before)") == len(err.splitlines()) == 2
 
 
+@pytest.mark.parametrize(("bn", "said"), [("eman", True), ("regroup", False)])
+def test_equal_leaks_of_all_seeds_are_no_proof(
+    bn: Norm, said: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches "no leak" of keys that do depend on their batch, but were never found by it."""
+    interval = [0.0, 0.0] if bn == "eman" else [-0.01, 0.01]
+    none = Trainer(lambda record: record | {"leak": 0.0, "leak_interval": interval})
+    compare(CONFIG, [bn], [0, 1, 2], tmp_path, train=none)
+    assert (f"\n{bn}: no leak: no key depends" in capsys.readouterr().out) is said
+
+
 def test_other_ranks_of_torchrun_train_and_are_silent(
     tmp_path: Path, as_rank: Callable[[int], None], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -36,7 +36,7 @@ from shuffle_batchnorm.probe.verdict import judge
 
 from .provenance import with_origin
 from .report import RESULTS, write_report
-from .summary import Record, check_record, number, summarise, tidy
+from .summary import Record, check_record, independent, number, summarise, tidy
 from .tables import markdown_table, run_line
 
 Train: TypeAlias = Callable[[Config], Record]
@@ -141,12 +141,15 @@ def name_of(run: Config) -> str:
 def verdicts(records: Sequence[Record]) -> str:
     """What the interval of each leak says, in words: a line for each batch norm that has one."""
     lines = []
+    exact = independent(records)
     for one in summarise(records):
         low, high = (one.leak.low, one.leak.high) if one.leak else (None, None)
         runs = [record for record in records if record["bn"] == one.bn]
         terms = [[number(run, f"leak_{term}") for run in runs] for term in ("as_trained", "fresh")]
         known = [[value for value in values if value is not None] for values in terms]
-        if low is not None and high is not None and all(known):
+        # Equal leaks of all seeds have an interval of no width, which is no measurement's.
+        is_known = low != high or one.bn in exact
+        if low is not None and high is not None and all(known) and is_known:
             trained, fresh = map(fmean, known)
             lines.append(f"{one.bn}: {judge((low, high), as_trained=trained, fresh=fresh)}\n")
     return "".join(lines)
