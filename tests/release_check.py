@@ -34,7 +34,7 @@ def main(pip: Sequence[str]) -> int:
     build()
     [wheel], [sdist] = DIST.glob("*.whl"), DIST.glob("*.tar.gz")
     check_metadata(wheel)
-    code = code_of(ROOT / "README.md")
+    code = "\n\n".join(map(code_of, (ROOT / "README.md", ROOT / "docs" / "quick_start.md")))
     for file in (wheel, sdist):
         with tempfile.TemporaryDirectory() as folder:
             try_install(file, Path(folder), pip, code, extra=file == wheel)
@@ -94,7 +94,7 @@ def code_of(page: Path) -> str:
 
 
 def try_install(file: Path, folder: Path, pip: Sequence[str], code: str, *, extra: bool) -> None:
-    """Install a file into an empty environment and run README's code and the docstrings' there.
+    """Install a file into an empty environment and run the pages' code and the docstrings' there.
 
     With the extra, the command line too.
     """
@@ -103,10 +103,10 @@ def try_install(file: Path, folder: Path, pip: Sequence[str], code: str, *, extr
     python = str(folder / "env" / "bin" / "python")
     install = [python, "-m", "pip", "install", "--quiet", "-c", str(ROOT / "constraints.txt"), *pip]
     run([*install, str(file)], folder)
-    (folder / "readme.py").write_text(code, encoding="utf-8")
+    (folder / "pages.py").write_text(code, encoding="utf-8")
     # -I: neither this folder nor a variable makes the source tree importable.
-    run([python, "-I", "readme.py"], folder)
-    print("README's code runs", flush=True)
+    run([python, "-I", "pages.py"], folder)
+    print("the code of README and of the quick start runs", flush=True)
     doctests = [python, "-I", str(Path(__file__).resolve()), "--doctest", PACKAGE]
     run([*doctests, "moco"], folder)
     if extra:

@@ -130,8 +130,8 @@ def test_an_index_shows_no_link_to_a_file(metadata: email.message.Message) -> No
     shown = str(metadata.get_payload())
     assert metadata["Description-Content-Type"] == "text/markdown"
     assert re.findall(r"\]\((?!https://)[^)]*\)|<img", shown) == []
-    assert "[arXiv 1911.05722](https://arxiv.org/abs/1911.05722)" in shown
-    assert "`measure_leak` [docs/leak.md] measures it" in shown
+    assert "[He et al. 2019](https://arxiv.org/abs/1911.05722)" in shown
+    assert "`measure_leak` [docs/leak.md] measures any" in shown
     # All else is as in README, the tables and code as well.
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     missing = [line for line in lines if line and "](" not in line and line not in shown]

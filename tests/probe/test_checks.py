@@ -39,7 +39,7 @@ def _call(**changed: Any) -> Any:
         (dict(keys_per_batch=None, keys_per_pass=17), "keys_per_pass 17 leaves no other sample"),
         (dict(keys_per_pass=0), "keys_per_pass must be at least 1, got 0"),
         (dict(queue=None, keys_per_batch=1), "keys_per_batch must be at least 2, got 1"),
-        (dict(queue=QUEUE[:, :4]), r"encode_query must return \[16, 4\], got shape \(16, 6\)"),
+        (dict(queue=QUEUE[:, :4]), r"\[16, 4\], got shape \(16, 6\); the queue must be \[K, D\]"),
         (dict(queue=QUEUE[0]), r"queue must be \[K, D\], got shape \(6,\)"),
         (dict(queue=QUEUE[:0]), r"queue must be \[K, D\], got shape \(0, 6\)"),
         (dict(queue=QUEUE.long()), "queue must be a floating-point tensor .* got torch.int64"),

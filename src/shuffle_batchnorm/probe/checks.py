@@ -75,9 +75,11 @@ def features(call: str, name: str, output: Any, samples: int, width: int | None 
         kind = output.dtype if isinstance(output, Tensor) else type(output).__name__
         raise TypeError(f"{call}: {name} must return a floating-point tensor [N, D], got {kind}")
     if output.ndim != 2 or len(output) != samples or output.shape[1] != (width or output.shape[1]):
+        # Queries come first, so it is the queue that they don't fit.
+        hint = "; the queue must be [K, D]: transpose that of facebookresearch/moco"
         raise ValueError(
             f"{call}: {name} must return [{samples}, {width or 'D'}], "
-            f"got shape {tuple(output.shape)}"
+            f"got shape {tuple(output.shape)}{hint if width and name == 'encode_query' else ''}"
         )
     if not output.isfinite().all():
         raise ValueError(f"{call}: {name} returned features that are not finite")
