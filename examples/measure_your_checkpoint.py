@@ -36,14 +36,24 @@ class Checkpoint(NamedTuple):
 def read(path: Path, arch: str) -> Checkpoint:
     """Read the encoders and the queue of a checkpoint. Put your network in place of `network`."""
     saved = torch.load(path, map_location="cpu")
-    state = {name.removeprefix("module."): value for name, value in saved["state_dict"].items()}
+    saved = saved.get("state_dict", saved)
+    state = {name.removeprefix("module."): value for name, value in saved.items()}
+    for part in ("encoder_q.", "encoder_k.", "queue"):
+        if not any(name.startswith(part) for name in state):
+            raise SystemExit(f"{path}: no parameter's name begins with {part}; adapt `read`")
 
     def encoder(prefix: str) -> nn.Module:
         own = {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
         module = common.network(arch)
         if "fc.weight" in own:  # MoCo v1: a linear head
             module.fc = nn.Linear(own["fc.weight"].shape[1], own["fc.weight"].shape[0])
-        module.load_state_dict(own)
+        try:
+            module.load_state_dict(own)
+        except RuntimeError as error:
+            wrong = str(error).splitlines()[1].strip()
+            raise SystemExit(
+                f"{path}: not --arch {arch}; your network goes here: {wrong}"
+            ) from None
         return module
 
     queue = state["queue"]

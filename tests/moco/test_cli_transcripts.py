@@ -85,11 +85,11 @@ def test_train_into_a_log(
     out, err = capsys.readouterr()
     head, rest = err.split("steps, to ", 1)
     assert head == (
-        f"train: reading digits\ntrain: {SETTING}1 rank on cpu, each with 16 groups of 8\n"
+        f"train: reading digits\ntrain: {SETTING}1 rank on cpu, with 16 groups of 8\n"
         "train: from the beginning of 132 "
     )
     tenths = re.findall(
-        r"^train: +(\d+) %, step \d+ of 132, 0:.* left; epoch .*$", rest, re.MULTILINE
+        r"^train: +(\d+) %, step \d+ of 132, 0:.* left; loss .*$", rest, re.MULTILINE
     )
     assert tenths == ["11", "20", "30", "40", "50", "61", "70", "80", "90"]
     after = rest.splitlines()[10:]
@@ -113,7 +113,7 @@ def test_two_ranks_in_a_terminal_and_a_signal(tmp_path: Path) -> None:
     words = [*FLAGS.replace("--epochs 2", "--epochs 500").split(), "--ranks", "2"]
     with in_a_terminal(*words, "--output", str(tmp_path / "run")) as (process, pieces):
         until = time.monotonic() + 120
-        while not re.search(r"step [1-9]\d* of 5500, .* left", "".join(pieces)):
+        while not re.search(r"%, 0:.* left; loss", "".join(pieces)):
             assert process.poll() is None, pieces
             assert time.monotonic() < until, pieces
             time.sleep(0.01)
@@ -172,7 +172,7 @@ def test_measurements_into_a_log(
     name, *words = command.split()
     assert main([name, checkpoint, "--device", "cpu", *words]) == 0
     out, err = capsys.readouterr()
-    setting = f"{SETTING}1 rank on cpu, each with 16 groups of 8"
+    setting = f"{SETTING}1 rank on cpu, with 16 groups of 8"
     lines = [line for line in err.splitlines() if " %, " not in line]  # a slow machine counts
     assert lines == [f"{name}: {text}" for text in ("reading digits", setting, *said)]
     assert out.startswith(f"{name}: {checkpoint}, epoch 1: ")

@@ -48,10 +48,10 @@ def test_a_terminal_has_one_line_which_goes(
     assert list(Console("measure_leak", shown).count("batch", 3)) == [0, 1, 2]
     assert "\n" not in written.getvalue()
     assert drawn(written) == [
-        "measure_leak: [....................]   0 %, batch 0 of 3",
-        "measure_leak: [######..............]  33 %, batch 1 of 3, 0:00:12 left",
-        "measure_leak: [#############.......]  67 %, batch 2 of 3, 0:00:06 left",
-        "measure_leak: [####################] 100 %, batch 3 of 3, 0:00:00 left",
+        "measure_leak: [..........]   0 %, batch 0 of 3",
+        "measure_leak: [###.......]  33 %, batch 1 of 3, 0:00:12 left",
+        "measure_leak: [######....]  67 %, batch 2 of 3, 0:00:06 left",
+        "measure_leak: [##########] 100 %, batch 3 of 3, 0:00:00 left",
         "",
     ]
 

@@ -49,7 +49,8 @@ def test_no_room_for_a_leak_is_not_no_leak() -> None:
     none = judge((-0.01, 0.01), as_trained=0.0123, fresh=0.01)
     assert none == "can't tell: only 1.2 % of the keys are recognised at all; train longer"
     every = judge((-0.01, 0.01), as_trained=0.99, fresh=0.987)
-    said = "98.7 % of the keys are recognised in fresh batches as well; take more negatives"
+    said = "98.7 % of the keys are recognised in fresh batches as well; take the queue of the "
+    said += "training, or more negatives"
     assert every == f"can't tell: {said}"
     assert judge((-0.01, 0.01), as_trained=SMALL, fresh=SMALL).startswith("no leak found")
     assert judge((-0.01, 0.01), as_trained=1.0, fresh=BELOW).startswith("no leak found")

@@ -179,6 +179,10 @@ def load(path: Path) -> State:
             is_whole = archive.testzip() is None
     except FileNotFoundError:
         raise CheckpointError(f"checkpoint: {path} does not exist") from None
+    except IsADirectoryError:
+        raise CheckpointError(
+            f"checkpoint: {path} is a folder; name a file in it, as last.pt"
+        ) from None
     except OSError as error:
         raise CheckpointError(f"checkpoint: can't read {path}: {error.strerror}") from error
     except Exception:  # a wrong byte can mean anything to a parser

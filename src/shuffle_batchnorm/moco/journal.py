@@ -131,8 +131,8 @@ class Journal:
     def _show(self, row: Row) -> None:
         knn = "" if self._knn is None else f", kNN {self._knn:.3f}"
         self._bar.text = (
-            f"epoch {row['epoch']} of {self.epochs}, loss {row['loss']:.3f}, pretext accuracy "
-            f"{row['pretext_accuracy']:.3f}{knn}, {row['samples_per_second']:.0f} samples/s"
+            f"loss {row['loss']:.3f}, pretext {row['pretext_accuracy']:.3f}{knn}, "
+            f"epoch {row['epoch']} of {self.epochs}, {row['samples_per_second']:.0f} samples/s"
         )
 
     def close(self) -> None:
@@ -180,7 +180,8 @@ def setting(config: Config, images: Images, world_size: int, device: torch.devic
     ranks = f"{world_size} rank{'s' if world_size > 1 else ''}"
     return (
         f"{config.network.network} network, --bn {norm.bn}, {count} images of {data.dataset} at "
-        f"{side} x {side}; {ranks} on {device.type}, each with {norm.groups} group"
+        f"{side} x {side}; {ranks} on {device.type}, "
+        f"{'each ' if world_size > 1 else ''}with {norm.groups} group"
         f"{'s' if norm.groups > 1 else ''} of {each}"
     )
 

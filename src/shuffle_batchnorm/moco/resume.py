@@ -37,9 +37,9 @@ def find_run(config: Config, rank: Rank) -> RunState:
     record, paths = folder / RECORD, checkpoint.find(folder)
     if not config.run.resume:
         if record.exists() or paths:
+            cure = "--resume prints its result" if record.exists() else "go on with --resume"
             raise ConfigError(
-                f"{CALL}: there is a run in {folder}: go on with it with --resume, or choose "
-                "another --output"
+                f"{CALL}: there is a run in {folder}: {cure}, or choose another --output"
             )
         return RunState()
     where = {"world_size": rank.world_size, "device": rank.device.type}

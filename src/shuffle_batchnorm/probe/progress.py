@@ -16,7 +16,7 @@ from datetime import timedelta
 
 PAUSE = 5.0  # seconds between two lines in a log
 REDRAW = 0.1  # seconds between two drawings in a terminal
-WIDTH = 20  # characters of the bar
+WIDTH = 10  # characters of the bar: figures have to fit behind it
 _CLEAR = "\r\x1b[K"
 
 
@@ -97,7 +97,7 @@ class Bar:
                 self.show()
                 self._written = now
         elif now - self._written >= PAUSE and self.done < self.total and self._is_tenth():
-            self.console.say(f"{self._share():3.0f} %, {self._state()}")
+            self.console.say(f"{self._share():3.0f} %, {self._state(with_count=True)}")
             self._written = now
 
     def _is_tenth(self) -> bool:
@@ -108,18 +108,24 @@ class Bar:
         if self.console.in_terminal:
             filled = WIDTH * self.done // max(self.total, 1)
             bar = "#" * filled + "." * (WIDTH - filled)
-            _draw(f"{self.console.call}: [{bar}] {self._share():3.0f} %, {self._state()}")
+            # The figures have to fit into 80 columns: they take the place of the count.
+            _draw(
+                f"{self.console.call}: [{bar}] {self._share():3.0f} %, {self._state(not self.text)}"
+            )
 
     def _share(self) -> float:
         return 100 * self.done / max(self.total, 1)
 
-    def _state(self) -> str:
-        left = ""
-        if self.done > self._first:
-            each = (time.monotonic() - self._begun) / (self.done - self._first)
-            left = f", {timedelta(seconds=round(each * (self.total - self.done)))} left"
-        figures = f"; {self.text}" if self.text else ""
-        return f"{self.name} {self.done} of {self.total}{left}{figures}"
+    def _left(self) -> str:
+        if self.done == self._first:
+            return ""
+        each = (time.monotonic() - self._begun) / (self.done - self._first)
+        return f"{timedelta(seconds=round(each * (self.total - self.done)))} left"
+
+    def _state(self, with_count: bool) -> str:
+        """Return what is done, if wanted, what is left, and the figures."""
+        count = f"{self.name} {self.done} of {self.total}" if with_count else ""
+        return "; ".join(filter(None, [", ".join(filter(None, [count, self._left()])), self.text]))
 
 
 def write_line(text: str) -> None:

@@ -56,7 +56,8 @@ def judge(
         return f"can't tell: {share} are recognised at all; train longer"
     if fresh > 1 - SMALL:
         share = f"{100 * fresh:.1f} % of the keys"
-        return f"can't tell: {share} are recognised in fresh batches as well; take more negatives"
+        cure = "take the queue of the training, or more negatives"
+        return f"can't tell: {share} are recognised in fresh batches as well; {cure}"
     return f"no leak found; leaks above {_rounded(max(0.0, high), ROUND_CEILING)} are excluded {at}"
 
 

@@ -8,7 +8,6 @@ import platform
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean
 from typing import Any, TypeAlias, get_args
 
 import torch
@@ -32,11 +31,10 @@ from shuffle_batchnorm.moco.ranks.launch import (
 from shuffle_batchnorm.moco.ranks.spawn import Stopped
 from shuffle_batchnorm.moco.trainer import train as train_run
 from shuffle_batchnorm.probe.progress import Console
-from shuffle_batchnorm.probe.verdict import judge
 
 from .provenance import with_origin
 from .report import RESULTS, write_report
-from .summary import Record, check_record, independent, number, summarise, tidy
+from .summary import Record, check_record, tidy, verdicts
 from .tables import markdown_table, run_line
 
 Train: TypeAlias = Callable[[Config], Record]
@@ -96,7 +94,8 @@ def compare(
     if not is_rank_0():
         return []
     page = write_report(output, results, command=command, setup=setup(config, environments))
-    print(f"{markdown_table(results)}\n{verdicts(results)}The page: {page}", flush=True)
+    said = "".join(f"{bn}: {words}\n" for bn, words in verdicts(results).items())
+    print(f"{markdown_table(results)}\n{said}The page: {page}", flush=True)
     return results
 
 
@@ -136,23 +135,6 @@ def run_all(rank: Rank | None, plan: Sequence[Config], output: Path, train: Trai
 def name_of(run: Config) -> str:
     """What tells a run from the others of a comparison."""
     return f"{run.norm.bn}, seed {run.run.seed}"
-
-
-def verdicts(records: Sequence[Record]) -> str:
-    """What the interval of each leak says, in words: a line for each batch norm that has one."""
-    lines = []
-    exact = independent(records)
-    for one in summarise(records):
-        low, high = (one.leak.low, one.leak.high) if one.leak else (None, None)
-        runs = [record for record in records if record["bn"] == one.bn]
-        terms = [[number(run, f"leak_{term}") for run in runs] for term in ("as_trained", "fresh")]
-        known = [[value for value in values if value is not None] for values in terms]
-        # Equal leaks of all seeds have an interval of no width, which is no measurement's.
-        is_known = low != high or one.bn in exact
-        if low is not None and high is not None and all(known) and is_known:
-            trained, fresh = map(fmean, known)
-            lines.append(f"{one.bn}: {judge((low, high), as_trained=trained, fresh=fresh)}\n")
-    return "".join(lines)
 
 
 def planned(

@@ -16,7 +16,7 @@ from .figures import ON_PAGE, save_figures
 from .inline import name_of, pictures, variable
 from .provenance import provenance
 from .style import DARK, style_of
-from .summary import Record, check_records, independent, on_a_par, summarise, tidy
+from .summary import Record, check_records, independent, on_a_par, summarise, tidy, verdicts
 from .tables import (
     RUN_HEADER,
     count_of_seeds,
@@ -97,6 +97,7 @@ def render(
     header, rows = table(summaries)
     return template("report.html.jinja").render(
         summaries=summaries,
+        verdicts=verdicts(records),
         level=on_a_par(summaries),
         independent=independent(records),
         seeds=count_of_seeds(summaries),

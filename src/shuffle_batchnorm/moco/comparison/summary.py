@@ -16,6 +16,7 @@ from scipy.special import stdtrit
 
 from shuffle_batchnorm.moco.checkpoint import read_json
 from shuffle_batchnorm.moco.config import UserError
+from shuffle_batchnorm.probe.verdict import judge
 
 Record: TypeAlias = dict[str, Any]
 
@@ -195,6 +196,23 @@ def independent(records: Sequence[Record]) -> set[str]:
         for bn, runs in by_bn(records).items()
         if all(run.get("leak_interval") == [0, 0] for run in runs)
     }
+
+
+def verdicts(records: Sequence[Record]) -> dict[str, str]:
+    """What the interval of each leak says, in words: of each `--bn` that has one."""
+    said = {}
+    exact = independent(records)
+    for one in summarise(records):
+        low, high = (one.leak.low, one.leak.high) if one.leak else (None, None)
+        runs = [record for record in records if record["bn"] == one.bn]
+        terms = [[number(run, f"leak_{term}") for run in runs] for term in ("as_trained", "fresh")]
+        known = [[value for value in values if value is not None] for values in terms]
+        # Equal leaks of all seeds have an interval of no width, which is no measurement's.
+        is_known = low != high or one.bn in exact
+        if low is not None and high is not None and all(known) and is_known:
+            trained, fresh = map(fmean, known)
+            said[one.bn] = judge((low, high), as_trained=trained, fresh=fresh)
+    return said
 
 
 def paired(records: Sequence[Record], key: str, baseline: str = BASELINE) -> dict[str, Estimate]:
