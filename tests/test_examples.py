@@ -90,6 +90,25 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     return path, run_on_ranks(2, run_main, "moco_v2", *flags)
 
 
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [
+        ({"queue": torch.ones(2, 2)}, "no parameter's name begins with encoder_q."),
+        (
+            {"encoder_q.w": torch.ones(1), "encoder_k.w": torch.ones(1), "queue": torch.ones(2, 2)},
+            "not --arch small; your network goes here: Missing key",
+        ),
+    ],
+)
+def test_a_checkpoint_of_another_network_is_refused(
+    state: dict[str, Tensor], said: str, tmp_path: Path
+) -> None:
+    """Catches a page of missing keys, without a word on what to do."""
+    torch.save({"state_dict": state}, tmp_path / "yours.pth.tar")
+    with pytest.raises(SystemExit, match=re.escape(said)):
+        measure_your_checkpoint.read(tmp_path / "yours.pth.tar", "small")
+
+
 def test_moco_learns(trained: tuple[Path, list[str]]) -> None:
     """Catches an optimizer without the encoder, and two ranks that both print."""
     path, (printed, other) = trained

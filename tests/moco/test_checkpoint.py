@@ -189,6 +189,8 @@ def test_none_at_all_and_another_format(tmp_path: Path) -> None:
     path = tmp_path / "last.pt"
     with pytest.raises(CheckpointError, match=r"last\.pt does not exist"):
         load(path)
+    with pytest.raises(CheckpointError, match=r"is a folder; name a file in it, as last\.pt"):
+        load(tmp_path)
     torch.save(state(1.0) | {"format": 99}, path)
     with pytest.raises(CheckpointError, match="has format 99, this version reads 1"):
         load(path)

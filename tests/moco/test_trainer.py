@@ -259,7 +259,7 @@ def test_a_run_that_diverged_has_a_record_without_a_linear_probe(tmp_path: Path)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({}, "there is a run in .*: go on with it with --resume"),
+        ({}, "there is a run in .*: --resume prints its result, or choose another"),
         ({"resume": True, "lr": 0.1}, r"another --lr \(was 0.12, is 0.1\), number of ranks"),
         (
             {"resume": True, "bn": "local", "epochs": 3},
