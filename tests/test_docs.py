@@ -88,11 +88,17 @@ def test_blocks_say_what_they_are(page: Path) -> None:
         assert block.language in {"python", "sh", "console", "text", "json", "bibtex", "diff",
                                   "{eval-rst}"}, (block.line, block.language)  # fmt: skip
         if block.title not in {"", "excerpt"}:
-            assert block.code in (ROOT / block.title).read_text(encoding="utf-8"), block.line
+            file = (ROOT / block.title).read_text(encoding="utf-8")
+            assert _unindented(block.code) in _unindented(file), block.line
         if block.language == "python" and ">>>" not in block.code:
             ast.parse(block.code)
     fences = re.findall(r"^ *```", page.read_text(encoding="utf-8"), re.MULTILINE)
     assert len(fences) == 2 * len(list(blocks(page)))
+
+
+def _unindented(code: str) -> str:
+    """The lines of code without indentation, and without blank ones."""
+    return "\n".join(filter(None, map(str.strip, code.splitlines()))) + "\n"
 
 
 def _commands(page: Path) -> Iterator[list[str]]:

@@ -107,7 +107,7 @@ class Journal:
         if self._board is not None:
             for name in (*_SCORES, *_RATES):
                 self._board.add(f"train/{name}", row[name], row["step"])
-        self._show(row)
+        self._set_figures(row)
 
     def on_epoch(self, row: Row) -> None:
         """Log an epoch; `row` has `EPOCH_COLUMNS`, with None for a kNN that was not due."""
@@ -116,7 +116,7 @@ class Journal:
             self._knn = row["knn"]
             if self._board is not None:
                 self._board.add("test/knn", row["knn"], row["step"])
-        self._show(row)
+        self._set_figures(row)
         self.show()
 
     def show(self) -> None:
@@ -128,7 +128,7 @@ class Journal:
         if self._board is not None:
             self._board.end(record, step)
 
-    def _show(self, row: Row) -> None:
+    def _set_figures(self, row: Row) -> None:
         knn = "" if self._knn is None else f", kNN {self._knn:.3f}"
         self._bar.text = (
             f"loss {row['loss']:.3f}, pretext {row['pretext_accuracy']:.3f}{knn}, "

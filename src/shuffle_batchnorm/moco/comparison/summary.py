@@ -201,11 +201,11 @@ def independent(records: Sequence[Record]) -> set[str]:
 def verdicts(records: Sequence[Record]) -> dict[str, str]:
     """What the interval of each leak says, in words: of each `--bn` that has one."""
     said = {}
-    exact = independent(records)
+    exact, runs = independent(records), by_bn(records)
     for one in summarise(records):
         low, high = (one.leak.low, one.leak.high) if one.leak else (None, None)
-        runs = [record for record in records if record["bn"] == one.bn]
-        terms = [[number(run, f"leak_{term}") for run in runs] for term in ("as_trained", "fresh")]
+        names = "leak_as_trained", "leak_fresh"
+        terms = [[number(run, name) for run in runs[one.bn]] for name in names]
         known = [[value for value in values if value is not None] for values in terms]
         # Equal leaks of all seeds have an interval of no width, which is no measurement's.
         is_known = low != high or one.bn in exact
