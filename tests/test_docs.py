@@ -81,6 +81,19 @@ def test_code_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     run_page(page, GIVEN.get(name, dict)())
 
 
+def test_a_block_that_fails_is_seen(tmp_path: Path) -> None:
+    """Catches pages whose code is not run; an excerpt is, if its names are given."""
+    page = tmp_path / "page.md"
+    page.write_text("```python\nx = 1\n```\n\n```python\nassert x == 2\n```\n")
+    with pytest.raises(AssertionError):
+        run_page(page, {})
+    page.write_text('```python title="excerpt"\nassert given == 2\n```\n')
+    run_page(page, {})
+    run_page(page, {"given": 2})
+    with pytest.raises(AssertionError):
+        run_page(page, {"given": 1})
+
+
 @every_page
 def test_blocks_say_what_they_are(page: Path) -> None:
     """Catches a block that no test looks at, and a part of a file that the file has no more."""

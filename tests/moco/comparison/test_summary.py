@@ -21,6 +21,7 @@ from shuffle_batchnorm.moco.comparison.summary import (
     read_results,
     summarise,
     tidy,
+    verdicts,
 )
 
 
@@ -159,3 +160,16 @@ def test_a_bad_file_of_results_is_named(tmp_path: Path, text: str, message: str)
 def test_records_pass_as_they_are() -> None:
     runs = made_up_records()
     assert check_records(runs, "records") is runs
+
+
+def test_a_verdict_is_of_the_runs_of_its_own_kind() -> None:
+    """Catches keys that nobody recognises, called cured because those of other kinds are."""
+    terms = {"local": (0.3, 0.5, 0.2), "regroup": (0.0, 0.01, 0.01)}
+    runs = [
+        made_up_record(bn, seed, leak=leak + seed / 1000, leak_as_trained=trained, leak_fresh=fresh)
+        for bn, (leak, trained, fresh) in terms.items()
+        for seed in range(-1, 2)
+    ]
+    said = verdicts(runs)
+    assert said["local"].startswith("a leak: at least 0.")
+    assert said["regroup"].startswith("can't tell: only 1.0 % of the keys are recognised at all")
